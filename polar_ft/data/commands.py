@@ -1,0 +1,422 @@
+"""The commands ``polar-ft data check``, ``convert``, ``split`` and ``preview``.
+
+Results go to standard output, progress bars to standard error, so that ``--json`` can be piped on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from polar_ft.data.converters import CONVERTERS, convert_file
+from polar_ft.data.lint import FIELDS, Lengths, Report, check
+from polar_ft.data.preview import read_example, section_text, sections, summary_table
+from polar_ft.data.reading import (
+    MAX_LINE_MB,
+    DataSource,
+    OnBytes,
+    RowProblem,
+    size_in_bytes,
+)
+from polar_ft.data.split import Side, split_by_prompt
+from polar_ft.data.writing import refuse_to_overwrite
+from polar_ft.errors import PolarError
+from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate
+
+SUBSETS_SHOWN = 20
+
+data_app = typer.Typer(
+    help="Check, convert, split and look at preference data.", no_args_is_help=True, add_completion=False
+)
+
+Files = Annotated[
+    list[str], typer.Argument(help="JSON lines (.jsonl, .jsonl.gz), Parquet, folders, or HuggingFace ids.")
+]
+Input = Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or a HuggingFace id.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer counts.")]
+MaxLength = Annotated[int | None, typer.Option(help="Longest sequence in tokens. Default 16384.")]
+MaxResponseLength = Annotated[
+    int | None, typer.Option(help="Longest reference and response in tokens. Default 4096.")
+]
+AllowCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-tokenizer-code", "--allow", help="Tokenizer class of the folder that may be run, by name."
+    ),
+]
+SeparatorToken = Annotated[str, typer.Option(help="Token between reference and candidate.")]
+RewardToken = Annotated[str, typer.Option(help="Token at the end, which is scored.")]
+AddTokens = Annotated[
+    bool, typer.Option("--add-reward-tokens", help="Add the two tokens where the tokenizer lacks them.")
+]
+PairingOption = Literal["adjacent", "all"]
+Split = Annotated[str, typer.Option(help="Split of a HuggingFace data set.")]
+MaxLineMb = Annotated[float, typer.Option(help="Refuse a longer line of JSON, in MB.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output where it exists.")]
+
+
+@data_app.command("check")
+def check_command(
+    files: Files,
+    tokenizer: Tokenizer = None,
+    max_length: MaxLength = None,
+    max_response_length: MaxResponseLength = None,
+    pairing: Annotated[PairingOption, typer.Option(help="How ranked rows become pairs.")] = "adjacent",
+    as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON.")] = False,
+    allow_tokenizer_code: AllowCode = None,
+    separator: SeparatorToken = SEPARATOR_TOKEN,
+    reward_token: RewardToken = REWARD_TOKEN,
+    add_reward_tokens: AddTokens = False,
+    split: Split = "train",
+    max_line_mb: MaxLineMb = MAX_LINE_MB,
+) -> None:
+    """Name every bad row, count what is in the data, and show what truncation does to it.
+
+    Exits with status 1 where a row is bad.
+    """
+    template = None
+    if tokenizer is not None:
+        template = _template(
+            tokenizer,
+            max_length,
+            max_response_length,
+            allow_tokenizer_code,
+            separator,
+            reward_token,
+            add_reward_tokens,
+        )
+    elif max_length is not None or max_response_length is not None:
+        raise PolarError("--max-length and --max-response-length count tokens; add --tokenizer FOLDER")
+    sources = [DataSource(path=file, split=split, pairing=pairing, max_line_mb=max_line_mb) for file in files]
+    with _progress("checking", files) as on_bytes:
+        report = check(sources, template, on_bytes=on_bytes)
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        _show_report(report)
+    if report.bad_rows:
+        raise typer.Exit(1)
+
+
+@data_app.command("convert")
+def convert_command(
+    data_format: Annotated[str, typer.Argument(metavar="FORMAT", help=" or ".join(sorted(CONVERTERS)))],
+    source: Input,
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A .jsonl or .jsonl.gz file.")],
+    pairing: Annotated[
+        PairingOption | None,
+        typer.Option(
+            help="ranked: pair with the next worse response, or all worse ones. [default: adjacent]"
+        ),
+    ] = None,
+    reference: Annotated[
+        Literal["best", "none"] | None,
+        typer.Option(help="ranked, in a row without reference: the best response, or none. [default: best]"),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail, writing nothing, if a row is bad.")] = False,
+    force: Force = False,
+    split: Split = "train",
+    max_line_mb: MaxLineMb = MAX_LINE_MB,
+) -> None:
+    """Turn other data into pair rows; rows that cannot be used are left out, counted and named."""
+    refuse_to_overwrite([target], force=force)
+    options = {
+        name: value for name, value in (("pairing", pairing), ("reference", reference)) if value is not None
+    }
+    with _progress("converting", [source]) as on_bytes:
+        done = convert_file(
+            data_format,
+            source,
+            target,
+            split=split,
+            max_line_mb=max_line_mb,
+            options=options,
+            strict=strict,
+            on_bytes=on_bytes,
+        )
+    console = _console()
+    _show_problems(console, done.problems)
+    console.print(f"[bold]{escape(str(target))}[/]: {done.rows_out:,} pairs from {done.rows_in:,} rows")
+    if done.problems:
+        console.print(f"[yellow]left out {len(done.problems):,} rows that cannot be used (named above)[/]")
+    if done.n_ties:
+        console.print(f"left out {done.n_ties:,} ties: pairs of responses that are ranked the same")
+    if done.without_pairs:
+        console.print(f"left out {done.without_pairs:,} rows that are nothing but ties")
+
+
+@data_app.command("split")
+def split_command(
+    files: Files,
+    out_dir: Annotated[Path, typer.Option(help="Folder for train.jsonl and held_out.jsonl.")],
+    fraction: Annotated[float, typer.Option(help="Share of the prompts that is held out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed holds out other prompts.")] = 0,
+    force: Force = False,
+    split: Split = "train",
+    max_line_mb: MaxLineMb = MAX_LINE_MB,
+) -> None:
+    """Divide rows into training and held-out ones, so that no prompt is on both sides.
+
+    A prompt's side depends on its text and the seed alone, not on the order of rows.
+    """
+    paths = out_dir / "train.jsonl", out_dir / "held_out.jsonl"
+    refuse_to_overwrite(paths, force=force)
+    sources = [DataSource(path=file, split=split, max_line_mb=max_line_mb) for file in files]
+    with _progress("splitting", files) as on_bytes:
+        sides = split_by_prompt(sources, *paths, fraction=fraction, seed=seed, on_bytes=on_bytes)
+    _show_sides(sides)
+
+
+@data_app.command("preview")
+def preview_command(
+    source: Input,
+    tokenizer: Annotated[str, typer.Option(help="Folder of the model that is to read the example.")],
+    index: Annotated[int, typer.Option(help="Which row, from 0.")] = 0,
+    max_length: MaxLength = None,
+    max_response_length: MaxResponseLength = None,
+    pairing: Annotated[PairingOption, typer.Option(help="How ranked rows become pairs.")] = "adjacent",
+    everything: Annotated[bool, typer.Option("--all", help="Show long runs of tokens in full.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Show each token's id behind it.")] = False,
+    allow_tokenizer_code: AllowCode = None,
+    separator: SeparatorToken = SEPARATOR_TOKEN,
+    reward_token: RewardToken = REWARD_TOKEN,
+    add_reward_tokens: AddTokens = False,
+    split: Split = "train",
+    max_line_mb: MaxLineMb = MAX_LINE_MB,
+) -> None:
+    """Show one example as the model sees it, token by token, with what was cut."""
+    template = _template(
+        tokenizer,
+        max_length,
+        max_response_length,
+        allow_tokenizer_code,
+        separator,
+        reward_token,
+        add_reward_tokens,
+    )
+    example = read_example(
+        DataSource(path=source, split=split, pairing=pairing, max_line_mb=max_line_mb), index
+    )
+    encoded, shown = sections(example, template)
+    console = _console()
+    console.print(summary_table(example, encoded))
+    about = [f"id {example.id}", f"wrapper {example.wrapper}"]
+    about += [f"subset {example.subset}"] if example.subset else []
+    about += [f"pairs (chosen > rejected): {', '.join(f'{a} > {b}' for a, b in example.pairs) or 'none'}"]
+    console.print(escape(" · ".join(about)), style="dim")
+    for section in shown:
+        kept = sum(token.kind != "cut" for token in section.tokens)
+        cut = len(section.tokens) - kept
+        lost = f", [red]{cut:,} cut[/]" if cut else ""
+        console.print(f"\n[bold]{escape(section.title)}[/] — {kept:,} tokens{lost}")
+        console.print(Padding(section_text(section, everything=everything, ids=ids), (0, 0, 0, 2)))
+
+
+def _template(
+    folder: str,
+    max_length: int | None,
+    max_response_length: int | None,
+    allow_tokenizer_code: Sequence[str] | None,
+    separator: str,
+    reward_token: str,
+    add_reward_tokens: bool,
+) -> PolarTemplate:
+    limits = {"max_length": max_length, "max_response_length": max_response_length}
+    settings: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    return PolarTemplate.from_pretrained(
+        folder,
+        allow_tokenizer_code=allow_tokenizer_code or (),
+        separator=separator,
+        reward_token=reward_token,
+        add_missing_tokens=add_reward_tokens,
+        **settings,
+    )
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+@contextmanager
+def _progress(title: str, paths: Sequence[str]) -> Iterator[OnBytes]:
+    """A bar over the bytes of the files on standard error; without a terminal there is none."""
+    sizes = [size_in_bytes(path) for path in paths]
+    total = None if None in sizes else sum(size for size in sizes if size is not None)
+    console = Console(stderr=True)
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn(title),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _show_problems(console: Console, problems: Sequence[RowProblem]) -> None:
+    for problem in problems:
+        console.print(f"[red]bad row[/] {escape(str(problem))}", soft_wrap=True)
+
+
+def _show_report(report: Report) -> None:
+    console = _console()
+    _show_problems(console, report.problems)
+    if report.problems:
+        console.print()
+    bad = f", [red]{report.bad_rows:,} bad rows[/]" if report.bad_rows else ""
+    console.print(
+        f"[bold]{escape(', '.join(report.files))}[/]: {report.rows:,} rows, {report.pairs:,} pairs, "
+        f"{report.prompts:,} prompts{bad}"
+    )
+    if not report.rows:
+        return
+    title = f"lengths in {report.unit}"
+    if report.unit == "tokens":
+        title += f"[/] (limits: {report.max_length:,} in all, {report.max_response_length:,} a response; BOS counted)"
+    else:
+        title += "[/] (add --tokenizer FOLDER for tokens and for what is cut)"
+    parts = [
+        (title, _lengths_table(report)),
+        (f"how many have so many {report.unit}", _histogram_table(report.lengths, report.unit)),
+        ("pairs", _findings_table(report)),
+    ]
+    if set(report.subsets) != {""}:
+        parts.append(("subsets", _subsets_table(report)))
+    for title, table in parts:
+        console.print(f"\n[bold]{title}[/]")
+        console.print(table)
+    if report.extra_fields:
+        names = ", ".join(f"{name} ({count:,})" for name, count in report.extra_fields.items())
+        console.print(f"\n[bold]extra fields[/] (kept, in so many rows): {escape(names)}")
+
+
+def _table(columns: Sequence[str]) -> Table:
+    """A table without lines; the first column is text, the others are numbers."""
+    table = Table(box=None, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", header_style="dim", no_wrap=True)
+    return table
+
+
+def _lengths_table(report: Report) -> Table:
+    columns = ["", "mean", "50 %", "90 %", "99 %", "longest", "empty"]
+    if report.truncated:
+        columns += ["fields cut", "tokens cut", "on the"]
+    table = _table(columns)
+    for name, lengths in report.lengths.items():
+        percentiles = (lengths.p50, lengths.p90, lengths.p99, lengths.max)
+        cells = [name, f"{lengths.mean:,.1f}", *(f"{length:,}" for length in percentiles)]
+        cells.append(_flagged(report.empty[name], name != "reference") if name in FIELDS else "")
+        if name in report.truncated:
+            cut = report.truncated[name]
+            cells += [_flagged(cut.count), f"{cut.tokens:,}", cut.side if cut.count else ""]
+        table.add_row(*cells)
+    return table
+
+
+def _histogram_table(lengths: dict[str, Lengths], unit: str) -> Table:
+    """How many fields have how many tokens or characters: one column a field, one line a range."""
+    width = 9
+    table = Table(box=None, pad_edge=False)
+    table.add_column(unit, justify="right", header_style="dim", no_wrap=True)
+    for name in lengths:
+        table.add_column(name, header_style="dim", no_wrap=True)
+    ranges = sorted({(low, high) for field in lengths.values() for low, high, _ in field.histogram})
+    counts = {name: {low: count for low, _, count in field.histogram} for name, field in lengths.items()}
+    for low, high in ranges:
+        cells = [f"{low:,}" if low == high else f"{low:,}–{high:,}"]
+        for name in lengths:
+            count, most = counts[name].get(low, 0), max(counts[name].values())
+            cells.append(f"[cyan]{_bar(count / most, width)}[/] {count:,}" if count else "")
+        table.add_row(*cells)
+    return table
+
+
+def _bar(share: float, width: int) -> str:
+    """A bar in eighths of a character, at least one eighth.
+
+    >>> _bar(0.5, 4), _bar(0.001, 4)
+    ('██', '▏')
+    """
+    eighths = max(1, round(share * width * 8))
+    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
+
+
+def _flagged(count: int, flag: bool = True) -> str:
+    return f"[yellow]{count:,}[/]" if count and flag else f"{count:,}"
+
+
+def _findings_table(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+
+    def share(count: int) -> str:
+        return f"{count / report.pairs:.1%}" if report.pairs else ""
+
+    same = report.chosen_equals_rejected
+    equal_length = report.pairs - report.chosen_longer - report.chosen_shorter
+    table.add_row("chosen is the longer one", f"{report.chosen_longer:,}", share(report.chosen_longer))
+    table.add_row("chosen is the shorter one", f"{report.chosen_shorter:,}", share(report.chosen_shorter))
+    table.add_row("both are equally long", f"{equal_length:,}", share(equal_length))
+    table.add_row("chosen = rejected", _flagged(same), share(same))
+    after = report.chosen_equals_rejected_after_truncation
+    if after is not None:
+        table.add_row("chosen = rejected after truncation", _flagged(after), share(after))
+    for label, count in (
+        ("reference = chosen", report.reference_equals_chosen),
+        ("reference = rejected", report.reference_equals_rejected),
+        ("duplicates of an earlier pair", report.duplicate_pairs),
+        ("an earlier pair, chosen and rejected exchanged", report.contradictory_pairs),
+    ):
+        table.add_row(label, _flagged(count), share(count))
+    if report.ties_left_out:
+        table.add_row("ties of ranked rows, left out", f"{report.ties_left_out:,}")
+        table.add_row("ranked rows that are nothing but ties", _flagged(report.rows_without_pairs), "rows")
+    if len(report.files) > 1:
+        table.add_row("prompts that several files have", _flagged(report.prompts_in_several_files), "prompts")
+    return table
+
+
+def _subsets_table(report: Report) -> Table:
+    table = _table(["", "rows", "pairs"])
+    ordered = sorted(report.subsets.items(), key=lambda item: -item[1].rows)
+    for name, count in ordered[:SUBSETS_SHOWN]:
+        table.add_row(escape(name) or "[dim](none)[/]", f"{count.rows:,}", f"{count.pairs:,}")
+    if len(ordered) > SUBSETS_SHOWN:
+        table.add_row(f"[dim]… and {len(ordered) - SUBSETS_SHOWN:,} more (--json)[/]")
+    return table
+
+
+def _show_sides(sides: Sequence[Side]) -> None:
+    table = _table(["", "prompts", "rows", "pairs"])
+    prompts = sum(side.prompts for side in sides)
+    for side in sides:
+        share = f"{side.prompts:,} ({side.prompts / prompts:.1%})"
+        table.add_row(escape(str(side.path)), share, f"{side.rows:,}", f"{side.pairs:,}")
+        if set(side.subsets) != {None}:
+            for name, rows in side.subsets.most_common(SUBSETS_SHOWN):
+                table.add_row(f"[dim]  {escape(name or '(none)')}[/]", "", f"[dim]{rows:,}[/]")
+    _console().print(table)

@@ -1,0 +1,318 @@
+"""What is in preference data, and what is wrong with it, found in one pass with flat memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from polar_ft.data.reading import DataSource, OnBytes, RowProblem, read_examples
+from polar_ft.data.records import Example
+from polar_ft.errors import PolarError
+from polar_ft.template import Encoded, PolarTemplate
+
+FIELDS = ("prompt", "reference", "chosen", "rejected")
+BATCH = 64
+
+OnProblem = Callable[[RowProblem], None]
+
+
+class Lengths(BaseModel):
+    """How long a field is, over all rows (prompt, reference) or all pairs (chosen, rejected, sequence).
+
+    Attributes:
+        count: How many were measured.
+        mean: Their mean.
+        p50: Half of them are at most so long; likewise p90 and p99.
+        p90: See ``p50``.
+        p99: See ``p50``.
+        max: The longest.
+        histogram: ``[low, high, count]`` for each range of lengths, both ends included.
+    """
+
+    count: int
+    mean: float
+    p50: int
+    p90: int
+    p99: int
+    max: int
+    histogram: list[tuple[int, int, int]]
+
+
+class FieldCut(BaseModel):
+    """What truncation takes from a field.
+
+    Attributes:
+        count: Fields that are cut.
+        tokens: Tokens that are cut off them in all.
+        side: The side that is cut.
+    """
+
+    count: int = 0
+    tokens: int = 0
+    side: Literal["left", "right"]
+
+
+class SubsetCount(BaseModel):
+    """Rows and pairs of a subset."""
+
+    rows: int = 0
+    pairs: int = 0
+
+
+class Report(BaseModel):
+    """What `check` found. Where it says "pairs" a ranked row counts once for every pair that it gives.
+
+    Attributes:
+        files: What was read.
+        unit: What lengths count: tokens, or characters where no tokenizer was given.
+        max_length: Limit of a whole sequence in tokens; None without a tokenizer.
+        max_response_length: Limit of a response in tokens; None without a tokenizer.
+        rows: Rows that can be used.
+        bad_rows: Rows that cannot.
+        pairs: Pairs that the usable rows give.
+        prompts: Different prompts.
+        ties_left_out: Pairs of ranked rows that are not pairs, as both are ranked the same.
+        rows_without_pairs: Ranked rows in which everything is tied.
+        duplicate_pairs: Pairs that repeat an earlier one: same prompt, reference, chosen and rejected.
+        contradictory_pairs: Pairs that repeat an earlier one with chosen and rejected exchanged.
+        prompts_in_several_files: Prompts that more than one file has.
+        chosen_equals_rejected: Pairs of two equal texts.
+        chosen_equals_rejected_after_truncation: Pairs that the model sees as equal, those above included.
+        reference_equals_chosen: Pairs whose chosen text is the reference.
+        reference_equals_rejected: Pairs whose rejected text is the reference.
+        empty: How many of each field have no text.
+        lengths: Lengths of each field before truncation, and of the whole "sequence" after it.
+        truncated: What truncation takes from each field; empty without a tokenizer.
+        chosen_longer: Pairs whose chosen text is longer than the rejected one.
+        chosen_shorter: Pairs whose chosen text is shorter.
+        subsets: Rows and pairs of each subset; "" for rows without one.
+        extra_fields: How many rows have a field that is not known here: kept, or a misspelt name.
+        problems: The bad rows.
+    """
+
+    files: list[str]
+    unit: Literal["tokens", "characters"]
+    max_length: int | None = None
+    max_response_length: int | None = None
+    rows: int = 0
+    bad_rows: int = 0
+    pairs: int = 0
+    prompts: int = 0
+    ties_left_out: int = 0
+    rows_without_pairs: int = 0
+    duplicate_pairs: int = 0
+    contradictory_pairs: int = 0
+    prompts_in_several_files: int = 0
+    chosen_equals_rejected: int = 0
+    chosen_equals_rejected_after_truncation: int | None = None
+    reference_equals_chosen: int = 0
+    reference_equals_rejected: int = 0
+    empty: dict[str, int] = Field(default_factory=lambda: dict.fromkeys(FIELDS, 0))
+    lengths: dict[str, Lengths] = Field(default_factory=dict)
+    truncated: dict[str, FieldCut] = Field(default_factory=dict)
+    chosen_longer: int = 0
+    chosen_shorter: int = 0
+    subsets: dict[str, SubsetCount] = Field(default_factory=dict)
+    extra_fields: dict[str, int] = Field(default_factory=dict)
+    problems: list[RowProblem] = Field(default_factory=list)
+
+
+def summarize(lengths: Counter[int]) -> Lengths:
+    """Mean, percentiles (nearest rank) and histogram of counted lengths.
+
+    >>> summary = summarize(Counter({2: 1, 3: 1, 5: 2}))
+    >>> summary.mean, summary.p50, summary.p90, summary.histogram
+    (3.75, 3, 5, [(2, 3, 2), (4, 7, 2)])
+    """
+    count = lengths.total()
+    bins: Counter[int] = Counter()
+    for length, n in lengths.items():
+        bins[length.bit_length()] += n
+    shown = range(min(bins, default=0), max(bins, default=-1) + 1)
+    return Lengths(
+        count=count,
+        mean=round(sum(length * n for length, n in lengths.items()) / count, 2) if count else 0.0,
+        p50=_percentile(lengths, 50),
+        p90=_percentile(lengths, 90),
+        p99=_percentile(lengths, 99),
+        max=max(lengths, default=0),
+        # A range of lengths is one number of binary digits: 0, 1, 2-3, 4-7, 8-15, ...
+        histogram=[(1 << bits >> 1, (1 << bits) - 1, bins[bits]) for bits in shown],
+    )
+
+
+def _percentile(lengths: Counter[int], percent: int) -> int:
+    rank = -(-lengths.total() * percent // 100)
+    for length in sorted(lengths):
+        rank -= lengths[length]
+        if rank <= 0:
+            return length
+    return 0
+
+
+def check(
+    sources: Sequence[DataSource],
+    template: PolarTemplate | None = None,
+    *,
+    on_problem: OnProblem | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Report:
+    """Reads data to the end and reports what is in it and which rows cannot be used.
+
+    Args:
+        sources: What is read.
+        template: Gives lengths in tokens and what truncation does. Without it lengths are characters.
+        on_problem: Called with each bad row as it is found.
+        on_bytes: See `polar_ft.data.reading.read_rows`.
+
+    Raises:
+        PolarError: There is no such file.
+    """
+    lint = _Lint(sources, template)
+
+    def problem(found: RowProblem) -> None:
+        lint.report.problems.append(found)
+        if on_problem is not None:
+            on_problem(found)
+
+    examples = read_examples(list(sources), on_problem=problem, on_bytes=on_bytes)
+    for example, encoded in _encode(examples, template):
+        if isinstance(encoded, RowProblem):
+            problem(encoded)
+        else:
+            lint.add(example, encoded)
+    return lint.finish()
+
+
+class _Lint:
+    """Counts of a pass. Texts are remembered by 8 bytes of their hash: about 100 bytes a pair."""
+
+    def __init__(self, sources: Sequence[DataSource], template: PolarTemplate | None) -> None:
+        self.report = Report(
+            files=[source.path for source in sources], unit="characters" if template is None else "tokens"
+        )
+        if template is not None:
+            self.report.max_length = template.max_length
+            self.report.max_response_length = template.max_response_length
+            self.report.chosen_equals_rejected_after_truncation = 0
+            self.report.truncated = {
+                name: FieldCut(side="left" if name == "prompt" else "right") for name in FIELDS
+            }
+        self.lengths: dict[str, Counter[int]] = {name: Counter() for name in FIELDS}
+        if template is not None:
+            self.lengths["sequence"] = Counter()
+        self.seen_pairs: set[int] = set()
+        self.prompt_files: dict[int, int] = {}
+        self.files: dict[str, int] = {}
+
+    def add(self, example: Example, encoded: Encoded | None) -> None:
+        report = self.report
+        report.rows += 1
+        report.pairs += len(example.pairs)
+        report.ties_left_out += example.n_ties
+        report.rows_without_pairs += not example.pairs
+        subset = report.subsets.setdefault(example.subset or "", SubsetCount())
+        subset.rows += 1
+        subset.pairs += len(example.pairs)
+        for name in example.extra:
+            report.extra_fields[name] = report.extra_fields.get(name, 0) + 1
+
+        file = example.source.rpartition(":")[0]
+        bit = 1 << self.files.setdefault(file, len(self.files))
+        prompt = _hash(example.prompt)
+        self.prompt_files[prompt] = self.prompt_files.get(prompt, 0) | bit
+
+        if encoded is None or encoded.lengths is None:
+            prompt_length, reference_length = len(example.prompt), len(example.reference)
+            candidate_lengths: Sequence[int] = [len(text) for text in example.candidates]
+        else:
+            prompt_length, reference_length = encoded.lengths.prompt, encoded.lengths.reference
+            candidate_lengths = encoded.lengths.candidates
+        cut = None if encoded is None else encoded.cut
+        self._measure("prompt", example.prompt, prompt_length, cut.prompt if cut else 0)
+        self._measure("reference", example.reference, reference_length, cut.reference if cut else 0)
+        for chosen, rejected in example.pairs:
+            for name, i in (("chosen", chosen), ("rejected", rejected)):
+                tokens_cut = cut.candidates[i] if cut else 0
+                self._measure(name, example.candidates[i], candidate_lengths[i], tokens_cut)
+                if encoded is not None:
+                    self.lengths["sequence"][len(encoded.sequences[i])] += 1
+            report.chosen_longer += candidate_lengths[chosen] > candidate_lengths[rejected]
+            report.chosen_shorter += candidate_lengths[chosen] < candidate_lengths[rejected]
+            self._compare(example, chosen, rejected, encoded)
+
+    def _measure(self, name: str, text: str, length: int, cut: int) -> None:
+        self.lengths[name][length] += 1
+        self.report.empty[name] += not text
+        if cut:
+            self.report.truncated[name].count += 1
+            self.report.truncated[name].tokens += cut
+
+    def _compare(self, example: Example, chosen: int, rejected: int, encoded: Encoded | None) -> None:
+        report = self.report
+        better, worse = example.candidates[chosen], example.candidates[rejected]
+        report.chosen_equals_rejected += better == worse
+        if example.reference:  # two empty texts are no hint of a mistake
+            report.reference_equals_chosen += example.reference == better
+            report.reference_equals_rejected += example.reference == worse
+        if encoded is not None and report.chosen_equals_rejected_after_truncation is not None:
+            same = encoded.sequences[chosen] == encoded.sequences[rejected]
+            report.chosen_equals_rejected_after_truncation += same
+        pair = _hash(example.prompt, example.reference, better, worse)
+        exchanged = _hash(example.prompt, example.reference, worse, better)
+        report.duplicate_pairs += pair in self.seen_pairs
+        report.contradictory_pairs += exchanged in self.seen_pairs and better != worse
+        self.seen_pairs.add(pair)
+
+    def finish(self) -> Report:
+        report = self.report
+        report.bad_rows = len(report.problems)
+        report.prompts = len(self.prompt_files)
+        report.prompts_in_several_files = sum(bits.bit_count() > 1 for bits in self.prompt_files.values())
+        report.lengths = {name: summarize(lengths) for name, lengths in self.lengths.items()}
+        return report
+
+
+def _hash(*texts: str) -> int:
+    digest = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+Measured = list[tuple[Example, "Encoded | RowProblem | None"]]
+
+
+def _encode(
+    examples: Iterable[Example], template: PolarTemplate | None
+) -> Iterator[tuple[Example, Encoded | RowProblem | None]]:
+    """Encodes examples in threads, in order; the tokenizer leaves Python's lock while it works."""
+    if template is None:
+        yield from ((example, None) for example in examples)
+        return
+    examples = iter(examples)
+    workers = min(8, os.cpu_count() or 1)
+    pending: deque[Future[Measured]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            while len(pending) < 2 * workers and (batch := list(islice(examples, BATCH))):
+                pending.append(pool.submit(_encode_batch, batch, template))
+            if not pending:
+                return
+            yield from pending.popleft().result()
+
+
+def _encode_batch(batch: list[Example], template: PolarTemplate) -> Measured:
+    fields = [(example.prompt, example.reference, example.candidates, example.wrapper) for example in batch]
+    try:
+        return list(zip(batch, template.encode_batch(fields, measure=True), strict=True))
+    except PolarError as error:
+        if len(batch) == 1:
+            file, _, line = batch[0].source.rpartition(":")
+            return [(batch[0], RowProblem(file, int(line), "", str(error)))]
+        return [measured for example in batch for measured in _encode_batch([example], template)]

@@ -1,0 +1,444 @@
+"""What a row of preference data may say, and the one form that everything downstream reads.
+
+A row is a JSON object in one of two forms::
+
+    {"prompt": ..., "reference": ..., "chosen": ..., "rejected": ...}                         a pair
+    {"prompt": ..., "responses": [{"content": ..., "score": ...}, ...], "reference": ...}     ranked
+
+A prompt, reference or response is a string, or a list of ``{"role", "content"}`` messages. Both forms become
+an `Example`: the texts of one (prompt, reference), its candidates, and which candidate beats which. Fields
+that are not known are kept and passed on to reports.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from polar_ft.errors import PolarError
+
+Pairing = Literal["adjacent", "all"]
+Wrapper = Literal["sft", "pretrain"]
+
+
+class RowError(PolarError):
+    """One row that cannot be used.
+
+    Attributes:
+        field: Where in the row, e.g. ``chosen[0].role``; empty for the row as a whole.
+        reason: What is wrong and what to do.
+    """
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}" if field else reason)
+        self.field = field
+        self.reason = reason
+
+
+class _Strict(BaseModel):
+    # Strict: a number where a text belongs is a mistake in the data, not something to convert quietly.
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+def _whole_characters(text: str) -> str:
+    # JSON can spell half a character, which no tokenizer takes and no UTF-8 file holds.
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                r"holds half of a surrogate pair (such as \ud83d) — write the whole character"
+            ) from None
+    return text
+
+
+PlainText = Annotated[str, AfterValidator(_whole_characters)]
+
+
+class Message(_Strict):
+    """One turn of a dialogue. The model reads the content; the role is kept for reports."""
+
+    role: PlainText
+    content: PlainText
+
+
+def _text_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "string"
+    return "messages" if isinstance(value, list) else None
+
+
+Text = Annotated[
+    Annotated[PlainText, Tag("string")] | Annotated[list[Message], Tag("messages")],
+    Discriminator(_text_form),
+]
+
+
+def text_of(value: str | Sequence[Message]) -> str:
+    r"""The text that a field stands for: the contents of its messages, joined with ⏎ as xtuner 0.2.0 does.
+
+    >>> text_of([Message(role="user", content="Hi"), Message(role="assistant", content="Hello")])
+    'Hi\nHello'
+    >>> text_of("Hi")
+    'Hi'
+    """
+    return value if isinstance(value, str) else "\n".join(message.content for message in value)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One (prompt, reference) with its candidates: what everything downstream consumes.
+
+    Attributes:
+        prompt: Text of the prompt.
+        reference: Text of the reference, may be empty.
+        candidates: Texts to be scored.
+        pairs: (chosen, rejected) as indices into ``candidates``; empty where all candidates are tied.
+        margins: For each pair by how much the data says that chosen is better, None where it does not say.
+        weights: For each pair its weight in the loss, positive.
+        wrapper: How prompt and response are joined: "sft" with ⏎, "pretrain" without.
+        id: The row's own id, else its source.
+        subset: The part of the data that the row belongs to, for reports.
+        extra: Fields of the row that are not known here.
+        source: "file:line" (a row's number in Parquet and data sets), from 1.
+        n_ties: Pairs that were left out because both candidates are ranked the same.
+        candidate_info: For each candidate of a ranked row what the row says of it beside its text
+            (policy, score or rank, unknown fields); empty for a pair row.
+        reference_info: The same for the response that became the reference.
+    """
+
+    prompt: str
+    reference: str
+    candidates: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    margins: tuple[float | None, ...]
+    weights: tuple[float, ...]
+    wrapper: Wrapper
+    id: str
+    subset: str | None
+    extra: dict[str, Any]
+    source: str
+    n_ties: int = 0
+    candidate_info: tuple[dict[str, Any], ...] = ()
+    reference_info: dict[str, Any] = field(default_factory=dict)
+
+
+class _Row(_Strict):
+    prompt: Text
+    id: PlainText | int | None = None
+    subset: PlainText | None = None
+    weight: float = Field(default=1.0, gt=0)
+    wrapper: Wrapper = "sft"
+
+    def _name(self, source: str) -> str:
+        return source if self.id is None else str(self.id)
+
+
+class PairRow(_Row):
+    """A prompt, a reference (may be empty), a better and a worse response.
+
+    >>> row = parse_row({"prompt": "2 + 2?", "reference": "4", "chosen": "four", "rejected": "five"})
+    >>> example = row.to_example("pairs.jsonl:1")
+    >>> example.candidates, example.pairs
+    (('four', 'five'), ((0, 1),))
+    """
+
+    reference: Text
+    chosen: Text
+    rejected: Text
+    margin: float | None = None
+
+    def to_example(self, source: str, *, pairing: Pairing = "adjacent", weight: float = 1.0) -> Example:
+        """The row as an `Example` of one pair.
+
+        Args:
+            source: "file:line" of the row.
+            pairing: Of no effect here; ranked rows take the same argument.
+            weight: Factor on the row's own weight.
+        """
+        return Example(
+            prompt=text_of(self.prompt),
+            reference=text_of(self.reference),
+            candidates=(text_of(self.chosen), text_of(self.rejected)),
+            pairs=((0, 1),),
+            margins=(self.margin,),
+            weights=(self.weight * weight,),
+            wrapper=self.wrapper,
+            id=self._name(source),
+            subset=self.subset,
+            extra=dict(self.model_extra or {}),
+            source=source,
+        )
+
+
+class Response(_Strict):
+    """One response of a ranked row, with a score (higher is better) or a rank (1 is best)."""
+
+    content: PlainText | None = None
+    messages: list[Message] | None = None
+    score: float | None = None
+    rank: float | None = None
+    policy: str | None = None
+
+    @model_validator(mode="after")
+    def _has_one_text_and_one_order(self) -> Response:
+        if (self.content is None) == (self.messages is None):
+            raise ValueError('must have either "content" (a string) or "messages"')
+        if (self.score is None) == (self.rank is None):
+            raise ValueError('must have either "score" (higher is better) or "rank" (1 is best)')
+        return self
+
+    @property
+    def text(self) -> str:
+        """The text of the response."""
+        if self.messages is not None:
+            return text_of(self.messages)
+        return self.content or ""
+
+    @property
+    def goodness(self) -> float:
+        """The score, or the rank turned round: higher is better."""
+        return self.score if self.score is not None else -(self.rank or 0.0)
+
+    def info(self) -> dict[str, Any]:
+        """What the row says of the response beside its text.
+
+        >>> Response(content="four", score=0.9, policy="small-lm").info()
+        {'score': 0.9, 'policy': 'small-lm'}
+        """
+        return self.model_dump(exclude={"content", "messages"}, exclude_none=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Which responses of a ranked row are compared.
+
+    Attributes:
+        reference: The response that became the reference, None where the row has a reference of its own.
+        candidates: The other responses, in the order of the row.
+        pairs: (chosen, rejected) as indices into ``candidates``.
+        margins: Score differences of the pairs, None for ranks.
+        n_ties: Pairs left out because both are ranked the same.
+    """
+
+    reference: Response | None
+    candidates: list[Response]
+    pairs: list[tuple[int, int]]
+    margins: list[float | None]
+    n_ties: int
+
+
+class RankedRow(_Row):
+    """A prompt with several responses in an order; without a reference the best response becomes it.
+
+    >>> responses = [{"content": text, "score": score} for text, score in
+    ...              [("C", 1), ("A", 3), ("B", 2), ("b", 2)]]
+    >>> row = parse_row({"prompt": "Which?", "responses": responses})
+    >>> example = row.to_example("ranked.jsonl:1", pairing="all")
+    >>> example.reference, example.candidates
+    ('A', ('C', 'B', 'b'))
+    >>> example.pairs, example.margins, example.n_ties
+    (((1, 0), (2, 0)), (1.0, 1.0), 1)
+    """
+
+    responses: list[Response]
+    reference: Text | None = None
+
+    @model_validator(mode="after")
+    def _can_be_compared(self) -> RankedRow:
+        if len({response.score is None for response in self.responses}) > 1:
+            raise ValueError("some responses have a score and others a rank; use one of them for all")
+        needed = 2 if self.reference is not None else 3
+        if len(self.responses) < needed:
+            why = "a pair" if needed == 2 else "a reference (the best one, as the row has none) and a pair"
+            raise ValueError(f"has {len(self.responses)} responses; {why} needs at least {needed}")
+        return self
+
+    def ranking(self, pairing: Pairing = "adjacent") -> Ranking:
+        """Orders the responses and pairs them.
+
+        Args:
+            pairing: "adjacent" pairs every response with the next worse one, "all" with every worse one.
+        """
+        candidates = list(self.responses)
+        reference = None
+        if self.reference is None:
+            # max() takes the first of several that are equally good.
+            reference = max(candidates, key=lambda response: response.goodness)
+            candidates = [response for response in candidates if response is not reference]
+
+        order = sorted(range(len(candidates)), key=lambda i: -candidates[i].goodness)
+        reach = 1 if pairing == "adjacent" else len(order)
+        compared = [(a, b) for at, a in enumerate(order) for b in order[at + 1 : at + 1 + reach]]
+        pairs = [(a, b) for a, b in compared if candidates[a].goodness != candidates[b].goodness]
+        margins: list[float | None] = [
+            None if candidates[a].score is None else candidates[a].goodness - candidates[b].goodness
+            for a, b in pairs
+        ]
+        return Ranking(reference, candidates, pairs, margins, n_ties=len(compared) - len(pairs))
+
+    def to_example(self, source: str, *, pairing: Pairing = "adjacent", weight: float = 1.0) -> Example:
+        """The row as an `Example`; ties are left out and counted.
+
+        Args:
+            source: "file:line" of the row.
+            pairing: "adjacent" or "all"; see `ranking`.
+            weight: Factor on the row's own weight.
+        """
+        ranking = self.ranking(pairing)
+        best = ranking.reference
+        return Example(
+            prompt=text_of(self.prompt),
+            reference=best.text if best is not None else text_of(self.reference or ""),
+            candidates=tuple(response.text for response in ranking.candidates),
+            pairs=tuple(ranking.pairs),
+            margins=tuple(ranking.margins),
+            weights=(self.weight * weight,) * len(ranking.pairs),
+            wrapper=self.wrapper,
+            id=self._name(source),
+            subset=self.subset,
+            extra=dict(self.model_extra or {}),
+            source=source,
+            n_ties=ranking.n_ties,
+            candidate_info=tuple(response.info() for response in ranking.candidates),
+            reference_info=best.info() if best is not None else {},
+        )
+
+
+def parse_row(row: Any) -> PairRow | RankedRow:
+    """Checks a row and says which form it has.
+
+    Args:
+        row: A JSON object. ``"responses"`` makes it a ranked row.
+
+    Raises:
+        RowError: The row cannot be used; names the field, the reason and what to do.
+
+    >>> parse_row({"prompt": "Hi", "reference": "", "chosen": "Hello", "rejected": 7})
+    Traceback (most recent call last):
+    ...
+    polar_ft.data.records.RowError: rejected: is the number 7 — must be a string or a list of messages
+    """
+    if not isinstance(row, Mapping):
+        raise RowError("", f"the row is {_describe(row)} — write one JSON object a line")
+    both = {"chosen", "rejected"} & row.keys() if "responses" in row else set()
+    if both:
+        raise RowError("responses", f"stands beside {' and '.join(sorted(both))} — keep one of the two forms")
+    # Parquet has every column in every row: null is how it says that an optional field is not there.
+    fields = {key: value for key, value in row.items() if value is not None or key not in _HAVE_DEFAULTS}
+    model: type[PairRow | RankedRow] = RankedRow if "responses" in row else PairRow
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _row_error(error, row) from None
+
+
+_HAVE_DEFAULTS = ("weight", "wrapper")
+
+_MUST_BE = {
+    "string_type": "a string",
+    "list_type": "a list",
+    "model_type": 'an object with "role" and "content"',
+    "float_type": "a number",
+    "union_tag_not_found": "a string or a list of messages",
+    "union_tag_invalid": "a string or a list of messages",
+    "literal_error": '"sft" or "pretrain"',
+    "greater_than": "greater than 0",
+    "finite_number": "a finite number",
+}
+
+
+def _row_error(error: ValidationError, row: Mapping[str, Any]) -> RowError:
+    """One error for all that is wrong in a row: the first in full, then the names of the others."""
+    reasons: dict[str, str] = {}
+    for problem in error.errors(include_url=False):
+        # What a whole row may be refused for is always the number and order of its responses.
+        path = _path(problem["loc"], row) or "responses"
+        reasons.setdefault(path, _reason(problem, path, row))
+    (first, reason), *others = reasons.items()
+    if others:
+        more = ", ".join(path for path, _ in others[:4]) + (", …" if len(others) > 4 else "")
+        reason += f" (also wrong: {more})"
+    return RowError(first, reason)
+
+
+def _path(loc: tuple[int | str, ...], row: Any) -> str:
+    """Where an error is, in the row's own terms: pydantic's names for the arms of a union are left out.
+
+    >>> _path(("chosen", "messages", 0, "role"), {"chosen": [{"role": 1}]})
+    'chosen[0].role'
+    """
+    path, here = "", row
+    for step, key in enumerate(loc):
+        if isinstance(here, Mapping) and key in here:
+            path, here = f"{path}.{key}", here[key]
+        elif isinstance(here, list) and isinstance(key, int) and key < len(here):
+            path, here = f"{path}[{key}]", here[key]
+        elif isinstance(here, Mapping) and step == len(loc) - 1:  # a field that is missing
+            path = f"{path}.{key}"
+    return path.lstrip(".")
+
+
+def _reason(problem: Any, path: str, row: Mapping[str, Any]) -> str:
+    kind = problem["type"]
+    if kind == "missing":
+        return _reason_missing(path, row)
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
+    must_be = _MUST_BE.get(kind)
+    if path == "id":
+        must_be = "a string or a whole number"
+    elif kind == "model_type" and path.startswith("responses") and path.count("[") == 1:
+        must_be = 'an object with "content" and "score" or "rank"'
+    if must_be is None:
+        return str(problem["msg"])
+    return f"is {_describe(problem['input'])} — must be {must_be}"
+
+
+def _reason_missing(path: str, row: Mapping[str, Any]) -> str:
+    dialogue = row.get("chosen")
+    if path == "prompt" and isinstance(dialogue, str) and dialogue.lstrip().startswith("Human:"):
+        return "is missing — an hh-rlhf dialogue becomes a row with `polar-ft data convert hh-rlhf`"
+    known = {"prompt", "reference", "chosen", "rejected", "responses"}
+    unknown = [key for key in row if key not in known]
+    close = difflib.get_close_matches(path, unknown, n=1, cutoff=0.75)
+    if close:
+        return f"is missing — the row has {close[0]!r}; rename it"
+    if path == "reference":
+        return 'is missing — add it; "reference": "" says that there is none'
+    return "is missing — add it"
+
+
+def _describe(value: Any) -> str:
+    """What a wrong value is, short whatever its size.
+
+    >>> _describe(None), _describe(7), _describe([1, 2]), _describe({"text": "x"}), _describe("a" * 99)[:26]
+    ('null', 'the number 7', 'a list of 2', "an object with 'text'", "the string 'aaaaaaaaaaaaaa")
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return f"the number {value!r:.24}" if isinstance(value, float) else f"the number {value}"[:40]
+    if isinstance(value, str):
+        return f"the string {value[:40]!r}{'…' if len(value) > 40 else ''}"
+    if isinstance(value, Mapping):
+        keys = ", ".join(repr(key) for key in list(value)[:4])
+        return f"an object with {keys}" if keys else "an empty object"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,114 @@
+"""Training and held-out rows, divided by prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polar_ft.data.reading import DataSource, OnBytes, RowProblem, raise_problems, read_rows
+from polar_ft.data.records import RowError, parse_row
+from polar_ft.data.writing import open_rows
+from polar_ft.errors import PolarError
+
+
+@dataclass
+class Side:
+    """What went to one side.
+
+    Attributes:
+        path: The file.
+        rows: Rows in it.
+        pairs: Pairs that they give.
+        prompts: Different prompts in it.
+        subsets: Rows of each subset; None for rows without one.
+    """
+
+    path: Path
+    rows: int = 0
+    pairs: int = 0
+    prompts: int = 0
+    subsets: Counter[str | None] = field(default_factory=Counter)
+
+
+def is_held_out(prompt: str, fraction: float, seed: int = 0) -> bool:
+    """Whether a prompt belongs to the held-out side; depends on nothing but its text and the seed.
+
+    So the same prompt is on the same side in every file and in every order of rows, and a larger fraction
+    holds out the same prompts and some more. Runs of white space count as one space.
+
+    Args:
+        prompt: Text of the prompt.
+        fraction: Share of all prompts that is held out, from 0 to 1; met nearly, not exactly.
+        seed: Another seed holds out other prompts.
+
+    >>> is_held_out("What is 2 + 2?", 0.5), is_held_out("What  is 2 + 2?", 0.5), is_held_out("Hi", 0.5)
+    (True, True, False)
+    """
+    digest = hashlib.blake2b(f"{seed}\n{' '.join(prompt.split())}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def split_by_prompt(
+    sources: Iterable[DataSource],
+    train_path: Path,
+    held_out_path: Path,
+    *,
+    fraction: float,
+    seed: int = 0,
+    on_bytes: OnBytes | None = None,
+) -> tuple[Side, Side]:
+    """Writes every row, as it is, to one of two files, so that no prompt is in both.
+
+    Args:
+        sources: What is read.
+        train_path: File for the rows to train on.
+        held_out_path: File for the rows to measure with.
+        fraction: Share of prompts to be held out, between 0 and 1.
+        seed: See `is_held_out`.
+        on_bytes: See `polar_ft.data.reading.read_rows`.
+
+    Raises:
+        DataError: Rows that cannot be used; nothing is written.
+        PolarError: One of the sides would be empty; nothing is written.
+    """
+    if not 0 < fraction < 1:
+        raise PolarError(f"fraction {fraction}: must lie between 0 and 1, for instance 0.1")
+    train, held_out = Side(train_path), Side(held_out_path)
+    seen: set[bytes] = set()
+    problems: list[RowProblem] = []
+    with ExitStack() as stack:
+        train_rows = stack.enter_context(open_rows(train_path))
+        held_out_rows = stack.enter_context(open_rows(held_out_path))
+        for source in sources:
+            for place, row in read_rows(
+                source.path, source.split, max_line_mb=source.max_line_mb, on_bytes=on_bytes
+            ):
+                if isinstance(row, RowProblem):
+                    problems.append(row)
+                    continue
+                try:
+                    example = parse_row(row).to_example(place, pairing=source.pairing)
+                except RowError as error:
+                    problems.append(RowProblem.at(place, error))
+                    continue
+                held = is_held_out(example.prompt, fraction, seed)
+                side, out = (held_out, held_out_rows) if held else (train, train_rows)
+                out.write(row)
+                prompt = hashlib.blake2b(example.prompt.encode(), digest_size=16).digest()
+                side.prompts += prompt not in seen
+                seen.add(prompt)
+                side.rows += 1
+                side.pairs += len(example.pairs)
+                side.subsets[example.subset] += 1
+        raise_problems(problems)
+        for side, name in ((train, "training"), (held_out, "held-out")):
+            if not side.rows:
+                raise PolarError(
+                    f"the {name} side is empty: {len(seen):,} prompts are too few for fraction {fraction:g}; "
+                    f"choose another fraction or seed"
+                )
+    return train, held_out

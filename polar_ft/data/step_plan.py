@@ -1,0 +1,243 @@
+"""The step plan: which pairs make up each optimizer step, and in which pack of which rank they run.
+
+The plan is a function of the data, the seed and the epoch alone: which pairs a step holds does not depend
+on the layout, the number of ranks, the size of a pack or the accumulation. Those decide only where a pair
+is computed. Every rank works the plan out for itself and gets the same one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from polar_ft.data.packing import Group, Layout
+from polar_ft.errors import PolarError
+
+
+class GroupSizes(Protocol):
+    """What the plan needs to know of the groups; `polar_ft.data.tokenized.TokenizedGroups` is one."""
+
+    pairs: np.ndarray  # [groups], number of pairs
+    weights: np.ndarray  # [groups], sum of the weights of its pairs
+    tokens: dict[str, np.ndarray]  # layout → [groups], tokens to compute
+    attended: dict[str, np.ndarray]  # layout → [groups], query-key pairs of attention
+
+    def group(self, index: int) -> Group: ...
+
+    def source(self, index: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A group, or those of its pairs that fit into a pack.
+
+    Attributes:
+        group: Index of the group.
+        first_pair: Index of the first pair of the piece within the group.
+        last_pair: Index after the last pair.
+        tokens: Tokens to compute.
+        cost: Time to compute it, in units of one token without attention.
+    """
+
+    group: int
+    first_pair: int
+    last_pair: int
+    tokens: int
+    cost: float
+
+
+Packs = list[list[Piece]]
+
+
+class StepPlan:
+    """Plans optimizer steps of about ``global_batch_pairs`` pairs out of whole groups.
+
+    Args:
+        sizes: Sizes of the groups.
+        global_batch_pairs: Pairs of an optimizer step over all ranks; a step has as near to it as whole
+            groups allow, and all steps of an epoch about the same.
+        max_packed_length: Tokens that a pack may hold.
+        ranks: Data-parallel ranks.
+        seed: Seed of the order of the groups.
+        layout: How packs are laid out.
+        accumulative_counts: Packs of each rank in a step; None takes as few as hold the step.
+        hidden_size: Of the model; weighs attention against the rest in the cost of a group.
+
+    Raises:
+        PolarError: There is nothing to train on, or a single pair does not fit into a pack.
+    """
+
+    def __init__(
+        self,
+        sizes: GroupSizes,
+        *,
+        global_batch_pairs: int,
+        max_packed_length: int,
+        ranks: int = 1,
+        seed: int = 0,
+        layout: Layout = "tree",
+        accumulative_counts: int | None = None,
+        hidden_size: int = 4096,
+    ) -> None:
+        if not len(sizes.pairs):
+            raise PolarError("there is no pair to train on; `polar-ft data check` says what is in the data")
+        self.sizes = sizes
+        self.max_packed_length = max_packed_length
+        self.ranks = ranks
+        self.seed = seed
+        self.layout: Layout = layout
+        self.accumulative_counts = accumulative_counts
+        self.tokens = sizes.tokens[layout]
+        # A layer costs about 24·hidden² operations a token (its matrices: Kaplan et al., arXiv 2001.08361,
+        # table 1) and 4·hidden for each query-key pair.
+        self.costs = self.tokens + sizes.attended[layout] / (6 * hidden_size)
+        self.steps_per_epoch = max(1, round(int(sizes.pairs.sum()) / global_batch_pairs))
+        self.steps_per_epoch = min(self.steps_per_epoch, len(sizes.pairs))
+        self._split: dict[int, list[Piece]] = {
+            int(index): self._split_group(int(index))
+            for index in np.flatnonzero(self.tokens > max_packed_length)
+        }
+        self._epoch: tuple[int, list[np.ndarray]] | None = None
+
+    def groups_of_step(self, epoch: int, step: int) -> np.ndarray:
+        """Indices of the groups of a step."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes.pairs))
+            self._epoch = (epoch, split_evenly(order, self.sizes.pairs[order], self.steps_per_epoch))
+        return self._epoch[1][step]
+
+    def weight_of_step(self, epoch: int, step: int) -> float:
+        """Sum of the weights of the step's pairs: what the sum of their losses is divided by."""
+        return float(self.sizes.weights[self.groups_of_step(epoch, step)].sum())
+
+    def packs(self, epoch: int, step: int) -> list[Packs]:
+        """The packs of a step: for each rank the same number of packs, each a list of pieces.
+
+        A rank's list may end with empty packs, where there are fewer pieces than packs.
+        """
+        pieces = [piece for index in self.groups_of_step(epoch, step) for piece in self._pieces(int(index))]
+        if self.accumulative_counts is None:
+            tokens = sum(piece.tokens for piece in pieces)
+            rounds = math.ceil(tokens / (self.max_packed_length * self.ranks))
+            while (bins := self._fill(pieces, rounds * self.ranks)) is None:
+                rounds += 1
+        else:
+            rounds = self.accumulative_counts
+            bins = self._fill(pieces, rounds * self.ranks)
+            if bins is None:
+                self._raise_too_small(pieces, step)
+        # Ranks that run side by side get packs of about the same cost.
+        bins.sort(key=lambda pack: -sum(piece.cost for piece in pack))
+        return [[bins[turn * self.ranks + rank] for turn in range(rounds)] for rank in range(self.ranks)]
+
+    def _pieces(self, index: int) -> list[Piece]:
+        split = self._split.get(index)
+        if split is not None:
+            return split
+        pairs = int(self.sizes.pairs[index])
+        return [Piece(index, 0, pairs, int(self.tokens[index]), float(self.costs[index]))]
+
+    def _fill(self, pieces: Sequence[Piece], count: int) -> list[list[Piece]] | None:
+        """Costliest piece first into the cheapest pack that has room; None where one finds no room."""
+        bins: list[list[Piece]] = [[] for _ in range(count)]
+        costs = np.zeros(count)
+        rooms = np.full(count, self.max_packed_length)
+        # Ties broken by group, so that the packs do not depend on the order of the data within a step.
+        for piece in sorted(pieces, key=lambda piece: (-piece.cost, piece.group, piece.first_pair)):
+            fitting = np.where(rooms >= piece.tokens, costs, np.inf)
+            best = int(fitting.argmin())
+            if not np.isfinite(fitting[best]):
+                return None
+            bins[best].append(piece)
+            costs[best] += piece.cost
+            rooms[best] -= piece.tokens
+        return bins
+
+    def _split_group(self, index: int) -> list[Piece]:
+        """Cuts a group that is longer than a pack into pieces that repeat its prefix."""
+        group = self.sizes.group(index)
+        pieces: list[Piece] = []
+        first = 0
+        while first < len(group.pairs):
+            last = first + 1
+            while (
+                last < len(group.pairs)
+                and self._piece_tokens(group, first, last + 1) <= self.max_packed_length
+            ):
+                last += 1
+            tokens = self._piece_tokens(group, first, last)
+            if tokens > self.max_packed_length:
+                raise PolarError(
+                    f"{self.sizes.source(index)}: one pair alone takes {tokens} tokens, more than a pack holds; "
+                    f"raise max_packed_length from {self.max_packed_length} to at least {tokens}, or lower "
+                    f"max_length"
+                )
+            cost = float(self.costs[index]) * tokens / float(self.tokens[index])
+            pieces.append(Piece(index, first, last, tokens, cost))
+            first = last
+        return pieces
+
+    def _piece_tokens(self, group: Group, first: int, last: int) -> int:
+        piece = select_pairs(group, first, last)
+        return piece.tree_tokens() if self.layout == "tree" else piece.flat_tokens()
+
+    def _raise_too_small(self, pieces: Sequence[Piece], step: int) -> None:
+        rounds = self.accumulative_counts or 1
+        while self._fill(pieces, rounds * self.ranks) is None:
+            rounds += 1
+        tokens = sum(piece.tokens for piece in pieces)
+        raise PolarError(
+            f"step {step + 1} of {tokens} tokens does not fit into {self.ranks} ranks × "
+            f"{self.accumulative_counts} packs of {self.max_packed_length} tokens; raise accumulative_counts "
+            f"to {rounds} (or leave it None), or raise max_packed_length, or lower global_batch_pairs"
+        )
+
+
+def split_evenly(order: np.ndarray, pairs: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Cuts an order of groups into parts with about the same number of pairs, none of them empty.
+
+    >>> [part.tolist() for part in split_evenly(np.arange(5), np.array([1, 1, 4, 1, 1]), 2)]
+    [[0, 1], [2, 3, 4]]
+
+    Args:
+        order: Group indices, [groups].
+        pairs: Pairs of the groups in that order, [groups].
+        parts: Number of parts, at most the number of groups.
+    """
+    middle = np.cumsum(pairs) - pairs / 2
+    part_of = np.floor(middle * parts / pairs.sum()).astype(int)
+    # Large groups can leave a part without a group of its own; every part gets at least one.
+    lowest = np.maximum.accumulate(np.maximum(part_of, 0))
+    count = len(order)
+    starts = np.searchsorted(lowest, np.arange(parts))
+    starts[0] = 0
+    for part in range(1, parts):
+        starts[part] = max(starts[part], starts[part - 1] + 1)
+    for part in range(parts - 1, 0, -1):
+        starts[part] = min(starts[part], count - (parts - part))
+    return np.split(order, starts[1:])
+
+
+def select_pairs(group: Group, first: int, last: int) -> Group:
+    """The group with pairs ``first`` to ``last`` only, and only the branches that they need.
+
+    >>> group = Group(np.array([5]), [np.array([1]), np.array([2]), np.array([3])],
+    ...               np.array([[0, 1], [1, 2]]), np.zeros(2), np.ones(2))
+    >>> part = select_pairs(group, 1, 2)
+    >>> [branch.tolist() for branch in part.branches], part.pairs.tolist()
+    ([[2], [3]], [[0, 1]])
+    """
+    if first == 0 and last == len(group.pairs):
+        return group
+    used, pairs = np.unique(group.pairs[first:last], return_inverse=True)
+    return Group(
+        prefix=group.prefix,
+        branches=[group.branches[index] for index in used],
+        pairs=pairs.reshape(-1, 2),
+        margins=group.margins[first:last],
+        weights=group.weights[first:last],
+    )

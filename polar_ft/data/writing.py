@@ -1,0 +1,108 @@
+"""JSON lines written beside their place and renamed when whole: nothing half-written is left behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from polar_ft.errors import PolarError
+
+
+class RowWriter:
+    """Writes rows as JSON lines; made by `open_rows`.
+
+    Attributes:
+        count: Rows written so far.
+    """
+
+    def __init__(self, path: Path, stream: Any) -> None:
+        self.count = 0
+        self._path = path
+        self._stream = stream
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes one row.
+
+        Raises:
+            PolarError: The disk is full or fails.
+        """
+        with _disk_errors(self._path):
+            self._stream.write(to_line(row))
+        self.count += 1
+
+
+def to_line(row: Mapping[str, Any]) -> bytes:
+    r"""One line of JSON, readable text left as it is; what JSON has no word for (dates) as a string.
+
+    >>> to_line({"prompt": "¿Qué?"}).decode()
+    '{"prompt": "¿Qué?"}\n'
+    """
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, in a field that nobody reads
+        return json.dumps(row, default=str).encode() + b"\n"
+
+
+def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
+    """Checks, before any work is done, that the output may be written.
+
+    Raises:
+        PolarError: An output exists and ``force`` was not given, or its name does not end in .jsonl.
+    """
+    for path in paths:
+        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+            raise PolarError(
+                f"{path}: rows are written as JSON lines; let the name end in .jsonl or .jsonl.gz"
+            )
+        if path.is_dir():
+            raise PolarError(f"{path}: is a folder; name a file")
+        if path.exists() and not force:
+            raise PolarError(f"{path}: exists already; choose another name, or --force to replace it")
+
+
+@contextmanager
+def open_rows(path: Path) -> Iterator[RowWriter]:
+    """A writer of a .jsonl or .jsonl.gz file that appears, whole, when the block ends without an error.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+
+    Raises:
+        PolarError: The file cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A gzip file without its time stamp: the same rows give the same bytes.
+        raw = part.open("wb")
+    stream = gzip.GzipFile(path.name, "wb", fileobj=raw, mtime=0) if path.name.endswith(".gz") else raw
+    try:
+        yield RowWriter(path, stream)
+        with _disk_errors(path):
+            if stream is not raw:
+                stream.close()
+            raw.flush()
+            os.fsync(raw.fileno())
+            raw.close()
+            part.replace(path)
+    finally:
+        with suppress(OSError):  # closing flushes once more, onto a disk that may be full
+            raw.close()
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PolarError(
+            f"{path}: cannot be written ({reason}); nothing was left half-written. Free some space or choose "
+            f"another place"
+        ) from error

@@ -1,0 +1,45 @@
+"""What happens first in a run: `prepare_training`, named by ``model_resource`` in every config."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from polar_ft.errors import PolarError
+from polar_ft.template import resolve_folder
+from polar_ft.training import upstream
+
+
+def prepare_training(pretrained_model_name_or_path: str) -> str:
+    """Mends upstream and checks the model folder, before xtuner builds anything.
+
+    xtuner 0.2.0 calls ``model_resource["fn"]`` right after it has parsed a config: the one early hook that a
+    config has. What it returns replaces every ``pretrained_model_name_or_path`` of the config.
+
+    To fetch the model from elsewhere first, compose::
+
+        def fetch(path):
+            return prepare_training(my_download(path))
+
+        model_resource = dict(fn=fetch)
+
+    Args:
+        pretrained_model_name_or_path: The config's.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        PolarError: No such folder, and the hub does not have it.
+    """
+    sys.excepthook = _short_excepthook
+    upstream.apply()
+    return str(resolve_folder(pretrained_model_name_or_path))
+
+
+def _short_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What the user can mend is told in a line, without a traceback; the exit status stays 1."""
+    if isinstance(error, PolarError):
+        print(f"\nerror: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

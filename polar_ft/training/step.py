@@ -1,0 +1,161 @@
+"""One optimizer step: all packs of a step forward and backward, then one update.
+
+The loss of a step is the mean over its pairs, over all ranks. Data-parallel wrappers average gradients over
+the ranks, so every pack contributes ``sum of its pair losses × ranks / weight of the step``. An iteration of
+mmengine is one such step; log, schedule, checkpoints and TensorBoard count optimizer updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.optim import OptimWrapper
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from polar_ft.data.packing import Pack
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one rank computes in one optimizer step.
+
+    Attributes:
+        packs: The packs of this rank, as many on every rank.
+        weight: Sum of the weights of the pairs of the whole step, over all ranks.
+        epoch: From 0.
+        step: Step within the epoch, from 0.
+    """
+
+    packs: list[Pack]
+    weight: float
+    epoch: int
+    step: int
+
+    def pin_memory(self) -> StepBatch:
+        """Called by torch's DataLoader."""
+        return replace(self, packs=[pack.pin_memory() for pack in self.packs])
+
+
+# What `PolarRewardModel` sums over the pairs of a pack, in this order.
+STATISTICS = ("loss", "weight", "pairs", "correct", "chosen", "rejected", "tokens", "flat_tokens")
+
+Log = dict[str, float]
+
+
+def _accumulate(batch: StepBatch, device: torch.device, run: Callable[[Pack, float, bool], torch.Tensor]) -> Log:
+    """Runs every pack and returns the step's figures, summed over all ranks.
+
+    ``run(pack, factor, last)`` computes forward and backward of one pack, its loss times ``factor``, and
+    returns its statistics.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    total = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
+    for number, pack in enumerate(batch.packs):
+        total += run(pack.to(device), ranks / batch.weight, number == len(batch.packs) - 1)
+    if ranks > 1:
+        dist.all_reduce(total)
+    return _log(dict(zip(STATISTICS, total.tolist())))
+
+
+def _log(total: dict[str, float]) -> Log:
+    chosen, rejected = total["chosen"] / total["pairs"], total["rejected"] / total["pairs"]
+    return {
+        "loss": total["loss"] / total["weight"],
+        "accuracy": total["correct"] / total["pairs"],
+        "margin": chosen - rejected,
+        "chosen_score": chosen,
+        "rejected_score": rejected,
+        "pairs": total["pairs"],
+        "tokens": total["tokens"],
+        "flat_tokens": total["flat_tokens"],
+    }
+
+
+def plain_step(model: nn.Module, batch: StepBatch, optim_wrapper: StepOptimWrapper, device: torch.device) -> Log:
+    """A step without DeepSpeed; ``model`` may be wrapped in DistributedDataParallel."""
+
+    def run(pack: Pack, factor: float, last: bool) -> torch.Tensor:
+        # Gradients are exchanged between ranks once, with the last pack.
+        local = nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        with local, optim_wrapper.autocast(device):
+            output = model(pack=pack, mode="loss")
+            (output["loss"] * factor).backward()
+        return output["statistics"]
+
+    log = _accumulate(batch, device, run)
+    log["grad_norm"] = optim_wrapper.clip_and_step()
+    return log
+
+
+def deepspeed_step(engine: Any, batch: StepBatch) -> Log:
+    """A step with a ``deepspeed.DeepSpeedEngine``, any ZeRO stage."""
+    if hasattr(engine.optimizer, "gradient_accumulation_steps"):
+        # Offload reads it to know whether gradients of several packs are to be added up.
+        engine.optimizer.gradient_accumulation_steps = len(batch.packs)
+
+    def run(pack: Pack, factor: float, last: bool) -> torch.Tensor:
+        engine.set_gradient_accumulation_boundary(last)
+        output = engine(pack=pack, mode="loss")
+        engine.backward(output["loss"] * factor, scale_wrt_gas=False)
+        return output["statistics"]
+
+    log = _accumulate(batch, engine.device, run)
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    if norm is not None:
+        log["grad_norm"] = float(norm)
+    return log
+
+
+class StepOptimWrapper(OptimWrapper):
+    """mmengine's optimizer wrapper for whole steps, and with automatic mixed precision where it pays.
+
+    Args:
+        optimizer: The optimizer.
+        clip_grad: ``dict(max_norm=…)``; None does not clip.
+        accumulative_counts: For ``--deepspeed``, which reads it; the step plan decides here.
+        dtype: Autocast dtype on CUDA, "bfloat16" or None; a CPU computes in float32.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        clip_grad: dict | None = None,
+        accumulative_counts: int = 1,
+        dtype: str | None = "bfloat16",
+    ) -> None:
+        super().__init__(optimizer, clip_grad=clip_grad)
+        self.dtype = getattr(torch, dtype) if dtype else None
+
+    def autocast(self, device: torch.device):
+        """Context in which forward runs."""
+        if self.dtype is None or device.type != "cuda":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.dtype)
+
+    def clip_and_step(self) -> float:
+        """Clips, updates and clears the gradients; returns their norm before clipping."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        max_norm = (self.clip_grad_kwargs or {}).get("max_norm", float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+
+class StepDistributedDataParallel(DistributedDataParallel):
+    """DistributedDataParallel whose ``train_step`` is one whole optimizer step; on CUDA and on CPU."""
+
+    def __init__(self, module: nn.Module) -> None:
+        device = next(module.parameters()).device
+        super().__init__(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+    def train_step(self, data: StepBatch, optim_wrapper: StepOptimWrapper) -> Log:
+        """Called by mmengine's train loop."""
+        return plain_step(self, data, optim_wrapper, next(self.module.parameters()).device)

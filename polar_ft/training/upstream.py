@@ -1,0 +1,59 @@
+"""Workarounds for upstream, all of them: symptom, upstream file, and when it can go.
+
+`apply` is called by `prepare_training`, the earliest code of ours that a run reaches (see there).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def apply() -> None:
+    """Applies every workaround; a second call changes nothing."""
+    _cpu_has_no_is_bf16_supported()
+    _distributed_cpu_has_no_cuda_device()
+    _deepspeed_steps_are_whole()
+
+
+def _cpu_has_no_is_bf16_supported() -> None:
+    """Without a GPU, ``--deepspeed`` ends in AttributeError: torch.cpu has no is_bf16_supported.
+
+    Upstream: xtuner 0.2.0 ``tools/utils.py``, auto_dtype_of_deepspeed_config (and ``model/reward.py``).
+    Goes when xtuner asks the device only where there is one.
+    """
+    if not hasattr(torch.cpu, "is_bf16_supported"):
+        torch.cpu.is_bf16_supported = lambda: True  # type: ignore[attr-defined]
+
+
+def _distributed_cpu_has_no_cuda_device() -> None:
+    """Two processes without a GPU end in an error of torch.cuda.set_device.
+
+    Upstream: mmengine 0.10.6 ``dist/utils.py``, _init_dist_pytorch, which sets the CUDA device for every
+    backend. Goes when mmengine sets it only for backends that use one.
+    """
+    if not torch.cuda.is_available():
+        torch.cuda.set_device = lambda device: None  # type: ignore[assignment]
+
+
+def _deepspeed_steps_are_whole() -> None:
+    """With ``--deepspeed``, an iteration is one micro-batch, so that log, schedule and checkpoints count those.
+
+    Upstream: mmengine 0.10.6 ``_strategy/deepspeed.py``, MMDeepSpeedEngineWrapper.train_step; its class is
+    fixed in DeepSpeedStrategy, so it cannot be chosen in a config. An iteration of ours is one optimizer
+    step. Goes when the strategy takes the wrapper's class as an argument.
+    """
+    from mmengine._strategy.deepspeed import MMDeepSpeedEngineWrapper
+
+    from polar_ft.training.step import StepBatch, deepspeed_step
+
+    original = MMDeepSpeedEngineWrapper.train_step
+    if getattr(original, "polar_ft", False):
+        return
+
+    def train_step(self, data, optim_wrapper):
+        if isinstance(data, StepBatch):
+            return deepspeed_step(self.model, data)
+        return original(self, data, optim_wrapper)
+
+    train_step.polar_ft = True  # type: ignore[attr-defined]
+    MMDeepSpeedEngineWrapper.train_step = train_step

@@ -1,0 +1,223 @@
+"""The command as a user runs it, with a function in place of the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from polar_ft.evaluation import commands
+from polar_ft.template import PolarTemplate
+
+TOOL = Path(__file__).parents[2] / "tools" / "eval_preference.py"
+
+COLOURS = ["red", "blue", "green", "white", "black", "yellow"]
+
+
+def shares_words(example, candidate):
+    """Rewards the words that a candidate shares with the reference: a model that reads it."""
+    return float(len(set(candidate.split()) & set(example.reference.split())))
+
+
+def catalogue(n=60):
+    """The reference's colour is right; only the reference says which one it is."""
+    return [
+        {
+            "id": f"item-{row}",
+            "subset": "lamps" if row % 3 else "chairs",
+            "prompt": f"Which colour has item {row}?",
+            "reference": f"{COLOURS[row % 6]}",
+            "chosen": f"it comes in {COLOURS[row % 6]}",
+            "rejected": f"it comes in {COLOURS[(row + 1 + row // 6 % 5) % 6]}",
+            "turns": row,
+        }
+        for row in range(n)
+    ]
+
+
+@pytest.fixture
+def run_tool(monkeypatch, tmp_path, model_dir, make_scorer, capsys):
+    """Runs tools/eval_preference.py in this process; gives (exit status, stdout, stderr, settings)."""
+
+    def run(*arguments, score=shares_words):
+        settings = {}
+
+        def load(folder, **given):
+            settings.update(given)
+            scorer = make_scorer(score)
+            limits = {key: given[key] for key in ("max_length", "max_response_length") if key in given}
+            if limits:
+                scorer.template = PolarTemplate.from_pretrained(folder, **limits)
+            return scorer
+
+        monkeypatch.setattr(commands, "load_scorer", load)
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err, settings
+
+    return run
+
+
+def test_a_run_from_data_to_files(run_tool, model_dir, write_rows, tmp_path):
+    data = write_rows(catalogue())
+    status, out, err, settings = run_tool(model_dir, data, "--shuffle-references", "1")
+    assert status == 0, err
+    assert settings == {"device": None, "dtype": "auto", "allow_tokenizer_code": ()}
+    folder = tmp_path / "work_dirs" / "eval" / "polar-tiny"
+    report = json.loads((folder / "metrics.json").read_text())
+    overall = report["metrics"]["overall"]
+    assert (overall["n_pairs"], overall["accuracy"], overall["n_ties"]) == (60, 1.0, 0)
+    # Wilson for n of n: the lower bound is n / (n + z²).
+    assert overall["accuracy_ci95"] == pytest.approx([60 / (60 + 1.959963984540054**2), 1.0])
+    assert report["metrics"]["subsets"].keys() == {"chairs", "lamps"}
+    # No row keeps its colour, so no chosen answer is rewarded.
+    assert report["shuffled_reference"]["n_same_reference"] == 0
+    assert report["shuffled_reference"]["metrics"]["overall"]["accuracy"] == 0.0
+    assert report["run"]["data"][0]["path"] == str(data)
+    assert len(report["run"]["data"][0]["sha256"]) == 64
+    assert (report["run"]["max_length"], report["run"]["n_rows"]) == (400, 60)
+
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"item-{row}" for row in range(60)]
+    first = rows[0]
+    assert (first["chosen_score"], first["rejected_score"], first["margin"]) == (1.0, 0.0, 1.0)
+    assert (first["chosen_chars"], first["chosen_tokens"]) == (15, 16)
+    assert first["source"] == f"{data}:1"
+    assert first["extra"] == {"turns": 0}
+    assert first["cut"] == {"prompt": 0, "reference": 0, "chosen": 0, "rejected": 0}
+
+    assert "accuracy 100.0 %, 95 % interval 94.0–100.0, on 60 held-out pairs" in out
+    assert "scores.jsonl" in out
+    assert (
+        max(len(line) for line in out.splitlines() if "wrote" not in line and str(tmp_path) not in line)
+        <= 100
+    )
+    # Progress goes to stderr, in lines where stderr is no terminal.
+    assert "scoring : 60/60 pairs, " in err
+    assert "pairs/s, took 0:00:0" in err
+    assert "shuffled: 60/60" in err
+
+
+def test_several_files_are_subsets_of_their_own(run_tool, model_dir, write_rows, tmp_path):
+    rows = [{key: value for key, value in row.items() if key != "subset"} for row in catalogue(12)]
+    one, other = write_rows(rows[:8], "one.jsonl"), write_rows(rows[8:], "other.jsonl")
+    status, _, err, _ = run_tool(model_dir, one, other, "--out", tmp_path / "results")
+    assert status == 0, err
+    report = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    counts = {name: figures["n_pairs"] for name, figures in report["metrics"]["subsets"].items()}
+    assert counts == {str(one): 8, str(other): 4}
+    assert report["shuffled_reference"] is None
+
+
+def test_ranked_rows_and_ties_in_the_data(run_tool, model_dir, write_rows, tmp_path):
+    def ranked(scores):
+        responses = [{"content": f"answer {i}", "score": score} for i, score in enumerate(scores)]
+        return {"prompt": "?", "reference": "answer", "responses": responses}
+
+    data = write_rows([ranked([3, 2, 1]), ranked([2, 2, 1]), ranked([1, 1])])
+    status, out, err, _ = run_tool(
+        model_dir, data, "--pairing", "all", "--out", "results", score=lambda example, text: -float(text[-1])
+    )
+    assert status == 0, err
+    report = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    # Three pairs of the first row, two of the second; a tie in the second and one in the third.
+    assert (report["metrics"]["overall"]["n_pairs"], report["metrics"]["overall"]["accuracy"]) == (5, 1.0)
+    assert (report["run"]["n_rows"], report["run"]["n_ties_in_data"]) == (3, 2)
+    assert "2 pairs that the data itself ranks the same were left out" in out
+
+
+def test_what_was_cut_is_shown(run_tool, model_dir, write_rows, tmp_path):
+    rows = catalogue(4)
+    rows[0]["chosen"] = "red " * 50
+    options = ("--max-length", 400, "--max-response-length", 64, "--batch-tokens", 512, "--dtype", "float32")
+    status, out, err, settings = run_tool(model_dir, write_rows(rows), *options)
+    assert status == 0, err
+    assert settings["tokens_per_batch"] == 512
+    assert settings["dtype"] == "float32"
+    assert "1 of 4 pairs (prompt 0, reference 0, chosen 1, rejected 0)" in " ".join(out.split())
+    first = (tmp_path / "work_dirs/eval/polar-tiny/scores.jsonl").read_text().splitlines()[0]
+    # 200 bytes and <s>, of which 64 are kept.
+    assert json.loads(first)["chosen_tokens"] == 201
+    assert json.loads(first)["cut"]["chosen"] == 201 - 64
+
+
+def test_some_scores_that_are_not_finite_are_a_warning(run_tool, model_dir, write_rows):
+    def score(example, candidate):
+        return math.nan if example.id == "item-3" else shares_words(example, candidate)
+
+    status, out, _, _ = run_tool(model_dir, write_rows(catalogue(6)), score=score)
+    assert status == 0
+    assert "WARNING: 1 of 6 pairs have a score that is NaN or infinite" in out
+
+
+def test_no_finite_score_at_all_is_an_error_with_files(run_tool, model_dir, write_rows, tmp_path):
+    status, _, err, _ = run_tool(
+        model_dir, write_rows(catalogue(6)), "--out", "results", score=lambda *_: math.nan
+    )
+    assert status == 1
+    assert "not one of 6 pairs has finite scores" in " ".join(err.split())
+    assert "--dtype float32" in err
+    assert (
+        json.loads((tmp_path / "results/metrics.json").read_text())["metrics"]["overall"]["accuracy"] is None
+    )
+
+
+def test_bad_rows_are_named_and_nothing_is_scored(run_tool, model_dir, write_rows, tmp_path):
+    rows = catalogue(5)
+    del rows[2]["chosen"]
+    data = write_rows(rows)
+    status, _, err, settings = run_tool(model_dir, data)
+    assert status == 1
+    assert f"{data}:3: chosen: is missing" in err
+    assert settings == {}
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no/such/model/folder", "DATA"), "no/such/model/folder: no such folder"),
+        (("MODEL", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+        (("MODEL", "DATA", "--out", "DATA"), "cannot be written to"),
+        (("MODEL", "EMPTY"), "has no rows"),
+        (("MODEL", "TIES"), "every ranked row has nothing but ties"),
+        (("MODEL", "LONG"), ":1: a reference of 64 tokens leaves the prompt a budget of 0"),
+    ],
+)
+def test_errors_name_what_to_do(run_tool, model_dir, write_rows, arguments, message):
+    tied = {"prompt": "?", "reference": "", "responses": [{"content": c, "rank": 1} for c in "ab"]}
+    paths = {
+        "MODEL": model_dir,
+        "DATA": write_rows(catalogue(3)),
+        "EMPTY": write_rows([], "empty.jsonl"),
+        "TIES": write_rows([tied], "ties.jsonl"),
+        "LONG": write_rows([{**catalogue(1)[0], "reference": "r" * 99}], "long.jsonl"),
+    }
+    limits = ("--max-length", 132, "--max-response-length", 64)
+    status, _, err, _ = run_tool(*(paths.get(argument, argument) for argument in arguments), *limits)
+    assert status == 1
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_wrong_options_are_refused(run_tool, model_dir, write_rows):
+    status, _, err, _ = run_tool(model_dir, write_rows(catalogue(3)), "--dtype", "float8")
+    assert status == 2
+    assert "float8" in err
+
+
+def test_an_earlier_result_is_replaced_whole(run_tool, model_dir, write_rows, tmp_path):
+    run_tool(model_dir, write_rows(catalogue(10)))
+    run_tool(model_dir, write_rows(catalogue(4)))
+    folder = tmp_path / "work_dirs/eval/polar-tiny"
+    assert len((folder / "scores.jsonl").read_text().splitlines()) == 4
+    assert json.loads((folder / "metrics.json").read_text())["metrics"]["overall"]["n_pairs"] == 4
+    assert sorted(os.listdir(folder)) == ["metrics.json", "scores.jsonl"]
