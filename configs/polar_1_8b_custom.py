@@ -7,7 +7,6 @@
 # card is enough (lower max_packed_length on a smaller one).
 
 from mmengine.hooks import CheckpointHook, IterTimerHook, LoggerHook, ParamSchedulerHook
-from mmengine.optim import CosineAnnealingLR, LinearLR
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
 from torch.optim import AdamW
 from xtuner.engine.runner import TrainLoop
@@ -17,7 +16,8 @@ from polar_ft.training.dataset import StepSampler, build_reward_dataset, collate
 from polar_ft.training.hooks import ThroughputHook
 from polar_ft.training.model import PolarRewardModel
 from polar_ft.training.prepare import prepare_training
-from polar_ft.training.step import StepDistributedDataParallel, StepOptimWrapper
+from polar_ft.training.schedule import WarmupCosineLR
+from polar_ft.training.step import StepOptimWrapper
 
 #######################################################################
 #                  PART 1  Settings: edit these lines                 #
@@ -119,26 +119,18 @@ optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_norm),
 )
-model_wrapper_cfg = dict(type=StepDistributedDataParallel)
+# By name, as mmengine wants it; the class stands beside StepOptimWrapper.
+model_wrapper_cfg = dict(type="StepDistributedDataParallel")
 
-param_scheduler = [
-    dict(
-        type=LinearLR,
-        start_factor=0.1,
-        by_epoch=True,
-        begin=0,
-        end=warmup_ratio * max_epochs,
-        convert_to_iter_based=True,
-    ),
-    dict(
-        type=CosineAnnealingLR,
-        eta_min_ratio=0.1,
-        by_epoch=True,
-        begin=warmup_ratio * max_epochs,
-        end=max_epochs,
-        convert_to_iter_based=True,
-    ),
-]
+param_scheduler = dict(
+    type=WarmupCosineLR,
+    warmup_ratio=warmup_ratio,
+    min_ratio=0.1,
+    by_epoch=True,
+    begin=0,
+    end=max_epochs,
+    convert_to_iter_based=True,
+)
 train_cfg = dict(type=TrainLoop, max_epochs=max_epochs)
 
 #######################################################################

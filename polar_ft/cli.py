@@ -16,6 +16,7 @@ from rich.console import Console
 import polar_ft
 from polar_ft.data.commands import data_app
 from polar_ft.errors import PolarError
+from polar_ft.evaluation.commands import evaluate
 
 app = typer.Typer(
     help="Fine-tune, check, convert and evaluate POLAR reward models.",
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.command("eval")(evaluate)
 
 
 @app.callback(invoke_without_command=True)

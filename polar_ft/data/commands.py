@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,24 +21,22 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from polar_ft.data.converters import CONVERTERS, convert_file
-from polar_ft.data.lint import FIELDS, Lengths, Report, check
+from polar_ft.data.lint import check
 from polar_ft.data.preview import read_example, section_text, sections, summary_table
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     DataSource,
     OnBytes,
-    RowProblem,
+    as_sources,
     size_in_bytes,
 )
+from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, show_problems, show_report
 from polar_ft.data.split import Side, split_by_prompt
 from polar_ft.data.writing import refuse_to_overwrite
 from polar_ft.errors import PolarError
 from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate
-
-SUBSETS_SHOWN = 20
 
 data_app = typer.Typer(
     help="Check, convert, split and look at preference data.", no_args_is_help=True, add_completion=False
@@ -103,13 +100,13 @@ def check_command(
         )
     elif max_length is not None or max_response_length is not None:
         raise PolarError("--max-length and --max-response-length count tokens; add --tokenizer FOLDER")
-    sources = [DataSource(path=file, split=split, pairing=pairing, max_line_mb=max_line_mb) for file in files]
+    sources = _sources(files, split=split, pairing=pairing, max_line_mb=max_line_mb)
     with _progress("checking", files) as on_bytes:
         report = check(sources, template, on_bytes=on_bytes)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        _show_report(report)
+        show_report(_console(), report)
     if report.bad_rows:
         raise typer.Exit(1)
 
@@ -151,10 +148,14 @@ def convert_command(
             on_bytes=on_bytes,
         )
     console = _console()
-    _show_problems(console, done.problems)
-    console.print(f"[bold]{escape(str(target))}[/]: {done.rows_out:,} pairs from {done.rows_in:,} rows")
+    show_problems(console, done.problems)
+    console.print(
+        f"[bold]{escape(str(target))}[/]: {many(done.rows_out, 'pair')} from {many(done.rows_in, 'row')}"
+    )
     if done.problems:
-        console.print(f"[yellow]left out {len(done.problems):,} rows that cannot be used (named above)[/]")
+        console.print(
+            f"[yellow]left out {many(len(done.problems), 'row')} that cannot be used (named above)[/]"
+        )
     if done.n_ties:
         console.print(f"left out {done.n_ties:,} ties: pairs of responses that are ranked the same")
     if done.without_pairs:
@@ -177,7 +178,7 @@ def split_command(
     """
     paths = out_dir / "train.jsonl", out_dir / "held_out.jsonl"
     refuse_to_overwrite(paths, force=force)
-    sources = [DataSource(path=file, split=split, max_line_mb=max_line_mb) for file in files]
+    sources = _sources(files, split=split, max_line_mb=max_line_mb)
     with _progress("splitting", files) as on_bytes:
         sides = split_by_prompt(sources, *paths, fraction=fraction, seed=seed, on_bytes=on_bytes)
     _show_sides(sides)
@@ -210,11 +211,11 @@ def preview_command(
         reward_token,
         add_reward_tokens,
     )
-    example = read_example(
-        DataSource(path=source, split=split, pairing=pairing, max_line_mb=max_line_mb), index
-    )
+    (data,) = _sources([source], split=split, pairing=pairing, max_line_mb=max_line_mb)
+    example = read_example(data, index)
     encoded, shown = sections(example, template)
     console = _console()
+    console.print(f"[bold]{escape(example.source)}[/]", soft_wrap=True)
     console.print(summary_table(example, encoded))
     about = [f"id {example.id}", f"wrapper {example.wrapper}"]
     about += [f"subset {example.subset}"] if example.subset else []
@@ -225,7 +226,11 @@ def preview_command(
         cut = len(section.tokens) - kept
         lost = f", [red]{cut:,} cut[/]" if cut else ""
         console.print(f"\n[bold]{escape(section.title)}[/] — {kept:,} tokens{lost}")
-        console.print(Padding(section_text(section, everything=everything, ids=ids), (0, 0, 0, 2)))
+        console.print(section_text(section, width=console.width, everything=everything, ids=ids))
+
+
+def _sources(files: Sequence[str], **settings: Any) -> list[DataSource]:
+    return as_sources([{"path": file} | settings for file in files])
 
 
 def _template(
@@ -274,144 +279,8 @@ def _progress(title: str, paths: Sequence[str]) -> Iterator[OnBytes]:
         yield lambda count: progress.advance(task, count)
 
 
-def _show_problems(console: Console, problems: Sequence[RowProblem]) -> None:
-    for problem in problems:
-        console.print(f"[red]bad row[/] {escape(str(problem))}", soft_wrap=True)
-
-
-def _show_report(report: Report) -> None:
-    console = _console()
-    _show_problems(console, report.problems)
-    if report.problems:
-        console.print()
-    bad = f", [red]{report.bad_rows:,} bad rows[/]" if report.bad_rows else ""
-    console.print(
-        f"[bold]{escape(', '.join(report.files))}[/]: {report.rows:,} rows, {report.pairs:,} pairs, "
-        f"{report.prompts:,} prompts{bad}"
-    )
-    if not report.rows:
-        return
-    title = f"lengths in {report.unit}"
-    if report.unit == "tokens":
-        title += f"[/] (limits: {report.max_length:,} in all, {report.max_response_length:,} a response; BOS counted)"
-    else:
-        title += "[/] (add --tokenizer FOLDER for tokens and for what is cut)"
-    parts = [
-        (title, _lengths_table(report)),
-        (f"how many have so many {report.unit}", _histogram_table(report.lengths, report.unit)),
-        ("pairs", _findings_table(report)),
-    ]
-    if set(report.subsets) != {""}:
-        parts.append(("subsets", _subsets_table(report)))
-    for title, table in parts:
-        console.print(f"\n[bold]{title}[/]")
-        console.print(table)
-    if report.extra_fields:
-        names = ", ".join(f"{name} ({count:,})" for name, count in report.extra_fields.items())
-        console.print(f"\n[bold]extra fields[/] (kept, in so many rows): {escape(names)}")
-
-
-def _table(columns: Sequence[str]) -> Table:
-    """A table without lines; the first column is text, the others are numbers."""
-    table = Table(box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", header_style="dim", no_wrap=True)
-    return table
-
-
-def _lengths_table(report: Report) -> Table:
-    columns = ["", "mean", "50 %", "90 %", "99 %", "longest", "empty"]
-    if report.truncated:
-        columns += ["fields cut", "tokens cut", "on the"]
-    table = _table(columns)
-    for name, lengths in report.lengths.items():
-        percentiles = (lengths.p50, lengths.p90, lengths.p99, lengths.max)
-        cells = [name, f"{lengths.mean:,.1f}", *(f"{length:,}" for length in percentiles)]
-        cells.append(_flagged(report.empty[name], name != "reference") if name in FIELDS else "")
-        if name in report.truncated:
-            cut = report.truncated[name]
-            cells += [_flagged(cut.count), f"{cut.tokens:,}", cut.side if cut.count else ""]
-        table.add_row(*cells)
-    return table
-
-
-def _histogram_table(lengths: dict[str, Lengths], unit: str) -> Table:
-    """How many fields have how many tokens or characters: one column a field, one line a range."""
-    width = 9
-    table = Table(box=None, pad_edge=False)
-    table.add_column(unit, justify="right", header_style="dim", no_wrap=True)
-    for name in lengths:
-        table.add_column(name, header_style="dim", no_wrap=True)
-    ranges = sorted({(low, high) for field in lengths.values() for low, high, _ in field.histogram})
-    counts = {name: {low: count for low, _, count in field.histogram} for name, field in lengths.items()}
-    for low, high in ranges:
-        cells = [f"{low:,}" if low == high else f"{low:,}–{high:,}"]
-        for name in lengths:
-            count, most = counts[name].get(low, 0), max(counts[name].values())
-            cells.append(f"[cyan]{_bar(count / most, width)}[/] {count:,}" if count else "")
-        table.add_row(*cells)
-    return table
-
-
-def _bar(share: float, width: int) -> str:
-    """A bar in eighths of a character, at least one eighth.
-
-    >>> _bar(0.5, 4), _bar(0.001, 4)
-    ('██', '▏')
-    """
-    eighths = max(1, round(share * width * 8))
-    return "█" * (eighths // 8) + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths % 8]
-
-
-def _flagged(count: int, flag: bool = True) -> str:
-    return f"[yellow]{count:,}[/]" if count and flag else f"{count:,}"
-
-
-def _findings_table(report: Report) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-
-    def share(count: int) -> str:
-        return f"{count / report.pairs:.1%}" if report.pairs else ""
-
-    same = report.chosen_equals_rejected
-    equal_length = report.pairs - report.chosen_longer - report.chosen_shorter
-    table.add_row("chosen is the longer one", f"{report.chosen_longer:,}", share(report.chosen_longer))
-    table.add_row("chosen is the shorter one", f"{report.chosen_shorter:,}", share(report.chosen_shorter))
-    table.add_row("both are equally long", f"{equal_length:,}", share(equal_length))
-    table.add_row("chosen = rejected", _flagged(same), share(same))
-    after = report.chosen_equals_rejected_after_truncation
-    if after is not None:
-        table.add_row("chosen = rejected after truncation", _flagged(after), share(after))
-    for label, count in (
-        ("reference = chosen", report.reference_equals_chosen),
-        ("reference = rejected", report.reference_equals_rejected),
-        ("duplicates of an earlier pair", report.duplicate_pairs),
-        ("an earlier pair, chosen and rejected exchanged", report.contradictory_pairs),
-    ):
-        table.add_row(label, _flagged(count), share(count))
-    if report.ties_left_out:
-        table.add_row("ties of ranked rows, left out", f"{report.ties_left_out:,}")
-        table.add_row("ranked rows that are nothing but ties", _flagged(report.rows_without_pairs), "rows")
-    if len(report.files) > 1:
-        table.add_row("prompts that several files have", _flagged(report.prompts_in_several_files), "prompts")
-    return table
-
-
-def _subsets_table(report: Report) -> Table:
-    table = _table(["", "rows", "pairs"])
-    ordered = sorted(report.subsets.items(), key=lambda item: -item[1].rows)
-    for name, count in ordered[:SUBSETS_SHOWN]:
-        table.add_row(escape(name) or "[dim](none)[/]", f"{count.rows:,}", f"{count.pairs:,}")
-    if len(ordered) > SUBSETS_SHOWN:
-        table.add_row(f"[dim]… and {len(ordered) - SUBSETS_SHOWN:,} more (--json)[/]")
-    return table
-
-
 def _show_sides(sides: Sequence[Side]) -> None:
-    table = _table(["", "prompts", "rows", "pairs"])
+    table = number_table(["", "prompts", "rows", "pairs"])
     prompts = sum(side.prompts for side in sides)
     for side in sides:
         share = f"{side.prompts:,} ({side.prompts / prompts:.1%})"

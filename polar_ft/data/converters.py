@@ -220,8 +220,8 @@ def convert_file(
 def _why_nothing(source: str, name: str, done: Conversion) -> str:
     first = f"; the first: {done.problems[0]}" if done.problems else ""
     return (
-        f"{source}: none of its {done.rows_in:,} rows gives a pair as {name} ({len(done.problems):,} cannot be "
-        f"used, {done.without_pairs:,} are all ties){first}"
+        f"{source}: none of its {done.rows_in:,} rows gives a pair as {name} "
+        f"({len(done.problems):,} cannot be used, {done.without_pairs:,} are all ties){first}"
     )
 
 

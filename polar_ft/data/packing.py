@@ -18,14 +18,15 @@ prefix, so causal attention gives every token exactly what it gets in the flat l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
 Layout = Literal["tree", "flat"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,13 @@ class Pack:
     def pin_memory(self) -> Pack:
         """The same pack in page-locked memory; called by torch's DataLoader."""
         return self._map(lambda tensor: tensor.pin_memory())
+
+    def cached(self, name: str, compute: Callable[[Pack], T]) -> T:
+        """What ``compute`` makes of this pack, made once; for what every layer needs again."""
+        values = self.__dict__.setdefault("_cached", {})
+        if name not in values:
+            values[name] = compute(self)
+        return values[name]
 
     def _map(self, function) -> Pack:
         changed = {

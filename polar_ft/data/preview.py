@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Literal
 
 from rich.markup import escape
@@ -151,20 +151,38 @@ def _sequence(
     return tokens
 
 
-def _named(template: PolarTemplate, ids: Sequence[int]) -> Iterator[tuple[int, str]]:
-    for token_id, name in zip(ids, template.tokens(ids), strict=True):
-        # Decoding alone loses the space of "▁the"; the name alone is unreadable in a byte-level vocabulary.
-        text = name.replace("▁", " ") if "▁" in name else template.decode([token_id])
-        if not text or "\ufffd" in text:  # part of a character
-            text = name
-        yield token_id, text.replace(" ", "·").replace("\t", "⇥").replace("\r", "␍").replace("\n", "⏎")
+def _named(template: PolarTemplate, ids: Sequence[int]) -> list[tuple[int, str]]:
+    names = template.tokens(ids)
+    named: list[tuple[int, str]] = []
+    while len(named) < len(ids):
+        at = len(named)
+        # A character of several tokens is shown at the first of them, and ‥ at the others.
+        for width in range(1, min(4, len(ids) - at) + 1):
+            text = template.decode(ids[at : at + width])
+            if text and "\ufffd" not in text:
+                break
+        else:
+            text, width = names[at], 1
+        if "▁" in names[at] and width == 1:  # decoding alone would lose the space of "▁the"
+            text = names[at].replace("▁", " ")
+        texts = [_visible(text)] + ["‥"] * (width - 1)
+        named += zip(ids[at : at + width], texts, strict=True)
+    return named
+
+
+def _visible(text: str) -> str:
+    return text.replace(" ", "·").replace("\t", "⇥").replace("\r", "␍").replace("\n", "⏎")
 
 
 def _tokens_of_prefix(tokens: Sequence[Token], prefix_length: int) -> int:
-    """How many of the shown tokens, cut ones among them, make up the first kept ones."""
+    """How many of the shown tokens, cut ones among them, make up the first kept ones.
+
+    >>> _tokens_of_prefix([Token(1, "a", "cut"), Token(2, "b", "text"), Token(3, "c", "cut")], 1)
+    2
+    """
     kept = 0
     for number, token in enumerate(tokens):
-        if kept == prefix_length and token.kind != "cut":
+        if kept == prefix_length:
             return number
         kept += token.kind != "cut"
     return len(tokens)
@@ -172,9 +190,9 @@ def _tokens_of_prefix(tokens: Sequence[Token], prefix_length: int) -> int:
 
 def summary_table(example: Example, encoded: Encoded) -> Table:
     """Tokens of each field and what was cut off it."""
-    table = Table(title=f"{escape(example.source)}", title_justify="left", title_style="bold")
+    table = Table(box=None, pad_edge=False)
     for name in ("field", "tokens", "cut", "kept"):
-        table.add_column(name, justify="left" if name == "field" else "right")
+        table.add_column(name, justify="left" if name == "field" else "right", header_style="dim")
     lengths, cut = encoded.lengths, encoded.cut
     if lengths is not None:
         names = _candidate_names(example)
@@ -187,54 +205,60 @@ def summary_table(example: Example, encoded: Encoded) -> Table:
     return table
 
 
-def section_text(section: Section, *, everything: bool = False, ids: bool = False) -> Text:
+def section_text(section: Section, *, width: int = 100, everything: bool = False, ids: bool = False) -> Text:
     """A section as coloured text; where there is no colour, marks tell the same.
 
     Tokens are parted by ``│``; a control token stands in ``⟦ ⟧``, a run of cut tokens in ``✂ ✂``.
 
     Args:
         section: What is shown.
+        width: Characters of a line.
         everything: Show long runs in full.
-        ids: Write each token's id behind it.
+        ids: Write each token's id behind it, in small digits.
 
     >>> tokens = [Token(1, "<s>", "control"), Token(5, "Hi", "text"), Token(6, "·all", "cut")]
     >>> section_text(Section("shared prefix", tokens)).plain
-    '⟦<s>⟧│Hi│✂ ·all ✂'
+    '  ⟦<s>⟧│Hi│✂·all✂'
     """
-    text = Text()
-    for number, (kind, run) in enumerate(_runs(section.tokens)):
-        if number:
-            text.append("│", style="dim")
-        left_out = 0 if everything else len(run) - HEAD - TAIL
-        if left_out <= 0:
-            _append_run(text, kind, run, ids)
+    text = Text("  ")
+    column, at_start = 2, True
+    for piece in _pieces(section.tokens, everything, ids):
+        if piece is None or (not at_start and column + 1 + piece.cell_len > width):
+            text.append("\n  ")
+            column, at_start = 2, True
+        if piece is None:
             continue
-        _append_run(text, kind, run[:HEAD], ids)
-        text.append(f" … {left_out:,} tokens not shown (--all) … ", style="italic yellow")
-        _append_run(text, kind, run[-TAIL:], ids)
+        if not at_start:
+            text.append("│", style="dim")
+            column += 1
+        text.append_text(piece)
+        column, at_start = column + piece.cell_len, False
     return text
-
-
-def _runs(tokens: Sequence[Token]) -> list[tuple[Kind, list[Token]]]:
-    runs: list[tuple[Kind, list[Token]]] = []
-    for token in tokens:
-        if not runs or runs[-1][0] != token.kind:
-            runs.append((token.kind, []))
-        runs[-1][1].append(token)
-    return runs
 
 
 _STYLES: dict[Kind, str] = {"text": "", "control": "bold black on bright_yellow", "cut": "red strike"}
 
 
-def _append_run(text: Text, kind: Kind, run: Sequence[Token], ids: bool) -> None:
-    if kind == "cut":
-        text.append("✂ ", style="red")
-    for number, token in enumerate(run):
-        if number:
-            text.append("│", style="dim")
-        text.append(f"⟦{token.text}⟧" if kind == "control" else token.text, style=_STYLES[kind])
-        if ids:
-            text.append(f"{token.id}", style="dim cyan")
-    if kind == "cut":
-        text.append(" ✂", style="red")
+_SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+def _pieces(tokens: Sequence[Token], everything: bool, ids: bool) -> Iterator[Text | None]:
+    """What stands between the bars, in order; None begins a new line."""
+    for kind, group in groupby(tokens, key=lambda token: token.kind):
+        run = list(group)
+        left_out = range(HEAD, len(run) - TAIL) if not everything else range(0)
+        for number, token in enumerate(run):
+            if number in left_out:
+                if number == HEAD:
+                    yield None
+                    yield Text(f"… {len(left_out):,} tokens not shown (--all) …", style="italic yellow")
+                    yield None
+                continue
+            piece = Text(f"⟦{token.text}⟧" if kind == "control" else token.text, style=_STYLES[kind])
+            if ids:
+                piece = Text.assemble(piece, (str(token.id).translate(_SUBSCRIPT), "cyan"))
+            if kind == "cut" and number == 0:
+                piece = Text.assemble(("✂", "red"), piece)
+            if kind == "cut" and number == len(run) - 1:
+                piece = Text.assemble(piece, ("✂", "red"))
+            yield piece

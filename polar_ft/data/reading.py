@@ -134,7 +134,9 @@ def expand(path: str) -> list[str]:
         if not path.endswith(SUFFIXES):
             raise PolarError(f"{path}: cannot read this kind of file; it must end in {_kinds()}")
         return [path]
-    if path.endswith(SUFFIXES) or not _DATASET_ID.fullmatch(path):
+    # A data-set id looks like a path; what lies in a folder that exists is meant as a file.
+    in_folder = "/" in path and Path(path).parent.is_dir()
+    if path.endswith(SUFFIXES) or in_folder or not _DATASET_ID.fullmatch(path):
         raise PolarError(f"{path}: no such file; check the spelling of the path")
     return [path]
 
@@ -278,10 +280,8 @@ def _read_json_lines(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Ite
             if line is None:
                 return
             if isinstance(line, int):
-                limit = f"{max_bytes / 2**20:g} MB"
-                reason = (
-                    f"the line is {line / 2**20:.1f} MB, the limit {limit} — split it, or raise max_line_mb"
-                )
+                sizes = f"{line / 2**20:.1f} MB, the limit {max_bytes / 2**20:g} MB"
+                reason = f"the line is {sizes} — split it, or raise max_line_mb (--max-line-mb)"
                 yield f"{file}:{number}", RowProblem(file, number, "", reason)
             elif line.strip():
                 yield f"{file}:{number}", _parse_line(file, number, line)
@@ -368,8 +368,8 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
     except Exception as error:  # the hub, the network, the data set's files: all of them the user's to mend
         reason = (str(error).splitlines() or [""])[0][:200]
         raise PolarError(
-            f"{name}: no such file here, and as a HuggingFace data set (split {split!r}) it could not be loaded "
-            f"({type(error).__name__}: {reason}); check the spelling, the split and the network"
+            f"{name}: no such file here, and as a HuggingFace data set (split {split!r}) it could not be "
+            f"loaded ({type(error).__name__}: {reason}); check the spelling, the split and the network"
         ) from error
     for number, row in enumerate(dataset, start=1):
         yield f"{name}[{split}]:{number}", dict(row)

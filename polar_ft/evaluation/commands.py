@@ -38,7 +38,7 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Argument(
-            metavar="DATA...",
+            metavar="DATA",
             help="Held-out pairs or ranked rows: .jsonl, .jsonl.gz, .parquet, a folder of those, or a "
             "HuggingFace data-set id. With several, rows without a subset count to a subset of their file.",
         ),
@@ -55,11 +55,11 @@ def evaluate(
         Dtype, typer.Option(help="auto: what the folder has on a GPU, float32 on a CPU.")
     ] = "auto",
     max_length: Annotated[
-        int | None, typer.Option(help="Limit of a whole sequence in tokens; default: the model's.")
+        int | None, typer.Option(help="Limit of a whole sequence in tokens; default 16384.")
     ] = None,
     max_response_length: Annotated[
         int | None,
-        typer.Option(help="Limit of the reference and of each candidate in tokens; default: the model's."),
+        typer.Option(help="Limit of the reference and of each candidate in tokens; default 4096."),
     ] = None,
     pairing: Annotated[Pairing, typer.Option(help="How ranked rows become pairs.")] = "adjacent",
     split: Annotated[str, typer.Option(help="Split of a HuggingFace data set.")] = "test",
@@ -79,12 +79,12 @@ def evaluate(
     stderr = Console(stderr=True)
     out_dir = out or DEFAULT_OUT / Path(model).resolve().name
     folder = resolve_folder(model)
-    _prepare(out_dir)
     examples = list(read_examples(_sources(data, split), pairing=pairing))
     n_rows, n_ties = len(examples), sum(example.n_ties for example in examples)
     examples = [example for example in examples if example.pairs]
     if not examples:
         raise PolarError(f"{', '.join(data)}: no pair to score; every ranked row has nothing but ties")
+    _prepare(out_dir)
 
     settings = {
         "tokens_per_batch": batch_tokens,
@@ -119,8 +119,8 @@ def evaluate(
     _show(report, (metrics_file, scores_file))
     if report.metrics.overall.n_scored == 0:
         raise PolarError(
-            f"{model}: not one of {len(rows)} pairs has finite scores, so there is no accuracy; see {scores_file}. "
-            f"The weights may hold NaN, or the dtype be too narrow for them: try --dtype float32"
+            f"{model}: not one of {len(rows)} pairs has finite scores, so there is no accuracy; see "
+            f"{scores_file}. The weights may hold NaN, or the dtype be too narrow: try --dtype float32"
         )
 
 
@@ -134,13 +134,17 @@ def load_scorer(folder: Path, *, device: str | None, dtype: Dtype, **settings: A
         **settings: Limits and batch size, as `RewardScorer.from_pretrained` names them.
 
     Raises:
-        PolarError: The folder holds no reward model.
+        PolarError: The folder holds no reward model, or there is no such device.
     """
     # Imported here: `--help`, bad data and a wrong path need no torch.
     import torch
 
     from polar_ft.scoring.scorer import RewardScorer
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise PolarError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return RewardScorer.from_pretrained(
         folder,
         device=device,
@@ -166,10 +170,10 @@ def score_pairs(
     Raises:
         PolarError: A row does not fit the model's limits; the message names it.
     """
-    with scoring_progress("reading ", examples, console) as on_chunk:
+    with scoring_progress("tokenizing", examples, console) as on_chunk:
         tokens = count_tokens(scorer.template, examples, on_chunk=on_chunk)
     start = time.perf_counter()
-    with scoring_progress("scoring ", examples, console) as on_chunk:
+    with scoring_progress("scoring", examples, console) as on_chunk:
         scores = score_all(scorer, examples, on_chunk=on_chunk)
     reference_sources, shuffled_scores = None, None
     if shuffle_seed is not None:
@@ -178,7 +182,7 @@ def score_pairs(
             replace(example, reference=examples[other].reference)
             for example, other in zip(examples, reference_sources, strict=True)
         ]
-        with scoring_progress("shuffled", shuffled, console) as on_chunk:
+        with scoring_progress("scoring with shuffled references", shuffled, console) as on_chunk:
             shuffled_scores = score_all(scorer, shuffled, on_chunk=on_chunk)
     seconds = time.perf_counter() - start
     rows = scored_pairs(

@@ -2,8 +2,8 @@
 
 What each of `n` pairs can be, and which figure counts it::
 
-    n_pairs ─┬─ n_scored ─┬─ n_correct   margin > 0     accuracy           = n_correct / n_scored
-             │            ├─ n_ties      margin = 0     accuracy_ties_half = (n_correct + n_ties / 2) / n_scored
+    n_pairs ─┬─ n_scored ─┬─ n_correct   margin > 0   accuracy           = n_correct / n_scored
+             │            ├─ n_ties      margin = 0   accuracy_ties_half = (n_correct + n_ties / 2) / n_scored
              │            └─ n_wrong     margin < 0
              └─ n_nonfinite   a score is NaN or infinite: counted, and in no other figure
 

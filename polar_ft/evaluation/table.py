@@ -64,13 +64,13 @@ def notes(report: Report) -> list[str]:
             f"equal scores) is not correct; with ties as half it is {percent(overall.accuracy_ties_half)} %."
         ),
         (
-            f"Without a model, on the same pairs: the longer candidate wins {percent(longer)} %, the shorter one "
-            f"{percent(shorter)} % (characters of the whole texts; equal lengths as half)."
+            f"Without a model, on the same pairs: the longer candidate wins {percent(longer)} %, the shorter "
+            f"one {percent(shorter)} % (characters of the whole texts; equal lengths as half)."
         ),
     ]
     if overall.n_nonfinite:
         lines.append(
-            f"WARNING: {overall.n_nonfinite} of {overall.n_pairs} pairs have a score that is NaN or infinite, "
+            f"WARNING: {overall.n_nonfinite} of {overall.n_pairs} pairs have a score that is NaN or infinite "
             f"and are in no other figure. In {SCORES_FILE} they are the rows with a quoted score."
         )
     if run.n_ties_in_data:

@@ -1,8 +1,8 @@
 """Attention over a pack, by one of three backends that give the same result.
 
 ``flash_attn`` where it is installed, ``torch`` (``torch.nn.attention.varlen``) on CUDA in half precision,
-and ``sdpa``, one ``scaled_dot_product_attention`` call for each segment, anywhere else. None of them builds
-a tokens × tokens mask.
+and ``sdpa``, ``scaled_dot_product_attention`` over batches of segments of about one length, anywhere else.
+None of them builds a tokens × tokens mask.
 
 The layout of the pack arrives as a keyword argument of the attention function. That is the one way which
 survives activation checkpointing: a global or a ContextVar is gone when backward recomputes in another
@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -141,30 +143,96 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
     return varlen_attn(*contiguous, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(-1, 0))
 
 
-def _sdpa(query, key, value, layout: Pack, scaling) -> torch.Tensor:
-    """One SDPA call for each segment; [1, tokens, heads, head_dim]."""
-    outputs = []
-    q_start = k_start = 0
-    for q_length, k_length in zip(layout.q_lengths, layout.k_lengths):
-        q = query[:, :, q_start : q_start + q_length]
-        if layout.key_index is None:
-            keys = slice(q_start, q_start + q_length)
-            k, v = key[:, :, keys], value[:, :, keys]
-        else:
-            index = layout.key_index[k_start : k_start + k_length]
-            k, v = key.index_select(2, index), value.index_select(2, index)
-        if q_length == k_length:
-            mask = None
-        else:  # bottom right: the last query sees every key
-            mask = torch.ones(q_length, k_length, dtype=torch.bool, device=q.device).tril(k_length - q_length)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments of about the same shape, padded to one, for one call of SDPA.
+
+    Attributes:
+        count: Segments.
+        q_index: [count × longest query] token of each padded query.
+        k_index: [count × longest key] token of each padded key.
+        mask: [count, 1, longest query, longest key], True where a query sees a key; None for one causal
+            segment whose keys are its queries.
+    """
+
+    count: int
+    q_index: torch.Tensor
+    k_index: torch.Tensor
+    mask: torch.Tensor | None
+
+
+# A call of SDPA costs about as much as this many query-key pairs (2 CPU cores, 8 heads of 64).
+_CALL_COST = 20_000
+
+
+def sdpa_buckets(layout: Pack) -> tuple[list[_Bucket], torch.Tensor]:
+    """Cuts the segments of a pack into padded batches, and where each token lies in their outputs.
+
+    A call for each segment is dear where segments are short, one padded batch of all where they differ in
+    length: a segment joins a batch while the padding costs less than the calls that are saved.
+    """
+    q_lengths, k_lengths = np.array(layout.q_lengths), np.array(layout.k_lengths)
+    order = np.lexsort((k_lengths, q_lengths))[::-1]
+    batches: list[list[int]] = []
+    used = width = 0
+    for segment in order:
+        q, k = int(q_lengths[segment]), int(k_lengths[segment])
+        if batches:
+            first_q = int(q_lengths[batches[-1][0]])
+            padded = (len(batches[-1]) + 1) * first_q * max(width, k)
+            if padded - (used + q * k) <= _CALL_COST * len(batches[-1]):
+                batches[-1].append(int(segment))
+                used, width = used + q * k, max(width, k)
+                continue
+        batches.append([int(segment)])
+        used, width = q * k, k
+
+    q_starts = np.cumsum(q_lengths) - q_lengths
+    k_starts = np.cumsum(k_lengths) - k_lengths
+    keys = np.arange(q_lengths.sum()) if layout.key_index is None else layout.key_index.cpu().numpy()
+    device = layout.input_ids.device
+    buckets = []
+    place = np.empty(int(q_lengths.sum()), dtype=np.int64)
+    offset = 0
+    for batch in batches:
+        q, k = q_lengths[batch, None], k_lengths[batch, None]
+        row, column = np.arange(q.max()), np.arange(k.max())
+        real = row < q
+        place[(q_starts[batch, None] + row)[real]] = offset + np.flatnonzero(real)
+        offset += real.size
+        q_index = np.where(real, q_starts[batch, None] + row, 0)
+        k_index = keys[np.where(column < k, k_starts[batch, None] + column, 0)]
+        mask = None
+        if len(batch) > 1 or q[0, 0] != k[0, 0]:
+            # Bottom right: the last query sees every key. Padded queries see key 0, lest softmax is of nothing.
+            seen = np.where(real, row + k - q, 0)
+            mask = torch.from_numpy(column <= seen[:, None, :, None]).to(device)
+        buckets.append(
+            _Bucket(
+                len(batch),
+                torch.from_numpy(q_index.reshape(-1)).to(device),
+                torch.from_numpy(k_index.reshape(-1)).to(device),
+                mask,
             )
         )
-        q_start += q_length
-        k_start += k_length
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    return buckets, torch.from_numpy(place).to(device)
+
+
+def _sdpa(query, key, value, layout: Pack, scaling) -> torch.Tensor:
+    """[1, tokens, heads, head_dim]."""
+    buckets, place = layout.cached("sdpa", sdpa_buckets)
+    states = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    outputs = []
+    for bucket in buckets:
+        q, k, v = (
+            x.index_select(0, index).unflatten(0, (bucket.count, -1)).transpose(1, 2)
+            for x, index in zip(states, (bucket.q_index, bucket.k_index, bucket.k_index))
+        )
+        output = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scaling, enable_gqa=True
+        )
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, place).unsqueeze(0)
 
 
 ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = packed_attention

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.optim import OptimWrapper
+from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -149,12 +150,19 @@ class StepOptimWrapper(OptimWrapper):
         return float(norm)
 
 
+@MODEL_WRAPPERS.register_module()
 class StepDistributedDataParallel(DistributedDataParallel):
-    """DistributedDataParallel whose ``train_step`` is one whole optimizer step; on CUDA and on CPU."""
+    """DistributedDataParallel whose ``train_step`` is one whole optimizer step; on CUDA and on CPU.
 
-    def __init__(self, module: nn.Module) -> None:
-        device = next(module.parameters()).device
-        super().__init__(module, device_ids=[device.index] if device.type == "cuda" else None)
+    Args:
+        module: The model, on its device.
+        device_ids: What mmengine gives, the local rank also on a CPU; used on CUDA only.
+        **settings: Of DistributedDataParallel.
+    """
+
+    def __init__(self, module: nn.Module, device_ids: list[int] | None = None, **settings: Any) -> None:
+        on_cuda = next(module.parameters()).device.type == "cuda"
+        super().__init__(module, device_ids=device_ids if on_cuda else None, **settings)
 
     def train_step(self, data: StepBatch, optim_wrapper: StepOptimWrapper) -> Log:
         """Called by mmengine's train loop."""

@@ -1,17 +1,16 @@
-"""A small POLAR tokenizer, and the folder of full data files."""
+"""A small POLAR tokenizer, and a way to write rows."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.data.rows import WriteRows
 
 TEXTS = [
     "What is the capital of France? Paris is the capital of France.",
@@ -44,18 +43,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of the full data files: POLAR_FT_SHARED_DATA, or ../shared/data beside the repository."""
-    folder = Path(os.environ.get("POLAR_FT_SHARED_DATA") or REPOSITORY.parent / "shared" / "data")
-    if not folder.is_dir():
-        pytest.skip(f"the full data files are not here: {folder} (set POLAR_FT_SHARED_DATA)")
-    return folder
-
-
-WriteRows = Callable[[str, Iterable[Mapping[str, Any]]], Path]
-
-
 @pytest.fixture
 def write_rows(tmp_path: Path) -> WriteRows:
     """Writes rows as JSON lines into the test's folder."""
@@ -66,8 +53,3 @@ def write_rows(tmp_path: Path) -> WriteRows:
         return path
 
     return write
-
-
-def pair(**changes: Any) -> dict[str, Any]:
-    """A good pair row, with changes."""
-    return {"prompt": "2 + 2?", "reference": "4", "chosen": "four", "rejected": "five"} | changes

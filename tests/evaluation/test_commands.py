@@ -101,9 +101,9 @@ def test_a_run_from_data_to_files(run_tool, model_dir, write_rows, tmp_path):
         <= 100
     )
     # Progress goes to stderr, in lines where stderr is no terminal.
-    assert "scoring : 60/60 pairs, " in err
+    assert "scoring: 60/60 pairs, " in err
     assert "pairs/s, took 0:00:0" in err
-    assert "shuffled: 60/60" in err
+    assert "scoring with shuffled references: 60/60" in err
 
 
 def test_several_files_are_subsets_of_their_own(run_tool, model_dir, write_rows, tmp_path):

@@ -1,0 +1,45 @@
+# make demo     install, run the main job end to end, print a table of results
+# make test     install, run the whole test suite
+# make lint     install, check formatting, lint and types
+# make install  make .venv with pinned versions; done once, until setup.py or constraints.txt change
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Another interpreter: make PYTHON=/path/to/python3.11 install
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(call usable,$p),$p)))
+usable = $(shell $1 -c 'import sys, venv, ensurepip; print("y" * ((3, 10) <= sys.version_info < (3, 13)))' 2>/dev/null)
+
+# More threads than cores make small models slower; a job that wants more can say so.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+
+.PHONY: demo test lint format install clean
+.DEFAULT_GOAL := install
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 with venv found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[train,serve,dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/run_demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n auto
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf work_dirs .pytest_cache .ruff_cache .mypy_cache *.egg-info

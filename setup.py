@@ -1,0 +1,66 @@
+"""Packaging of polar-ft. The base install needs neither torch nor xtuner; each extra adds one kind of work."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "polar_ft/__init__.py").read_text(encoding="utf-8"))[1]
+README = HERE / "README.md"
+
+# Reading, checking and encoding data, and the client: fits into a verl or vLLM environment as it is.
+BASE = [
+    "httpx>=0.27",
+    "numpy>=1.26",
+    "pydantic>=2.7",
+    "rich>=13.7",
+    "tokenizers>=0.20",
+    "typer>=0.12",
+]
+
+EXTRAS = {
+    # xtuner 0.2.0 fixes transformers, mmengine and deepspeed; torch and torchvision have to fit each other,
+    # for which constraints.txt pins them as a pair.
+    "train": [
+        "xtuner[deepspeed]==0.2.0",
+        "datasets>=3.2",
+        "filelock>=3.12",
+        "peft>=0.14",
+        "pyarrow>=15",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+        "torch>=2.6",
+        "torchvision>=0.21",
+    ],
+    "serve": [
+        "fastapi>=0.110",
+        "prometheus-client>=0.20",
+        "uvicorn>=0.29",
+    ],
+    "dev": [
+        "hypothesis>=6.100",
+        "mypy>=1.10",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+        "scipy>=1.11",
+    ],
+}
+
+setup(
+    name="polar-ft",
+    version=VERSION,
+    description="Fine-tune, check, convert, evaluate and serve POLAR reward models",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    # transformers 4.48.0 and xtuner 0.2.0 end at Python 3.12.
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["polar_ft", "polar_ft.*"]),
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["polar-ft=polar_ft.cli:main"]},
+)

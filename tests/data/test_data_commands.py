@@ -1,0 +1,124 @@
+"""The commands as a user types them: what they print, where, and how they exit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.rows import WriteRows, pair, ranked
+
+
+def polar_ft(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", "from polar_ft.cli import main; main()", "data", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=environment,
+    )
+
+
+def test_check_of_good_rows(write_rows: WriteRows, tokenizer_folder: Path) -> None:
+    path = write_rows("good.jsonl", [pair(subset="maths [hard]"), ranked(3, 2, 1, 1)])
+    done = polar_ft("check", path, "--tokenizer", tokenizer_folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{path}: 2 rows, 2 pairs, 2 prompts" in done.stdout
+    assert "lengths in tokens (limits: 16,384 in all, 4,096 a response; BOS counted)" in done.stdout
+    assert "maths [hard]" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 100
+
+
+def test_check_names_every_bad_row_and_fails(write_rows: WriteRows) -> None:
+    path = write_rows("bad.jsonl", [pair(), *[pair(chosen=[{"role": 1, "content": ""}])] * 30])
+    done = polar_ft("check", path)
+    assert done.returncode == 1
+    for line in range(2, 32):
+        assert f"bad row {path}:{line}: chosen[0].role: is the number 1 — must be a string" in done.stdout
+    assert "1 row, 1 pair, 1 prompt, 30 bad rows" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_check_as_json_is_nothing_but_json(write_rows: WriteRows) -> None:
+    path = write_rows("bad.jsonl", [pair(), pair(weight=0)])
+    done = polar_ft("check", path, "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    report = json.loads(done.stdout)
+    assert (report["rows"], report["bad_rows"], report["unit"]) == (1, 1, "characters")
+    assert report["problems"][0] == {
+        "file": str(path),
+        "line": 2,
+        "field": "weight",
+        "reason": "is the number 0 — must be greater than 0",
+    }
+
+
+def test_convert_then_split_then_preview(
+    write_rows: WriteRows, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    start = "\n\nHuman: Question"
+    good = [
+        {"chosen": f"{start} {i}\n\nAssistant: a", "rejected": f"{start} {i}\n\nAssistant: b"}
+        for i in range(60)
+    ]
+    source = write_rows("hh.jsonl", [*good, {"chosen": "?", "rejected": "?"}])
+    target = tmp_path / "pairs.jsonl"
+
+    done = polar_ft("convert", "hh-rlhf", source, target)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"bad row {source}:61: chosen: does not begin with" in done.stdout
+    assert "60 pairs from 61 rows" in done.stdout
+    again = polar_ft("convert", "hh-rlhf", source, target)
+    assert again.returncode == 1
+    assert "exists already; choose another name, or --force" in again.stderr
+    assert polar_ft("convert", "hh-rlhf", source, target, "--force").returncode == 0
+    assert polar_ft("convert", "hh-rlhf", source, target, "--force", "--strict").returncode == 1
+
+    done = polar_ft("split", target, "--out-dir", tmp_path / "sides", "--fraction", "0.2")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = {
+        name: (tmp_path / "sides" / f"{name}.jsonl").read_text().splitlines()
+        for name in ("train", "held_out")
+    }
+    assert sum(map(len, lines.values())) == 60
+    assert "exists already" in polar_ft("split", target, "--out-dir", tmp_path / "sides").stderr
+
+    done = polar_ft("preview", target, "--tokenizer", tokenizer_folder, "--index", 59)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "⟦<|reward|>⟧" in done.stdout
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "missing.jsonl"], "missing.jsonl: no such file; check the spelling of the path"),
+        (["check", "in.jsonl", "--max-length", 9], "count tokens; add --tokenizer FOLDER"),
+        (["check", "in.jsonl", "--tokenizer", "no/such/folder"], "no such folder"),
+        (["check", "in.jsonl", "--max-line-mb", 0], "max_line_mb"),
+        (["convert", "xml", "in.jsonl", "out.jsonl"], "xml: no such format; there is hh-rlhf, ranked"),
+        (["convert", "ranked", "in.jsonl", "out.csv"], "let the name end in .jsonl or .jsonl.gz"),
+        (["convert", "hh-rlhf", "in.jsonl", "out.jsonl", "--pairing", "all"], "says nothing to the format"),
+        (["convert", "ranked", "in.jsonl", "in.jsonl/out.jsonl"], "cannot be written"),
+        (["split", "in.jsonl", "--out-dir", "out", "--fraction", 2], "must lie between 0 and 1"),
+        (["preview", "in.jsonl", "--tokenizer", "TOKENIZER", "--index", 5], "its 1 rows are 0 to 0"),
+        (["preview", "in.jsonl", "--tokenizer", "TOKENIZER", "--separator", "<sep>"], "has no token '<sep>'"),
+    ],
+)
+def test_errors_are_one_message_and_status_1(
+    write_rows: WriteRows, tmp_path: Path, tokenizer_folder: Path, arguments: list[object], message: str
+) -> None:
+    write_rows("in.jsonl", [pair()])
+    done = polar_ft(*(tokenizer_folder if a == "TOKENIZER" else a for a in arguments), cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
