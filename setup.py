@@ -1,4 +1,4 @@
-"""Packaging of polar-ft. The base install needs neither torch nor xtuner; each extra adds one kind of work."""
+"""Packaging of polar-ft. The base install needs neither torch nor xtuner; an extra adds one kind of work."""
 
 import re
 from pathlib import Path

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 import polar_ft
+from polar_ft.conversion.commands import convert
 from polar_ft.data.commands import data_app
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.commands import evaluate
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command("eval")(evaluate)
+app.command("convert")(convert)
 
 
 @app.callback(invoke_without_command=True)

@@ -265,7 +265,7 @@ class PolarTemplate:
             # Cutting as text can, rarely, re-tokenize to a few tokens more than were counted.
             excess = tuple(max(0, len(ids) + 1 - self.max_length) for ids in sequences)
             if any(excess):
-                self._check_prefix_fits(sequences, prompt)
+                self._check_separator_stays(sequences, prompt)
                 extended = tuple(a + b for a, b in zip(cut.candidates, excess))
                 cut = Cut(cut.prompt, cut.reference, extended)
             sequences = [[*ids[: self.max_length - 1], self.reward_token_id] for ids in sequences]
@@ -374,12 +374,12 @@ class PolarTemplate:
             start += 1
         return prompt[offsets[start][0] :] if start < total else "", start
 
-    def _check_prefix_fits(self, sequences: list[list[int]], prompt: str) -> None:
-        separator = min(ids.index(self.separator_id) for ids in sequences)
-        if 2 * separator + 1 >= self.max_length:
+    def _check_separator_stays(self, sequences: list[list[int]], prompt: str) -> None:
+        separator = sequences[0].index(self.separator_id)
+        if separator + 2 > self.max_length:
             raise PolarError(
-                f"prompt and reference alone take {separator} tokens, which does not fit twice into "
-                f"max_length={self.max_length}; the prompt begins {prompt[:40]!r}"
+                f"prompt and reference alone take {separator} tokens, more than max_length="
+                f"{self.max_length} leaves them; the prompt begins {prompt[:40]!r}"
             )
 
 

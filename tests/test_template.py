@@ -184,6 +184,18 @@ def test_a_batch_is_what_its_members_are(folder):
     assert [e.sequences for e in batch] == [template.encode(p, r, c).sequences for p, r, c, _ in fields]
 
 
+def test_text_that_tokenizes_longer_once_it_is_cut_is_cut_further(tmp_path):
+    """Cutting inside a word can leave pieces that take more tokens than were counted."""
+    folder = save(train("prepend_normalizer"), tmp_path)
+    template = PolarTemplate.from_pretrained(folder, max_length=120, max_response_length=20)
+    prompt = "What is the capital of France? 中文文本也要正确处理。 " * 4
+    reference = "It is Paris, the capital; it is Paris. 参考答案是巴黎。"
+    encoded = template.encode(prompt, reference, ["Paris", reference])
+    assert encoded.cut.prompt and encoded.cut.reference and encoded.cut.candidates[1]
+    for ids in encoded.sequences:
+        assert len(ids) <= 120 and ids.count(template.separator_id) == 1
+
+
 def test_a_reference_that_leaves_no_room_is_named(byte_level):
     template = PolarTemplate.from_pretrained(byte_level, max_length=90, max_response_length=42)
     with pytest.raises(PolarError, match="leaves the prompt a budget.*raise max_length to at least"):

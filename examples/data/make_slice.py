@@ -1,7 +1,7 @@
 """Makes the slice of AlpacaEval 2 that is shipped here: real answers of real models, ranked.
 
-Kept are the prompts at which the answers ranked 1, 2, 5 and 10 of 14 are all at most 2,500 characters long, and
-of each those four answers. The best one becomes the reference, the others give the pairs 2 > 5 and 5 > 10.
+Kept are the prompts at which the answers ranked 1, 2, 5 and 10 of 14 are all at most 2,500 characters long,
+and of each those four answers. The best one becomes the reference, the others give the pairs 2 > 5, 5 > 10.
 
     python examples/data/make_slice.py alpaca_eval_ranked.jsonl.gz examples/data
 """

@@ -109,12 +109,13 @@ TOPICS = {
 }
 
 SERIES = (
-    "Nordby Tessla Arvik Belmo Corda Dunvar Elsta Fjella Gravo Halden Ilmar Jorna Kestra Lumen Marlo Nivar Orsa "
-    "Pellor Quill Runo Sandal Tove Ulven Varde Wiken Ysta Zelda Alba Brisk Celo Domus Erle Fanto Gilda Hollo Idra"
+    "Nordby Tessla Arvik Belmo Corda Dunvar Elsta Fjella Gravo Halden Ilmar Jorna Kestra Lumen Marlo Nivar "
+    "Orsa Pellor Quill Runo Sandal Tove Ulven Varde Wiken Ysta Zelda Alba Brisk Celo Domus Erle Fanto Gilda "
+    "Hollo Idra"
 ).split()
 THINGS = (
-    "lamp chair table shelf clock vase stool bench desk mirror tray bowl basket frame hook ladder rack screen chest "
-    "stand cup plate box bed sofa door rug fan kettle jar crib swing globe pot"
+    "lamp chair table shelf clock vase stool bench desk mirror tray bowl basket frame hook ladder rack "
+    "screen chest stand cup plate box bed sofa door rug fan kettle jar crib swing globe pot"
 ).split()
 
 
@@ -131,7 +132,9 @@ def make_rows(products: list[str], n: int, rng: random.Random) -> Iterator[dict]
     True
     """
     if n % (2 * len(TOPICS)) or n > len(products) * len(TOPICS):
-        raise ValueError(f"n={n}: has to be a multiple of {2 * len(TOPICS)}, at most {len(products) * len(TOPICS)}")
+        raise ValueError(
+            f"n={n}: has to be a multiple of {2 * len(TOPICS)}, at most {len(products) * len(TOPICS)}"
+        )
     for name, topic in TOPICS.items():
         asked = rng.sample(products, n // len(TOPICS))
         for pair in zip(asked[::2], asked[1::2], strict=True):
@@ -152,7 +155,9 @@ def make_rows(products: list[str], n: int, rng: random.Random) -> Iterator[dict]
                 }
 
 
-def write_data(out_dir: str | Path, n_train: int = 4000, n_held_out: int = 800, seed: int = 0) -> tuple[Path, Path]:
+def write_data(
+    out_dir: str | Path, n_train: int = 4000, n_held_out: int = 800, seed: int = 0
+) -> tuple[Path, Path]:
     """Writes ``train.jsonl`` and ``held_out.jsonl``; no product of one is in the other.
 
     Returns:

@@ -47,9 +47,12 @@ Files = Annotated[
 ]
 Input = Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or a HuggingFace id.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer counts.")]
-MaxLength = Annotated[int | None, typer.Option(help="Longest sequence in tokens. Default 16384.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Longest sequence in tokens. (default: the model's own, else 16384)")
+]
 MaxResponseLength = Annotated[
-    int | None, typer.Option(help="Longest reference and response in tokens. Default 4096.")
+    int | None,
+    typer.Option(help="Longest reference and response in tokens. (default: the model's own, else 4096)"),
 ]
 AllowCode = Annotated[
     list[str] | None,
@@ -57,8 +60,16 @@ AllowCode = Annotated[
         "--allow-tokenizer-code", "--allow", help="Tokenizer class of the folder that may be run, by name."
     ),
 ]
-SeparatorToken = Annotated[str, typer.Option(help="Token between reference and candidate.")]
-RewardToken = Annotated[str, typer.Option(help="Token at the end, which is scored.")]
+SeparatorToken = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Token between reference and candidate. (default: the model's own, else {SEPARATOR_TOKEN})"
+    ),
+]
+RewardToken = Annotated[
+    str | None,
+    typer.Option(help=f"Token at the end, which is scored. (default: the model's own, else {REWARD_TOKEN})"),
+]
 AddTokens = Annotated[
     bool, typer.Option("--add-reward-tokens", help="Add the two tokens where the tokenizer lacks them.")
 ]
@@ -77,8 +88,8 @@ def check_command(
     pairing: Annotated[PairingOption, typer.Option(help="How ranked rows become pairs.")] = "adjacent",
     as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON.")] = False,
     allow_tokenizer_code: AllowCode = None,
-    separator: SeparatorToken = SEPARATOR_TOKEN,
-    reward_token: RewardToken = REWARD_TOKEN,
+    separator: SeparatorToken = None,
+    reward_token: RewardToken = None,
     add_reward_tokens: AddTokens = False,
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
@@ -119,12 +130,12 @@ def convert_command(
     pairing: Annotated[
         PairingOption | None,
         typer.Option(
-            help="ranked: pair with the next worse response, or all worse ones. [default: adjacent]"
+            help="ranked: pair with the next worse response, or all worse ones. (default: adjacent)"
         ),
     ] = None,
     reference: Annotated[
         Literal["best", "none"] | None,
-        typer.Option(help="ranked, in a row without reference: the best response, or none. [default: best]"),
+        typer.Option(help="ranked, in a row without reference: the best response, or none. (default: best)"),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail, writing nothing, if a row is bad.")] = False,
     force: Force = False,
@@ -195,8 +206,8 @@ def preview_command(
     everything: Annotated[bool, typer.Option("--all", help="Show long runs of tokens in full.")] = False,
     ids: Annotated[bool, typer.Option("--ids", help="Show each token's id behind it.")] = False,
     allow_tokenizer_code: AllowCode = None,
-    separator: SeparatorToken = SEPARATOR_TOKEN,
-    reward_token: RewardToken = REWARD_TOKEN,
+    separator: SeparatorToken = None,
+    reward_token: RewardToken = None,
     add_reward_tokens: AddTokens = False,
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
@@ -238,19 +249,19 @@ def _template(
     max_length: int | None,
     max_response_length: int | None,
     allow_tokenizer_code: Sequence[str] | None,
-    separator: str,
-    reward_token: str,
+    separator: str | None,
+    reward_token: str | None,
     add_reward_tokens: bool,
 ) -> PolarTemplate:
-    limits = {"max_length": max_length, "max_response_length": max_response_length}
-    settings: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
+    # What is None is left to the model's folder, which may say how it was trained.
     return PolarTemplate.from_pretrained(
         folder,
         allow_tokenizer_code=allow_tokenizer_code or (),
         separator=separator,
         reward_token=reward_token,
-        add_missing_tokens=add_reward_tokens,
-        **settings,
+        add_missing_tokens=add_reward_tokens or None,
+        max_length=max_length,
+        max_response_length=max_response_length,
     )
 
 

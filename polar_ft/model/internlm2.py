@@ -70,7 +70,9 @@ def to_internlm2_name(name: str) -> str:
     return name
 
 
-def split_wqkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_wqkv(
+    fused: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values of a fused weight or bias, each contiguous and with memory of its own.
 
     Args:
@@ -97,7 +99,9 @@ def split_wqkv(fused: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Te
     return own(grouped[:, :groups]), own(grouped[:, groups]), own(grouped[:, groups + 1])
 
 
-def fuse_wqkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+def fuse_wqkv(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, kv_heads: int
+) -> torch.Tensor:
     """The inverse of `split_wqkv`.
 
     >>> fuse_wqkv(torch.tensor([0, 1, 4, 5]), torch.tensor([2, 6]), torch.tensor([3, 7]), 4, 2).tolist()
@@ -122,7 +126,9 @@ def internlm2_config_to_llama(config: Mapping[str, Any]) -> LlamaConfig:
     """
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
-        raise PolarError(f"config.json of an internlm2 model has no {', '.join(missing)}; the file is incomplete")
+        raise PolarError(
+            f"config.json of an internlm2 model has no {', '.join(missing)}; the file is incomplete"
+        )
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if config["hidden_size"] % heads or heads % kv_heads:

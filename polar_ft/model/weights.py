@@ -150,9 +150,13 @@ def decoder_config(hf_config: Mapping[str, Any], name: str) -> PretrainedConfig:
     """
     kind = hf_config.get("model_type")
     if hf_config.get("use_sliding_window"):
-        raise PolarError(f"{name}: sliding-window attention (use_sliding_window in config.json) is not supported")
+        raise PolarError(
+            f"{name}: sliding-window attention (use_sliding_window in config.json) is not supported"
+        )
     if hf_config.get("quantization_config"):
-        raise PolarError(f"{name}: is quantized (quantization_config in config.json); name the original model")
+        raise PolarError(
+            f"{name}: is quantized (quantization_config in config.json); name the original model"
+        )
     if kind == "internlm2":
         try:
             return internlm2_config_to_llama(hf_config)

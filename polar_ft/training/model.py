@@ -128,7 +128,7 @@ class PolarRewardModel(BaseModel):
             fp32: Write float32; xtuner's default is float16.
             save_pretrained_kwargs: ``max_shard_size`` of it is used.
         """
-        from polar_ft.conversion import write_hf_folder
+        from polar_ft.conversion.huggingface import write_hf_folder
 
         write_hf_folder(
             self.state_dict(),
@@ -137,6 +137,7 @@ class PolarRewardModel(BaseModel):
             template=self.template,
             dtype=torch.float32 if fp32 else torch.float16,
             max_shard_size=(save_pretrained_kwargs or {}).get("max_shard_size", "5GB"),
+            force=True,  # as xtuner's own does
         )
 
 

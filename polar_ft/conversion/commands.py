@@ -1,0 +1,43 @@
+"""The command that converts a checkpoint: ``polar-ft convert`` and ``tools/pth_to_hf.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def convert(
+    config: Annotated[Path, typer.Argument(help="The config that the run was started with.")],
+    checkpoint: Annotated[Path, typer.Argument(help="iter_N.pth: a file, or a DeepSpeed directory.")],
+    out_dir: Annotated[Path, typer.Argument(help="HuggingFace folder to write.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default: the one in which the model was trained."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT_DIR if it is not empty.")] = False,
+    allow_tokenizer_code: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokenizer class of the base folder that may be run, by name; configs of ours say it."),
+    ] = None,
+) -> None:
+    """Convert a saved checkpoint to a HuggingFace folder."""
+    console = Console(stderr=True)
+    with console.status("converting …"):
+        from polar_ft.conversion.convert import convert_checkpoint
+
+        written = convert_checkpoint(
+            config,
+            checkpoint,
+            out_dir,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            force=force,
+            allow_tokenizer_code=allow_tokenizer_code or (),
+        )
+    size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors"))
+    typer.echo(f"{out_dir}: written in {str(written).removeprefix('torch.')}, {size / 1e6:,.1f} MB of weights")
+    typer.echo(f"next: python tools/eval_preference.py {out_dir} held_out.jsonl")

@@ -1,0 +1,100 @@
+"""A config and a checkpoint to a HuggingFace folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from xtuner.registry import BUILDER
+
+from polar_ft.conversion.checkpoint import read_checkpoint
+from polar_ft.conversion.huggingface import write_hf_folder
+from polar_ft.errors import PolarError
+from polar_ft.template import PolarTemplate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def convert_checkpoint(
+    config_file: Path,
+    checkpoint: Path,
+    out_dir: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    allow_tokenizer_code: Iterable[str] = (),
+) -> torch.dtype:
+    """Converts what a training run saved.
+
+    Args:
+        config_file: The config of the run: ours, or one for xtuner 0.2.0's own RewardModel.
+        checkpoint: ``iter_N.pth``, a file or a DeepSpeed directory.
+        out_dir: Folder to write.
+        dtype: "float32", "bfloat16" or "float16"; None takes the one in which the model was trained.
+        max_shard_size: Largest weight file.
+        force: Replace a folder that is not empty.
+        allow_tokenizer_code: See `PolarTemplate.from_pretrained`; for configs that do not say it themselves.
+
+    Returns:
+        The dtype that was written.
+
+    Raises:
+        PolarError: Config, checkpoint or base model do not fit; the message says which and what to do.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise PolarError(f"--dtype {dtype}: is not one of {', '.join(DTYPES)}")
+    config = read_training_config(config_file)
+    base = config["pretrained_model_name_or_path"]
+    template = build_template(config, allow_tokenizer_code)
+    weights = read_checkpoint(checkpoint)
+    written = DTYPES[dtype] if dtype else weights.dtype
+    write_hf_folder(
+        weights.tensors,
+        base_folder=base,
+        out_dir=out_dir,
+        template=template,
+        dtype=written,
+        max_shard_size=max_shard_size,
+        force=force,
+    )
+    return written
+
+
+def read_training_config(file: Path) -> Config:
+    """A config of a training run.
+
+    Raises:
+        PolarError: There is none, it cannot be parsed, or it names no model.
+    """
+    if not file.is_file():
+        raise PolarError(f"{file}: no such config; name the one that the run was started with")
+    try:
+        config = Config.fromfile(file)
+    except Exception as error:
+        raise PolarError(f"{file}: cannot be read as a config ({type(error).__name__}: {error})") from error
+    if "pretrained_model_name_or_path" not in config:
+        raise PolarError(f"{file}: has no pretrained_model_name_or_path; is it a config of a training run?")
+    return config
+
+
+def build_template(config: Config, allow_tokenizer_code: Iterable[str] = ()) -> PolarTemplate:
+    """The template that a run of this config trains with.
+
+    Args:
+        config: Ours, whose ``tokenizer`` is a `PolarTemplate`, or one of xtuner's.
+        allow_tokenizer_code: For one of xtuner's.
+    """
+    tokenizer: dict[str, Any] = dict(config.get("tokenizer", {}))
+    if getattr(tokenizer.get("type"), "__self__", None) is PolarTemplate:
+        return BUILDER.build(tokenizer)
+    return PolarTemplate.from_pretrained(
+        config["pretrained_model_name_or_path"],
+        allow_tokenizer_code=allow_tokenizer_code,
+        reward_token_id=config.get("reward_token_id"),
+        max_length=config.get("max_length"),
+        max_response_length=config.get("max_response_length"),
+    )

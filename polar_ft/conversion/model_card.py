@@ -1,0 +1,87 @@
+"""The README of an exported reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from polar_ft.template import PolarTemplate
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model, polar]
+---
+# {name}
+
+A reward model in the manner of POLAR (arXiv 2507.05197), fine-tuned from `{base}` with polar_ft. It scores a
+candidate against a reference: the higher the reward, the more the candidate is like what the reference shows
+to be wanted. Rewards compare candidates of the same prompt and reference; their zero has no meaning.
+
+## Score with polar_ft
+
+```python
+from polar_ft.data.records import parse_row
+from polar_ft.scoring.scorer import RewardScorer
+
+scorer = RewardScorer.from_pretrained("{name}")
+row = {{
+    "prompt": "What is the capital of China?",
+    "reference": "Beijing.",
+    "chosen": "Beijing is the capital of China.",
+    "rejected": "Shanghai.",
+}}
+print(scorer.score_examples([parse_row(row).to_example("example")]))
+```
+
+Accuracy on held-out pairs: `polar-ft eval {name} held_out.jsonl`.
+
+## The input
+
+One text is scored at a time. This is what the model was trained on, and what any engine must be given, as
+token ids, the last one included:
+
+    BOS prompt ⏎ reference {separator} prompt ⏎ candidate {reward_token}
+
+`{separator}` is id {separator_id}, `{reward_token}` is id {reward_token_id}. The reward is the score of the last
+token. References and candidates are cut on the right at {max_response_length} tokens, the prompt on the left so
+that all fits into {max_length}. `polar_ft.template.PolarTemplate.from_pretrained("{name}")` makes these ids.
+
+## Score with transformers
+
+```python
+import torch
+from polar_ft.template import PolarTemplate
+from transformers import {auto_class}
+
+template = PolarTemplate.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}"{trust}).eval()
+ids = template.encode("What is the capital of China?", "Beijing.", ["Beijing.", "Shanghai."]).sequences
+with torch.no_grad():
+    for candidate in ids:
+        inputs = torch.tensor([candidate])
+        print(model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits.item())
+```
+"""
+
+
+def model_card(name: str, base: str, template: PolarTemplate, config: Mapping[str, Any]) -> str:
+    """Text of the README.
+
+    Args:
+        name: Of the folder.
+        base: Of the model that was fine-tuned, as the config names it.
+        template: What the model was trained with.
+        config: The exported ``config.json``.
+    """
+    internlm2 = config["model_type"] == "internlm2"
+    return _CARD.format(
+        name=name,
+        base=base.rstrip("/").split("/")[-1],
+        separator_id=template.separator_id,
+        reward_token_id=template.reward_token_id,
+        auto_class="AutoModel" if internlm2 else "AutoModelForSequenceClassification",
+        trust=", trust_remote_code=True" if internlm2 else "",
+        **template.settings,
+    )

@@ -1,0 +1,12 @@
+"""Converts a saved checkpoint to a HuggingFace folder: ``python tools/pth_to_hf.py CONFIG CHECKPOINT OUT_DIR``."""
+
+import typer
+
+from polar_ft.cli import run
+from polar_ft.conversion.commands import convert
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(convert)
+
+if __name__ == "__main__":
+    run(app)
