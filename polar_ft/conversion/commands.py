@@ -21,7 +21,9 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace OUT_DIR if it is not empty.")] = False,
     allow_tokenizer_code: Annotated[
         list[str] | None,
-        typer.Option(help="Tokenizer class of the base folder that may be run, by name; configs of ours say it."),
+        typer.Option(
+            help="Tokenizer class of the base folder that may be run, by name; configs of ours say it."
+        ),
     ] = None,
 ) -> None:
     """Convert a saved checkpoint to a HuggingFace folder."""
@@ -39,5 +41,7 @@ def convert(
             allow_tokenizer_code=allow_tokenizer_code or (),
         )
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors"))
-    typer.echo(f"{out_dir}: written in {str(written).removeprefix('torch.')}, {size / 1e6:,.1f} MB of weights")
+    typer.echo(
+        f"{out_dir}: written in {str(written).removeprefix('torch.')}, {size / 1e6:,.1f} MB of weights"
+    )
     typer.echo(f"next: python tools/eval_preference.py {out_dir} held_out.jsonl")

@@ -132,7 +132,9 @@ def _vocab_size(weights: Mapping[str, torch.Tensor]) -> int:
     return next(weights[name].shape[0] for name in embeddings if name in weights)
 
 
-def _write_weights(weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, max_size: str | int) -> None:
+def _write_weights(
+    weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, max_size: str | int
+) -> None:
     shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
     plan = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_size

@@ -28,6 +28,10 @@ _REAL: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch", "Tensor"): torch.Tensor,
+    ("torch.nn.parameter", "Parameter"): torch.nn.Parameter,
+    # A tensor with attributes (ZeRO 3 hangs its own on every parameter): the tensor alone.
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, kind, arguments, state: rebuild(*arguments),
 }
 _TORCH_TYPES = (torch.dtype, type(torch.FloatStorage))
 
@@ -92,7 +96,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 _PICKLE = types.SimpleNamespace(
-    Unpickler=_Unpickler, load=lambda file, **_: _Unpickler(file).load(), __name__="polar_ft restricted pickle"
+    Unpickler=_Unpickler,
+    load=lambda file, **_: _Unpickler(file).load(),
+    __name__="polar_ft restricted pickle",
 )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import TracebackType
 
+from filelock import FileLock
+
 from polar_ft.errors import PolarError
+from polar_ft.model.tiny_base import make_tiny_base, texts_of
 from polar_ft.template import resolve_folder
 from polar_ft.training import upstream
 
@@ -35,6 +39,21 @@ def prepare_training(pretrained_model_name_or_path: str) -> str:
     sys.excepthook = _short_excepthook
     upstream.apply()
     return str(resolve_folder(pretrained_model_name_or_path))
+
+
+def prepare_tiny_training(pretrained_model_name_or_path: str, data: str) -> str:
+    """`prepare_training` for the tiny config: makes the base model of the data where it is not there yet.
+
+    Args:
+        pretrained_model_name_or_path: Folder of the base model.
+        data: File whose texts its vocabulary is learned from.
+    """
+    folder = Path(pretrained_model_name_or_path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # ranks start together
+        if not (folder / "config.json").is_file():
+            make_tiny_base(folder, texts_of([Path(data)]), vocab_size=4096, hidden=96)
+    return prepare_training(pretrained_model_name_or_path)
 
 
 def _short_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

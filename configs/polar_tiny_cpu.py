@@ -1,0 +1,154 @@
+# Fine-tunes a tiny InternLM2-shaped model on a CPU, in a minute or two: to try the whole job, and for tests.
+#
+#   xtuner train configs/polar_tiny_cpu.py
+#   xtuner train configs/polar_tiny_cpu.py --deepspeed deepspeed_zero2
+#
+# Run it at the top of a clone of polar_ft. The base model is made by the first run; it knows nothing, so do
+# not judge POLAR by it.
+
+from mmengine.hooks import CheckpointHook, IterTimerHook, LoggerHook, ParamSchedulerHook
+from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
+from torch.optim import AdamW
+from xtuner.engine.runner import TrainLoop
+
+from polar_ft.template import PolarTemplate
+from polar_ft.training.dataset import StepSampler, build_reward_dataset, collate_step
+from polar_ft.training.hooks import ThroughputHook
+from polar_ft.training.model import PolarRewardModel
+from polar_ft.training.prepare import prepare_tiny_training
+from polar_ft.training.schedule import WarmupCosineLR
+from polar_ft.training.step import StepOptimWrapper
+
+#######################################################################
+#                  PART 1  Settings: edit these lines                 #
+#######################################################################
+# The model: a folder; a tiny one is made of the data if it is not there.
+pretrained_model_name_or_path = "work_dirs/polar_tiny_base"
+# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of dict(path=…, weight=…, max_samples=…).
+# A row: {"prompt": …, "reference": …, "chosen": …, "rejected": …}. Check it first: polar-ft data check FILE
+data = "examples/data/alpaca_train.jsonl"
+
+# High for POLAR, whose published rates are 1e-5 and 2e-5: this model starts from random weights.
+lr = 1e-3
+max_epochs = 1
+# Pairs of an optimizer step, over all GPUs.
+global_batch_pairs = 32
+# Tokens that one forward computes: lower it where memory runs out, it changes nothing else.
+max_packed_length = 16384
+
+#######################################################################
+#                     PART 2  Settings seldom edited                  #
+#######################################################################
+# Length limits in tokens: of a whole input, and of the reference and each candidate.
+max_length = 1024
+max_response_length = 384
+# The token whose hidden state is scored. Another base: see docs/configs.md for naming or adding tokens.
+reward_token_id = None  # whatever the tokenizer says
+reward_tokens = dict(separator="<|reward|>", reward="[UNUSED_TOKEN_130]")
+
+loss_type = "ranking"  # Bradley–Terry; or "focal", or "margin" (rows with a "margin")
+penalty_type = "none"  # or "log_barrier", "L2"
+# Share of the rows trained without their reference, so that one model also scores without one.
+reference_dropout = 0.0
+
+betas = (0.9, 0.95)
+weight_decay = 0
+max_norm = 1
+warmup_ratio = 0.03
+seed = 0
+
+# In optimizer steps; the last step is always saved.
+save_steps = 100
+save_total_limit = 2
+log_interval = 1
+
+#######################################################################
+#                      PART 3  Model & tokenizer                      #
+#######################################################################
+model_resource = dict(fn=prepare_tiny_training, args=dict(data=data))
+
+tokenizer = dict(
+    type=PolarTemplate.from_pretrained,
+    pretrained_model_name_or_path=pretrained_model_name_or_path,
+    separator=reward_tokens["separator"],
+    reward_token=reward_tokens["reward"],
+    reward_token_id=reward_token_id,
+    max_length=max_length,
+    max_response_length=max_response_length,
+)
+
+model = dict(
+    type=PolarRewardModel,
+    llm=dict(pretrained_model_name_or_path=pretrained_model_name_or_path, torch_dtype="float32"),
+    tokenizer=tokenizer,
+    loss_type=loss_type,
+    penalty_type=penalty_type,
+    attention="auto",
+    activation_checkpointing=False,
+)
+
+#######################################################################
+#                      PART 4  Data & optimizer step                  #
+#######################################################################
+train_dataset = dict(
+    type=build_reward_dataset,
+    data=data,
+    tokenizer=tokenizer,
+    pretrained_model_name_or_path=pretrained_model_name_or_path,
+    global_batch_pairs=global_batch_pairs,
+    max_packed_length=max_packed_length,
+    reference_dropout=reference_dropout,
+    seed=seed,
+)
+
+# One item is one optimizer step of this GPU: all its packs.
+train_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    dataset=train_dataset,
+    sampler=dict(type=StepSampler),
+    collate_fn=dict(type=collate_step),
+)
+
+optim_wrapper = dict(
+    type=StepOptimWrapper,
+    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
+    clip_grad=dict(max_norm=max_norm),
+)
+# By name, as mmengine wants it; the class stands beside StepOptimWrapper.
+model_wrapper_cfg = dict(type="StepDistributedDataParallel")
+
+param_scheduler = dict(
+    type=WarmupCosineLR,
+    warmup_ratio=warmup_ratio,
+    min_ratio=0.1,
+    by_epoch=True,
+    begin=0,
+    end=max_epochs,
+    convert_to_iter_based=True,
+)
+train_cfg = dict(type=TrainLoop, max_epochs=max_epochs)
+
+#######################################################################
+#                           PART 5  Runtime                           #
+#######################################################################
+default_hooks = dict(
+    timer=dict(type=IterTimerHook),
+    logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=log_interval),
+    param_scheduler=dict(type=ParamSchedulerHook),
+    checkpoint=dict(
+        type=CheckpointHook, by_epoch=False, interval=save_steps, max_keep_ckpts=save_total_limit
+    ),
+    # The step plan shuffles; mmengine's sampler seed is not used.
+    sampler_seed=None,
+)
+custom_hooks = [dict(type=ThroughputHook)]
+
+env_cfg = dict(mp_cfg=dict(mp_start_method="fork"), dist_cfg=dict(backend="gloo"))
+visualizer = dict(type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)])
+log_level = "INFO"
+# One step is one number: no average over several.
+log_processor = dict(by_epoch=False, window_size=1)
+load_from = None
+resume = False
+randomness = dict(seed=seed, deterministic=False)

@@ -1,0 +1,67 @@
+"""What training saved: a ``.pth`` file or a DeepSpeed folder, as tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+
+from polar_ft.conversion.restricted_load import restricted_load
+from polar_ft.conversion.zero import is_zero_folder, open_zero
+from polar_ft.errors import PolarError
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """The parameters of a training run.
+
+    Attributes:
+        tensors: By the names of the training model; read from disk when asked for.
+        dtype: The dtype of training: that of the tensors in a ``.pth``, and the one in which the model ran
+            under DeepSpeed, whose tensors are its float32 master weights.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    dtype: torch.dtype
+
+
+def open_trained(path: Path) -> TrainedWeights:
+    """Opens a checkpoint of mmengine (a file) or DeepSpeed (a folder).
+
+    Raises:
+        PolarError: There is none, it is not whole, or it holds something that is not known to be harmless.
+    """
+    if path.is_dir():
+        if not is_zero_folder(path):
+            raise PolarError(f"{path}: holds no DeepSpeed checkpoint{_hint(path)}")
+        weights = open_zero(path)
+        return TrainedWeights(weights, weights.dtype)
+    if not path.exists():
+        raise PolarError(f"{path}: no such checkpoint{_hint(path.parent)}")
+
+    content = restricted_load(path)
+    state = content.get("state_dict", content)
+    tensors = {
+        name: tensor
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+    }
+    if not tensors:
+        raise PolarError(
+            f"{path}: holds no weights (no state_dict); found {', '.join(map(str, content))[:200]}"
+        )
+    # Where dtypes differ, the one that loses nothing.
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in tensors.values()})
+    return TrainedWeights(tensors, dtype)
+
+
+def _hint(folder: Path) -> str:
+    found = sorted(folder.glob("*.pth")) if folder.is_dir() else []
+    if found:
+        return f"; there are {', '.join(str(file) for file in found[:8])}"
+    if (folder / "config.json").is_file():
+        return "; it is a HuggingFace folder already"
+    return "; name the iter_….pth that training wrote"
