@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
 
 def convert(
@@ -18,7 +19,7 @@ def convert(
         typer.Option(help="float32, bfloat16 or float16. Default: the one in which the model was trained."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT_DIR if it is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model folder that OUT_DIR is.")] = False,
     allow_tokenizer_code: Annotated[
         list[str] | None,
         typer.Option(
@@ -27,8 +28,13 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a saved checkpoint to a HuggingFace folder."""
-    console = Console(stderr=True)
-    with console.status("converting …"):
+    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("reading", total=None)
+
+        def on_written(done: int, total: int) -> None:
+            progress.update(task, description="writing", completed=done, total=total)
+
         from polar_ft.conversion.convert import convert_checkpoint
 
         written = convert_checkpoint(
@@ -39,6 +45,7 @@ def convert(
             max_shard_size=max_shard_size,
             force=force,
             allow_tokenizer_code=allow_tokenizer_code or (),
+            on_written=on_written,
         )
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors"))
     typer.echo(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def convert_checkpoint(
     max_shard_size: str = "5GB",
     force: bool = False,
     allow_tokenizer_code: Iterable[str] = (),
+    on_written: Callable[[int, int], None] | None = None,
 ) -> torch.dtype:
     """Converts what a training run saved.
 
@@ -38,6 +39,7 @@ def convert_checkpoint(
         max_shard_size: Largest weight file.
         force: Replace a folder that is not empty.
         allow_tokenizer_code: See `PolarTemplate.from_pretrained`; for configs that do not say it themselves.
+        on_written: Called after each weight file with the bytes written so far and in all.
 
     Returns:
         The dtype that was written.
@@ -60,6 +62,7 @@ def convert_checkpoint(
         dtype=written,
         max_shard_size=max_shard_size,
         force=force,
+        on_written=on_written,
     )
     return written
 
@@ -91,8 +94,11 @@ def build_template(config: Config, allow_tokenizer_code: Iterable[str] = ()) -> 
     tokenizer: dict[str, Any] = dict(config.get("tokenizer", {}))
     if getattr(tokenizer.get("type"), "__self__", None) is PolarTemplate:
         return BUILDER.build(tokenizer)
+    tokens = config.get("reward_tokens") or {}
     return PolarTemplate.from_pretrained(
         config["pretrained_model_name_or_path"],
+        separator=tokens.get("separator"),
+        reward_token=tokens.get("reward"),
         allow_tokenizer_code=allow_tokenizer_code,
         reward_token_id=config.get("reward_token_id"),
         max_length=config.get("max_length"),

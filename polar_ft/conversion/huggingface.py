@@ -6,23 +6,29 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 
 from polar_ft.conversion.model_card import model_card
+from polar_ft.conversion.zero import ZeroWeights
 from polar_ft.errors import PolarError
-from polar_ft.model.internlm2 import fuse_wqkv, split_wqkv, to_internlm2_name, to_llama_names
+from polar_ft.model.internlm2 import fuse_wqkv, to_internlm2_name, to_llama_names
 from polar_ft.model.weights import decoder_config, empty_decoder, read_json
 from polar_ft.template import SETTINGS_KEY, PolarTemplate, resolve_folder
 
 HEAD = "v_head.weight"
+# Llama's and Qwen2's name, and InternLM2's.
+EMBEDDINGS = ("llm.embed_tokens.weight", "llm.tok_embeddings.weight")
 NAMED = 20  # tensors in an error message
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -37,6 +43,14 @@ CODE_FILES = ("configuration_internlm2.py", "modeling_internlm2.py")
 SEQUENCE_CLASSIFIERS = {"llama": "LlamaForSequenceClassification", "qwen2": "Qwen2ForSequenceClassification"}
 
 
+@dataclass(frozen=True)
+class _Export:
+    """A tensor of the folder, and the tensors of training it is made of: three where it is a ``wqkv``."""
+
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+
+
 def write_hf_folder(
     state: Mapping[str, torch.Tensor],
     *,
@@ -46,10 +60,11 @@ def write_hf_folder(
     dtype: torch.dtype,
     max_shard_size: str | int = "5GB",
     force: bool = False,
+    on_written: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes weights, config, tokenizer, model code and a README.
 
-    The folder appears whole or not at all: it is written beside and renamed.
+    The folder appears whole or not at all: it is written beside and renamed. Memory: one shard.
 
     Args:
         state: Tensors by name, ``llm.…`` in Llama's or InternLM2's names, and ``v_head.weight``.
@@ -58,93 +73,148 @@ def write_hf_folder(
         template: What the model was trained with; the config keeps its settings.
         dtype: Of the weights that are written.
         max_shard_size: Largest weight file, as "5GB".
-        force: Replace a folder that is not empty.
+        force: Replace a model folder that is there already.
+        on_written: Called after each weight file with the bytes written so far and in all.
 
     Raises:
-        PolarError: A tensor is missing, left over or mis-shaped, ``out_dir`` is not empty, or the disk is full.
+        PolarError: A tensor is missing, left over, mis-shaped or not finite, ``out_dir`` is not empty, or
+            the disk is full.
     """
     base, out = resolve_folder(base_folder), Path(out_dir)
     config = read_json(base / "config.json")
-    weights = _named_for_export(state, config, base, template)
-    config = _config(config, template, dtype, vocab_size=_vocab_size(weights))
+    settings = decoder_config(config, str(base))
+    exports = _plan(state, config["model_type"], settings, template)
+    config = _config(config, template, dtype, vocab_size=settings.vocab_size)
+    if out.resolve() == base.resolve():
+        raise PolarError(f"{out}: is the base model that the config names; name another folder")
     with _whole_folder(out, force) as partial:
-        _write_weights(weights, partial, dtype, max_shard_size)
-        (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        weights = _Weights(state, exports, dtype, settings.num_attention_heads, settings.num_key_value_heads)
+        _write_weights(weights, partial, max_shard_size, on_written)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (partial / "config.json").write_text(text, encoding="utf-8")
         _copy_files(base, partial, template, with_code=config["model_type"] == "internlm2")
         card = model_card(out.name, os.fspath(base_folder), template, config)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def _named_for_export(
-    state: Mapping[str, torch.Tensor], config: Mapping[str, Any], base: Path, template: PolarTemplate
-) -> dict[str, torch.Tensor]:
-    """Checks that the tensors are those of the model, and gives them the names of the export."""
-    if HEAD not in state:
+def _plan(
+    state: Mapping[str, torch.Tensor], model_type: str, settings: PretrainedConfig, template: PolarTemplate
+) -> dict[str, _Export]:
+    """Every tensor of the folder by name, checked against what the checkpoint has; reads no weights.
+
+    Sets ``settings.vocab_size`` to the rows that the trained embeddings have.
+    """
+    found: dict[str, tuple[int, ...]] = (
+        state.shapes
+        if isinstance(state, ZeroWeights)
+        else {name: tuple(tensor.shape) for name, tensor in state.items()}
+    )
+    adapters = [name for name in found if "lora_" in name]
+    if adapters:
         raise PolarError(
-            f"the checkpoint has no {HEAD}: the reward head was not saved, so no reward can be computed; "
-            f"it cannot be made up (xtuner 0.2.0 loses it when it trains with LoRA)"
+            f"the checkpoint holds LoRA adapters ({adapters[0]} and {len(adapters) - 1} more), not the "
+            f"weights of a whole model; they cannot be converted"
         )
-    settings = decoder_config(config, str(base))
-    settings.vocab_size = max(settings.vocab_size, len(template))
-    heads, kv_heads = settings.num_attention_heads, settings.num_key_value_heads
-    decoder: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        names = to_llama_names(name)  # what xtuner's own RewardModel saved has InternLM2's names
-        parts = (tensor,) if len(names) == 1 else split_wqkv(tensor, heads, kv_heads)
-        decoder.update(zip(names, parts))
-    expected = {f"llm.{name}": tensor.shape for name, tensor in empty_decoder(settings).state_dict().items()}
-    _check_tensors(expected | {HEAD: torch.Size([1, settings.hidden_size])}, decoder)
+    # Rows that were added for new tokens, or to round their number up.
+    rows = next((found[name][0] for name in EMBEDDINGS if name in found), settings.vocab_size)
+    settings.vocab_size = max(settings.vocab_size, rows, template.reward_token_id + 1)
 
-    head = decoder.pop(HEAD)
-    decoder = {f"model.{name.removeprefix('llm.')}": tensor for name, tensor in decoder.items()}
-    if config["model_type"] != "internlm2":
-        return decoder | {"score.weight": head}
-    exported: dict[str, torch.Tensor] = {}
-    for name, tensor in decoder.items():
-        target = to_internlm2_name(name)
-        if "wqkv" not in target:
-            exported[target] = tensor
-        elif target not in exported:
-            parts = [decoder[part] for part in to_llama_names(target)]
-            exported[target] = fuse_wqkv(*parts, heads, kv_heads)
-    return exported | {HEAD: head}
+    internlm2 = model_type == "internlm2"
+    # xtuner's own RewardModel trains InternLM2 under its own names.
+    fused = internlm2 and EMBEDDINGS[1] in found
+    decoder = {name: tuple(tensor.shape) for name, tensor in empty_decoder(settings).state_dict().items()}
+    # The head first, also in an error: it is what is lost most often.
+    expected: dict[str, tuple[int, ...]] = {HEAD: (1, settings.hidden_size)}
+    exports: dict[str, _Export] = {}
+    for name, shape in decoder.items():
+        target = to_internlm2_name(name) if internlm2 else name
+        parts = to_llama_names(target) if internlm2 else (name,)
+        if len(parts) == 3:
+            shape = (sum(decoder[part][0] for part in parts), *shape[1:])
+        sources = {f"llm.{target}": shape} if fused else {f"llm.{part}": decoder[part] for part in parts}
+        expected.update(sources)
+        exports[f"model.{target}"] = _Export(shape, tuple(sources))
+    exports[HEAD if internlm2 else "score.weight"] = _Export(expected[HEAD], (HEAD,))
+    _check_tensors(expected, found)
+    return exports
 
 
-def _check_tensors(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Tensor]) -> None:
+def _check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     """Raises PolarError that names what is missing, left over or mis-shaped."""
     problems = [f"{name}: missing" for name in expected if name not in found]
     problems += [f"{name}: not part of this model" for name in found if name not in expected]
     problems += [
-        f"{name}: shape {list(found[name].shape)}, expected {list(shape)}"
+        f"{name}: shape {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        if name in found and found[name] != shape
     ]
-    if problems:
-        more = f" … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise PolarError(
-            f"the checkpoint does not fit the base model: {'; '.join(problems[:NAMED])}{more}; "
-            f"was it trained from the model that the config names?"
-        )
+    if not problems:
+        return
+    more = f" … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    why = (
+        "was it trained from the model that the config names?"
+        if HEAD in found
+        else "without the reward head no reward can be computed, and it cannot be made up"
+    )
+    raise PolarError(
+        f"the checkpoint does not fit the base model: {'; '.join(problems[:NAMED])}{more}; {why}"
+    )
 
 
-def _vocab_size(weights: Mapping[str, torch.Tensor]) -> int:
-    embeddings = ("model.tok_embeddings.weight", "model.embed_tokens.weight")
-    return next(weights[name].shape[0] for name in embeddings if name in weights)
+@dataclass(frozen=True)
+class _Weights:
+    """The tensors to be written; each is read, fused and cast when its file is written."""
+
+    state: Mapping[str, torch.Tensor]
+    exports: Mapping[str, _Export]
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy: tensors of a live model may share memory, which safetensors refuses."""
+        parts = [
+            self.state[source].detach().to("cpu", self.dtype, copy=True)
+            for source in self.exports[name].sources
+        ]
+        tensor = parts[0]
+        if len(parts) == 3:
+            tensor = fuse_wqkv(parts[0], parts[1], parts[2], self.heads, self.kv_heads)
+        if not tensor.isfinite().all():
+            kind = str(self.dtype).removeprefix("torch.")
+            raise PolarError(
+                f"{name}: holds NaN or infinity in {kind}; training diverged: take an earlier checkpoint"
+                + (", or --dtype bfloat16 if float16 is too narrow" if self.dtype == torch.float16 else "")
+            )
+        return tensor.contiguous()
 
 
 def _write_weights(
-    weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, max_size: str | int
+    weights: _Weights, folder: Path, max_size: str | int, on_written: Callable[[int, int], None] | None
 ) -> None:
-    shapes = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in weights.items()}
+    shapes = {
+        name: torch.empty(export.shape, dtype=weights.dtype, device="meta")
+        for name, export in weights.exports.items()
+    }
     plan = split_torch_state_dict_into_shards(
         shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_size
     )
+    total, done = plan.metadata["total_size"], 0
+    free = shutil.disk_usage(folder).free
+    if free < total:
+        raise PolarError(
+            f"{folder.parent}: {total / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room, "
+            f"or name a folder on another disk"
+        )
     for file, names in plan.filename_to_tensors.items():
-        shard = {name: weights[name].to(dtype).contiguous() for name in names}
-        save_file(shard, folder / file, {"format": "pt"})
+        save_file({name: weights.read(name) for name in names}, folder / file, {"format": "pt"})
+        done += sum(shapes[name].nbytes for name in names)
+        if on_written is not None:
+            on_written(done, total)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _config(
@@ -170,16 +240,30 @@ def _config(
         return config
     config["architectures"] = [SEQUENCE_CLASSIFIERS[config["model_type"]]]
     config["id2label"], config["label2id"] = {"0": "reward"}, {"reward": 0}
-    if config.get("pad_token_id") is None:
-        # These classes score the token before the first padding; text never becomes an end-of-text token.
-        eos = config.get("eos_token_id")
-        config["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    config["pad_token_id"] = _pad_token_id(config, template)
     return config
+
+
+def _pad_token_id(config: Mapping[str, Any], template: PolarTemplate) -> int:
+    """The …ForSequenceClassification classes score the token before the first padding token.
+
+    So padding has to be a token that no input holds: not one of the template's. Text never becomes an
+    end-of-text token.
+    """
+    eos = config.get("eos_token_id")
+    used = {*template.bos_ids, template.separator_id, template.reward_token_id}
+    for token in (config.get("pad_token_id"), *(eos if isinstance(eos, list) else [eos])):
+        if token is not None and 0 <= token < config["vocab_size"] and token not in used:
+            return token
+    raise PolarError(
+        "config.json of the base model has no pad_token_id that could be used; set one there that no input "
+        "holds, for instance the id of an end-of-text token"
+    )
 
 
 def _copy_files(base: Path, folder: Path, template: PolarTemplate, with_code: bool) -> None:
     for pattern in TOKENIZER_FILES:
-        for file in base.glob(pattern):
+        for file in filter(Path.is_file, base.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
     # Also where the base has only a tokenizer with code of its own: this file needs none.
     (folder / "tokenizer.json").write_text(template.tokenizer_json, encoding="utf-8")
@@ -202,20 +286,45 @@ def _shipped_code() -> Path:
 
 @contextmanager
 def _whole_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A folder beside ``out`` to write into, renamed to it at the end; nothing is left behind by a failure."""
-    if out.is_dir() and any(out.iterdir()) and not force:
-        raise PolarError(f"{out}: is not empty; name another folder, or replace it with --force")
+    """A folder beside ``out`` to write into, renamed to it at the end; a failure leaves nothing behind."""
     if out.exists() and not out.is_dir():
         raise PolarError(f"{out}: is a file; name a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise PolarError(f"{out}: is not empty; name another folder, or replace it with --force")
+        if not (out / "config.json").is_file():
+            raise PolarError(
+                f"{out}: is not empty and holds no model, so it is not replaced; name another one"
+            )
+    made = [parent for parent in out.parents if not parent.exists()]
+    partial: Path | None = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         partial.chmod(0o755)
         yield partial
-        if out.is_dir():
-            shutil.rmtree(out)
-        partial.rename(out)
-    except OSError as error:
+        _replace(out, partial)
+        made = []
+    except (OSError, SafetensorError) as error:
         raise PolarError(f"{out}: cannot be written ({error}); nothing of it was left behind") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _replace(out: Path, partial: Path) -> None:
+    """Renames the new folder into place; the old one goes when the new one is there."""
+    if not out.is_dir():
+        partial.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

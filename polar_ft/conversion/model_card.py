@@ -44,9 +44,10 @@ token ids, the last one included:
 
     BOS prompt ⏎ reference {separator} prompt ⏎ candidate {reward_token}
 
-`{separator}` is id {separator_id}, `{reward_token}` is id {reward_token_id}. The reward is the score of the last
-token. References and candidates are cut on the right at {max_response_length} tokens, the prompt on the left so
-that all fits into {max_length}. `polar_ft.template.PolarTemplate.from_pretrained("{name}")` makes these ids.
+`{separator}` is id {separator_id}, `{reward_token}` is id {reward_token_id}. The reward is the score of the
+last token. References and candidates are cut on the right at {max_response_length} tokens, the prompt on the
+left so that all fits into {max_length}. `polar_ft.template.PolarTemplate.from_pretrained("{name}")` makes
+these ids.
 
 ## Score with transformers
 

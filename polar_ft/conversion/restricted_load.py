@@ -58,7 +58,7 @@ def restricted_load(file: Path) -> dict[str, Any]:
         file: What ``torch.save`` wrote.
 
     Returns:
-        The pickled dictionary, in which objects of known classes of mmengine and DeepSpeed are empty stand-ins.
+        The pickled dictionary; in it, objects of mmengine's and DeepSpeed's classes are empty stand-ins.
 
     Raises:
         PolarError: The file is missing or damaged, or needs a class or function that is not known to be

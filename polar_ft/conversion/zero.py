@@ -104,8 +104,8 @@ def open_zero(folder: Path) -> ZeroWeights:
     optimizer_files = _files_by_rank(folder, "optim")
     if not optimizer_files:
         raise PolarError(
-            f"{folder}: has no *_optim_states.pt, in which DeepSpeed keeps the float32 weights; "
-            f"copy the whole folder, or save with ZeRO stage 1, 2 or 3"
+            f"{folder}: has no *zero_pp_rank_*_optim_states.pt, in which ZeRO keeps the float32 weights; "
+            f"copy the whole folder, from every node"
         )
     states = {rank: _optimizer_state(file) for rank, file in optimizer_files.items()}
     first = next(iter(states.values()))

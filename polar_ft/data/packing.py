@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -69,18 +69,52 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Which queries attend to which keys; the drawings at the top of this module.
+
+    Attributes:
+        cu_seqlens_q: [segments + 1] int32, where the queries of each segment begin.
+        cu_seqlens_k: [segments + 1] int32, where the keys of each segment begin.
+        key_index: [keys] int64, the token that each key is; None where keys are all tokens in order.
+        q_lengths: Queries of each segment, on the host.
+        k_lengths: Keys of each segment, on the host.
+    """
+
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    key_index: torch.Tensor | None
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, q_lengths: Sequence[int], k_lengths: Sequence[int], key_index: np.ndarray | None) -> Segments:
+        """The segments of those lengths."""
+        return cls(
+            _cumulative(q_lengths),
+            _cumulative(k_lengths),
+            None if key_index is None else torch.from_numpy(key_index),
+            tuple(q_lengths),
+            tuple(k_lengths),
+        )
+
+    def cached(self, name: str, compute: Callable[[Segments], T]) -> T:
+        """What ``compute`` makes of the segments, made once; for what every layer needs again."""
+        values = self.__dict__.setdefault("_cached", {})
+        if name not in values:
+            values[name] = compute(self)
+        return values[name]
+
+
+@dataclass(frozen=True)
 class Pack:
     """Tensors of one forward.
 
     Attributes:
         input_ids: [tokens] int64.
         position_ids: [tokens] int64, from 0 in every sequence.
-        cu_seqlens_q: [segments + 1] int32, where the queries of each segment begin.
-        cu_seqlens_k: [segments + 1] int32, where the keys of each segment begin.
-        key_index: [keys] int64, the token that each key is; None where keys are the queries.
-        q_lengths: Queries of each segment, on the host.
-        k_lengths: Keys of each segment, on the host.
+        segments: Who attends to whom.
         reward_index: [candidates] int64, position of each candidate's reward token in ``input_ids``.
+        reward_segments: The same with the reward tokens as the only queries: what the last layer computes.
         chosen: [pairs] int64, index into the candidates.
         rejected: [pairs] int64, index into the candidates.
         margin: [pairs] float32.
@@ -90,12 +124,9 @@ class Pack:
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    key_index: torch.Tensor | None
-    q_lengths: tuple[int, ...]
-    k_lengths: tuple[int, ...]
+    segments: Segments
     reward_index: torch.Tensor
+    reward_segments: Segments
     chosen: torch.Tensor
     rejected: torch.Tensor
     margin: torch.Tensor
@@ -104,26 +135,23 @@ class Pack:
 
     def to(self, device: torch.device | str) -> Pack:
         """The same pack on another device; copies from pinned memory do not block the host."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Pack:
         """The same pack in page-locked memory; called by torch's DataLoader."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
-    def cached(self, name: str, compute: Callable[[Pack], T]) -> T:
-        """What ``compute`` makes of this pack, made once; for what every layer needs again."""
-        values = self.__dict__.setdefault("_cached", {})
-        if name not in values:
-            values[name] = compute(self)
-        return values[name]
 
-    def _map(self, function) -> Pack:
-        changed = {
-            field.name: function(value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return replace(self, **changed)
+def _map_tensors(record: T, function: Callable[[torch.Tensor], torch.Tensor]) -> T:
+    """A dataclass with ``function`` applied to every tensor in it."""
+    changed: dict[str, Any] = {}
+    for field in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if isinstance(value, torch.Tensor):
+            changed[field.name] = function(value)
+        elif isinstance(value, Segments):
+            changed[field.name] = _map_tensors(value, function)
+    return replace(record, **changed)  # type: ignore[type-var]
 
 
 def build_pack(groups: Sequence[Group], layout: Layout = "tree", filler_id: int = 0) -> Pack:
@@ -136,12 +164,13 @@ def build_pack(groups: Sequence[Group], layout: Layout = "tree", filler_id: int 
     >>> pack = build_pack([group])
     >>> pack.input_ids.tolist(), pack.position_ids.tolist()
     ([5, 6, 7, 9, 8, 9], [0, 1, 2, 3, 2, 3])
-    >>> pack.cu_seqlens_q.tolist(), pack.cu_seqlens_k.tolist(), pack.key_index.tolist()
+    >>> segments = pack.segments
+    >>> segments.cu_seqlens_q.tolist(), segments.cu_seqlens_k.tolist(), segments.key_index.tolist()
     ([0, 2, 4, 6], [0, 2, 6, 10], [0, 1, 0, 1, 2, 3, 0, 1, 4, 5])
-    >>> pack.reward_index.tolist()
-    [3, 5]
+    >>> pack.reward_index.tolist(), pack.reward_segments.q_lengths, pack.reward_segments.k_lengths
+    ([3, 5], (1, 1), (4, 4))
     >>> flat = build_pack([group], "flat")
-    >>> flat.input_ids.tolist(), flat.cu_seqlens_q.tolist(), flat.key_index
+    >>> flat.input_ids.tolist(), flat.segments.cu_seqlens_q.tolist(), flat.segments.key_index
     ([5, 6, 7, 9, 5, 6, 8, 9], [0, 4, 8], None)
 
     Args:
@@ -216,15 +245,20 @@ class _PackBuilder:
         pairs = np.concatenate(self.pairs) if self.pairs else np.zeros((0, 2), dtype=np.int64)
         margins = np.concatenate(self.margins) if self.margins else np.zeros(0)
         weights = np.concatenate(self.weights) if self.weights else np.zeros(0)
+        # Segments that end in a reward token: all but the prefixes.
+        rewarded = np.isin(np.cumsum(self.q_lengths) - 1, self.rewards).nonzero()[0]
+        whole_keys = reward_keys = None
+        if layout == "tree":
+            whole_keys = np.concatenate(self.keys)
+            reward_keys = np.concatenate([self.keys[i] for i in rewarded])
         return Pack(
             input_ids=torch.from_numpy(np.concatenate(self.ids).astype(np.int64)),
             position_ids=torch.from_numpy(np.concatenate(self.positions)),
-            cu_seqlens_q=_cumulative(self.q_lengths),
-            cu_seqlens_k=_cumulative(self.k_lengths),
-            key_index=torch.from_numpy(np.concatenate(self.keys)) if layout == "tree" else None,
-            q_lengths=tuple(self.q_lengths),
-            k_lengths=tuple(self.k_lengths),
+            segments=Segments.of(self.q_lengths, self.k_lengths, whole_keys),
             reward_index=torch.tensor(self.rewards, dtype=torch.int64),
+            reward_segments=Segments.of(
+                [1] * len(rewarded), [self.k_lengths[i] for i in rewarded], reward_keys
+            ),
             chosen=torch.from_numpy(np.ascontiguousarray(pairs[:, 0], dtype=np.int64)),
             rejected=torch.from_numpy(np.ascontiguousarray(pairs[:, 1], dtype=np.int64)),
             margin=torch.from_numpy(margins.astype(np.float32)),

@@ -4,7 +4,7 @@
 and ``sdpa``, ``scaled_dot_product_attention`` over batches of segments of about one length, anywhere else.
 None of them builds a tokens × tokens mask.
 
-The layout of the pack arrives as a keyword argument of the attention function. That is the one way which
+Who attends to whom arrives as a keyword argument of the attention function. That is the one way which
 survives activation checkpointing: a global or a ContextVar is gone when backward recomputes in another
 thread.
 """
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from polar_ft.data.packing import Pack
+from polar_ft.data.packing import Segments
 from polar_ft.errors import PolarError
 
 Backend = Literal["flash_attn", "torch", "sdpa"]
@@ -92,7 +92,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: Pack,
+    segments: Segments,
     backend: Backend | Literal["auto"] = "auto",
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -105,8 +105,8 @@ def packed_attention(
         query: [1, heads, tokens, head_dim].
         key: [1, kv_heads, tokens, head_dim].
         value: [1, kv_heads, tokens, head_dim].
-        attention_mask: None; the layout says who sees whom.
-        layout: The pack.
+        attention_mask: None; the segments say who sees whom.
+        segments: Who attends to whom.
         backend: See `choose_backend`.
         scaling: Factor of the scores; None takes 1 / sqrt(head_dim).
         dropout: Must be 0: reward training uses none.
@@ -118,12 +118,12 @@ def packed_attention(
         raise PolarError(f"attention dropout {dropout} is not supported in packed training; set it to 0")
     chosen = choose_backend(backend, query.device, query.dtype)
     if chosen == "sdpa":
-        return _sdpa(query, key, value, layout, scaling), None
+        return _sdpa(query, key, value, segments, scaling), None
 
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
-    if layout.key_index is not None:
-        k, v = k.index_select(0, layout.key_index), v.index_select(0, layout.key_index)
-    lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, max(layout.q_lengths), max(layout.k_lengths))
+    if segments.key_index is not None:
+        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
+    lengths = (segments.cu_seqlens_q, segments.cu_seqlens_k, max(segments.q_lengths), max(segments.k_lengths))
     if chosen == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
@@ -165,13 +165,13 @@ class _Bucket:
 _CALL_COST = 20_000
 
 
-def sdpa_buckets(layout: Pack) -> tuple[list[_Bucket], torch.Tensor]:
+def sdpa_buckets(segments: Segments) -> tuple[list[_Bucket], torch.Tensor]:
     """Cuts the segments of a pack into padded batches, and where each token lies in their outputs.
 
     A call for each segment is dear where segments are short, one padded batch of all where they differ in
     length: a segment joins a batch while the padding costs less than the calls that are saved.
     """
-    q_lengths, k_lengths = np.array(layout.q_lengths), np.array(layout.k_lengths)
+    q_lengths, k_lengths = np.array(segments.q_lengths), np.array(segments.k_lengths)
     order = np.lexsort((k_lengths, q_lengths))[::-1]
     batches: list[list[int]] = []
     used = width = 0
@@ -189,8 +189,8 @@ def sdpa_buckets(layout: Pack) -> tuple[list[_Bucket], torch.Tensor]:
 
     q_starts = np.cumsum(q_lengths) - q_lengths
     k_starts = np.cumsum(k_lengths) - k_lengths
-    keys = np.arange(q_lengths.sum()) if layout.key_index is None else layout.key_index.cpu().numpy()
-    device = layout.input_ids.device
+    keys = np.arange(k_lengths.sum()) if segments.key_index is None else segments.key_index.cpu().numpy()
+    device = segments.cu_seqlens_q.device
     buckets = []
     place = np.empty(int(q_lengths.sum()), dtype=np.int64)
     offset = 0
@@ -218,9 +218,9 @@ def sdpa_buckets(layout: Pack) -> tuple[list[_Bucket], torch.Tensor]:
     return buckets, torch.from_numpy(place).to(device)
 
 
-def _sdpa(query, key, value, layout: Pack, scaling) -> torch.Tensor:
+def _sdpa(query, key, value, segments: Segments, scaling) -> torch.Tensor:
     """[1, tokens, heads, head_dim]."""
-    buckets, place = layout.cached("sdpa", sdpa_buckets)
+    buckets, place = segments.cached("sdpa", sdpa_buckets)
     states = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
     outputs = []
     for bucket in buckets:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import rotate_half
 
 from polar_ft.data.packing import Pack
-from polar_ft.model.attention import IMPLEMENTATION, Backend
+from polar_ft.model.attention import IMPLEMENTATION, Backend, packed_attention
 
 
 class RewardHead(nn.Linear):
@@ -35,33 +36,74 @@ def packed_rewards(
     pack: Pack,
     *,
     backend: Backend | Literal["auto"] = "auto",
-    checkpointing: bool = False,
+    checkpointed_layers: int = 0,
 ) -> torch.Tensor:
     """Rewards of all candidates of a pack.
 
     The decoder layers are run by a short loop of our own: transformers' own ``forward`` would build a dense
-    mask, and under gradient checkpointing it drops keyword arguments such as the layout.
+    mask, and under gradient checkpointing it drops keyword arguments such as the segments. The last layer
+    computes for the reward tokens alone, since nothing else of it is used.
 
     Args:
-        decoder: ``LlamaModel`` or ``Qwen2Model`` of transformers with ``attn_implementation`` "polar_packed".
+        decoder: ``LlamaModel`` or ``Qwen2Model`` of transformers, after `use_packed_attention`.
         head: The reward head.
         pack: On the decoder's device.
         backend: Attention backend.
-        checkpointing: Recompute each layer in backward instead of keeping its activations.
+        checkpointed_layers: So many layers, from the first, are computed again in backward instead of
+            keeping their activations.
 
     Returns:
         [candidates] float32, in the order of ``pack.reward_index``.
     """
     hidden = decoder.embed_tokens(pack.input_ids.unsqueeze(0))
     position_embeddings = decoder.rotary_emb(hidden, pack.position_ids.unsqueeze(0))
-    for layer in decoder.layers:
-        arguments = dict(layout=pack, backend=backend, position_embeddings=position_embeddings)
-        if checkpointing and torch.is_grad_enabled():
-            hidden = checkpoint(layer, hidden, use_reentrant=False, **arguments)[0]
+    last = len(decoder.layers) - 1
+    for number, layer in enumerate(decoder.layers):
+        run = _reward_layer if number == last else _whole_layer
+        arguments = (layer, hidden, position_embeddings, pack, backend)
+        if number < checkpointed_layers and torch.is_grad_enabled():
+            hidden = checkpoint(run, *arguments, use_reentrant=False)
         else:
-            hidden = layer(hidden, **arguments)[0]
-    rewarded = hidden.squeeze(0).index_select(0, pack.reward_index)
-    return head(decoder.norm(rewarded))
+            hidden = run(*arguments)
+    return head(decoder.norm(hidden.squeeze(0)))
+
+
+def _whole_layer(layer, hidden, position_embeddings, pack: Pack, backend) -> torch.Tensor:
+    return layer(hidden, segments=pack.segments, backend=backend, position_embeddings=position_embeddings)[0]
+
+
+def _reward_layer(layer, hidden, position_embeddings, pack: Pack, backend) -> torch.Tensor:
+    """The last layer: keys and values of all tokens, everything else of the reward tokens; [1, candidates, hidden].
+
+    The steps of transformers' ``LlamaDecoderLayer.forward`` and ``LlamaAttention.forward``.
+    """
+    attention, at = layer.self_attn, pack.reward_index
+    cos, sin = position_embeddings
+    normed = layer.input_layernorm(hidden)
+
+    def heads(states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query = heads(attention.q_proj(normed.index_select(1, at)))
+    query = _rotate(query, cos.index_select(1, at), sin.index_select(1, at))
+    key, value = _rotate(heads(attention.k_proj(normed)), cos, sin), heads(attention.v_proj(normed))
+    output, _ = packed_attention(
+        attention,
+        query,
+        key,
+        value,
+        None,
+        segments=pack.reward_segments,
+        backend=backend,
+        scaling=attention.scaling,
+    )
+    hidden = hidden.index_select(1, at) + attention.o_proj(output.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [1, heads, tokens, head_dim] with [1, tokens, head_dim]."""
+    return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
 
 
 def use_packed_attention(decoder: nn.Module) -> None:

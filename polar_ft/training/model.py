@@ -85,7 +85,7 @@ class PolarRewardModel(BaseModel):
             self.v_head,
             pack,
             backend=self.attention,
-            checkpointing=self.activation_checkpointing and self.training,
+            checkpointed_layers=len(self.llm.layers) if self.activation_checkpointing and self.training else 0,
         )
         if mode != "loss":
             return rewards

@@ -1,9 +1,8 @@
 """A few optimizer steps by mmengine, plain or with DeepSpeed, so that tests have checkpoints that are real.
 
-    python train_tiny.py BASE WORK_DIR plain|1|2|3 float32|bfloat16|float16 [own|xtuner]
+    python train_tiny.py BASE WORK_DIR plain|1|2|3 float32|bfloat16|float16
 
-Run through torchrun for more ranks. Names are those of a `PolarRewardModel` ("own"), or those of the module
-that xtuner's RewardModel trains ("xtuner").
+DeepSpeed's stages run through torchrun. The parameters have the names of a `PolarRewardModel`'s.
 """
 
 from __future__ import annotations
@@ -34,13 +33,10 @@ class Rows(Dataset):
 class TinyReward(BaseModel):
     """A decoder and a head that learn to score everything 1."""
 
-    def __init__(self, base, names):
+    def __init__(self, base):
         super().__init__()
         torch.manual_seed(0)
-        if names == "own":
-            self.llm, _, _ = load_backbone(base, torch.float32)
-        else:
-            self.llm = xtuner_decoder(base)
+        self.llm, _, _ = load_backbone(base, torch.float32)
         self.v_head = nn.Linear(self.llm.config.hidden_size, 1, bias=False)
 
     def forward(self, inputs, data_samples=None, mode="loss"):
@@ -51,28 +47,22 @@ class TinyReward(BaseModel):
         pass
 
 
-def xtuner_decoder(base):
-    """What xtuner's RewardModel makes of an InternLM2 base: the decoder of its AutoModel."""
-    from xtuner.tools.model_converters.modeling_internlm2_reward.configuration_internlm2 import InternLM2Config
-    from xtuner.tools.model_converters.modeling_internlm2_reward.modeling_internlm2 import InternLM2ForCausalLM
-
-    config = InternLM2Config.from_pretrained(base)
-    return InternLM2ForCausalLM.from_pretrained(base, config=config, torch_dtype=torch.float32).model
-
-
-def main(base, work_dir, stage, dtype, names="own"):
-    """Trains four steps and saves after the second and the fourth."""
+def main(base, work_dir, stage, dtype):
+    """Trains four steps and saves after the last."""
     upstream.apply()
     settings = dict(
         work_dir=work_dir,
-        model=TinyReward(base, names),
+        model=TinyReward(base),
         train_dataloader=dict(
-            batch_size=1, dataset=Rows(), sampler=dict(type="DefaultSampler", shuffle=False), num_workers=0,
+            batch_size=1,
+            dataset=Rows(),
+            sampler=dict(type="DefaultSampler", shuffle=False),
+            num_workers=0,
             collate_fn=dict(type="default_collate"),
         ),
         train_cfg=dict(by_epoch=False, max_iters=4),
         param_scheduler=dict(type="LinearLR", start_factor=0.5, by_epoch=False, end=4),
-        custom_hooks=[CheckpointHook(interval=2, by_epoch=False)],
+        custom_hooks=[CheckpointHook(interval=4, by_epoch=False)],
         default_hooks=dict(checkpoint=None),
         experiment_name="tiny",
     )

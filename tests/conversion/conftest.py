@@ -1,0 +1,115 @@
+"""A tiny base model, configs that name it, and checkpoints that mmengine and DeepSpeed really wrote."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from polar_ft.model.tiny_base import make_tiny_base
+from polar_ft.model.weights import load_backbone
+from polar_ft.template import PolarTemplate
+
+ROOT = Path(__file__).parents[2]
+
+OUR_CONFIG = """\
+from polar_ft.template import PolarTemplate
+from polar_ft.training.model import PolarRewardModel
+
+pretrained_model_name_or_path = {base!r}
+tokenizer = dict(
+    type=PolarTemplate.from_pretrained,
+    pretrained_model_name_or_path=pretrained_model_name_or_path,
+    max_length=300,
+    max_response_length=80,
+)
+model = dict(
+    type=PolarRewardModel,
+    llm=dict(pretrained_model_name_or_path=pretrained_model_name_or_path),
+    tokenizer=tokenizer,
+)
+"""
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An InternLM2-shaped base model: two layers of width 64, four heads in two groups."""
+    texts = ["Which city is the capital of China?\nBeijing.", "It is Shanghai, I think.\nNo!"] * 20
+    return make_tiny_base(tmp_path_factory.mktemp("models") / "base", texts, vocab_size=300)
+
+
+@pytest.fixture
+def config_file(base: Path, tmp_path: Path) -> Path:
+    """A config of ours for the base model."""
+    file = tmp_path / "config.py"
+    file.write_text(OUR_CONFIG.format(base=str(base)))
+    return file
+
+
+@pytest.fixture(scope="session")
+def template(base: Path) -> PolarTemplate:
+    """With the limits of the config."""
+    return PolarTemplate.from_pretrained(base, max_length=300, max_response_length=80)
+
+
+@pytest.fixture(scope="session")
+def sequences(template: PolarTemplate) -> list[list[int]]:
+    """Token ids of five candidates of different lengths."""
+    candidates = ["Beijing.", "It is Beijing, I think.", "", "Shanghai!", "no " * 30]
+    return template.encode("Which city is the capital of China?", "Beijing.", candidates).sequences
+
+
+@pytest.fixture
+def trained(base: Path) -> dict[str, torch.Tensor]:
+    """What a `PolarRewardModel` would save: no weight is as in the base."""
+    decoder, _, _ = load_backbone(base, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        f"llm.{name}": tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in decoder.state_dict().items()
+    }
+    return state | {"v_head.weight": torch.randn(1, 64, generator=generator)}
+
+
+@pytest.fixture
+def checkpoint(trained: dict[str, torch.Tensor], tmp_path: Path) -> Path:
+    """The same as a file."""
+    file = tmp_path / "iter_7.pth"
+    torch.save({"meta": {"iter": 7}, "state_dict": trained}, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def train(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs ``train_tiny.py`` once for the same arguments, and returns the checkpoint."""
+    done: dict[tuple[str, str, int], Path] = {}
+
+    def run(stage: str, dtype: str, ranks: int = 1) -> Path:
+        key = (stage, dtype, ranks)
+        if key not in done:
+            work_dir = tmp_path_factory.mktemp("run")
+            command = [sys.executable]
+            if stage != "plain":
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", 0))
+                    port = probe.getsockname()[1]
+                command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+                command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+            script = Path(__file__).with_name("train_tiny.py")
+            result = subprocess.run(
+                [*command, str(script), str(base), str(work_dir), stage, dtype],
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+            )
+            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+            done[key] = work_dir / "iter_4.pth"
+        return done[key]
+
+    return run
