@@ -11,10 +11,6 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(call usable,$p),$p)))
 usable = $(shell $1 -c 'import sys, venv, ensurepip; print("y" * ((3, 10) <= sys.version_info < (3, 13)))' 2>/dev/null)
 
-# More threads than cores make small models slower; a job that wants more can say so.
-export OMP_NUM_THREADS ?= 1
-export TOKENIZERS_PARALLELISM ?= true
-
 .PHONY: demo test lint format install clean
 .DEFAULT_GOAL := install
 
@@ -29,6 +25,8 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	$(BIN)/python examples/run_demo.py
 
+# One thread a worker: more threads than cores make small models several times slower.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n auto
 

@@ -6,14 +6,14 @@
 # Full training holds about 112 GB of weights, gradients and optimizer state: it does not fit one 80 GB card.
 # Spread it over GPUs with ZeRO (deepspeed_zero2 shards all but the 14 GB of weights, deepspeed_zero3 those as well).
 
-from mmengine.hooks import CheckpointHook, IterTimerHook, LoggerHook, ParamSchedulerHook
+from mmengine.hooks import IterTimerHook, LoggerHook, ParamSchedulerHook
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
 from torch.optim import AdamW
 from xtuner.engine.runner import TrainLoop
 
 from polar_ft.template import PolarTemplate
 from polar_ft.training.dataset import StepSampler, build_reward_dataset, collate_step
-from polar_ft.training.hooks import ThroughputHook
+from polar_ft.training.hooks import SafeCheckpointHook, ThroughputHook
 from polar_ft.training.model import PolarRewardModel
 from polar_ft.training.prepare import prepare_training
 from polar_ft.training.schedule import WarmupCosineLR
@@ -73,8 +73,9 @@ tokenizer = dict(
     type=PolarTemplate.from_pretrained,
     pretrained_model_name_or_path=pretrained_model_name_or_path,
     allow_tokenizer_code=allow_tokenizer_code,
-    separator=reward_tokens["separator"],
-    reward_token=reward_tokens["reward"],
+    separator=reward_tokens.get("separator"),
+    reward_token=reward_tokens.get("reward"),
+    add_missing_tokens=reward_tokens.get("add", False),
     reward_token_id=reward_token_id,
     max_length=max_length,
     max_response_length=max_response_length,
@@ -141,7 +142,7 @@ default_hooks = dict(
     logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=log_interval),
     param_scheduler=dict(type=ParamSchedulerHook),
     checkpoint=dict(
-        type=CheckpointHook, by_epoch=False, interval=save_steps, max_keep_ckpts=save_total_limit
+        type=SafeCheckpointHook, by_epoch=False, interval=save_steps, max_keep_ckpts=save_total_limit
     ),
     # The step plan shuffles; mmengine's sampler seed is not used.
     sampler_seed=None,

@@ -196,9 +196,12 @@ def _write_weights(
         name: torch.empty(export.shape, dtype=weights.dtype, device="meta")
         for name, export in weights.exports.items()
     }
-    plan = split_torch_state_dict_into_shards(
-        shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_size
-    )
+    try:
+        plan = split_torch_state_dict_into_shards(
+            shapes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_size
+        )
+    except ValueError as error:
+        raise PolarError(f"--max-shard-size {max_size}: is no size such as 5GB or 500MB") from error
     total, done = plan.metadata["total_size"], 0
     free = shutil.disk_usage(folder).free
     if free < total:

@@ -67,6 +67,14 @@ class Group:
         lengths = np.array([len(self.prefix) + len(branch) for branch in self.branches])
         return int(lengths[self.pairs].sum())
 
+    def attended(self, layout: Layout) -> int:
+        """Query-key pairs of causal attention."""
+        prefix = len(self.prefix)
+        branches = np.array([len(branch) for branch in self.branches], dtype=np.int64)
+        if layout == "tree":
+            return int(prefix**2 // 2 + (branches * prefix + branches**2 // 2).sum())
+        return int(((prefix + branches[self.pairs]) ** 2 // 2).sum())
+
 
 @dataclass(frozen=True)
 class Segments:

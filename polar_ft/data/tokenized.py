@@ -367,17 +367,13 @@ def _merge_rows(folder: Path, keys: list[bytes], summary: TokenizationSummary) -
 
 
 def _sizes(group: Group) -> dict[str, float]:
-    prefix = len(group.prefix)
-    branches = np.array([len(branch) for branch in group.branches], dtype=np.int64)
-    whole = prefix + branches
-    sequences = whole[group.pairs].astype(np.int64)
     return {
         "pairs": len(group.pairs),
         "weights": float(group.weights.sum(dtype=np.float64)),
         "tree_tokens": group.tree_tokens(),
-        "flat_tokens": int(sequences.sum()),
-        "tree_attended": int(prefix**2 // 2 + (branches * prefix + branches**2 // 2).sum()),
-        "flat_attended": int((sequences**2 // 2).sum()),
+        "flat_tokens": group.flat_tokens(),
+        "tree_attended": group.attended("tree"),
+        "flat_attended": group.attended("flat"),
     }
 
 

@@ -162,10 +162,12 @@ def decoder_config(hf_config: Mapping[str, Any], name: str) -> PretrainedConfig:
             return internlm2_config_to_llama(hf_config)
         except PolarError as error:
             raise PolarError(f"{name}: {error}") from error
-    if kind == "llama":
-        return LlamaConfig.from_dict(dict(hf_config))
-    if kind == "qwen2":
-        return Qwen2Config.from_dict(dict(hf_config))
+    if kind in ("llama", "qwen2"):
+        config_class = LlamaConfig if kind == "llama" else Qwen2Config
+        try:
+            return config_class.from_dict(dict(hf_config))
+        except (KeyError, TypeError, ValueError) as error:
+            raise PolarError(f"{name}: config.json is not that of a {kind} model ({error})") from error
     raise PolarError(
         f"{name}: model_type {kind!r} in config.json is not supported; internlm2, llama and qwen2 are"
     )

@@ -28,14 +28,15 @@ def launch(config: str, arguments: Sequence[str]) -> int:
     Raises:
         PolarError: There is no such config.
     """
-    import xtuner.tools.train as script
+    import xtuner
     from xtuner.configs import cfgs_name_path
 
     if not Path(config).is_file() and config not in cfgs_name_path:
         raise PolarError(f"{config}: no such config file; `ls configs` shows those that are shipped")
     nodes = int(os.environ.get("NNODES", "1"))
     processes = int(os.environ.get("NPROC_PER_NODE", "1"))
-    command = [str(Path(script.__file__)), config, *arguments]
+    # By its path, as importing the script takes as long as the start of a run.
+    command = [str(Path(xtuner.__file__).parent / "tools" / "train.py"), config, *arguments]
     if nodes == 1 and processes == 1:
         return subprocess.run([sys.executable, *command], check=False).returncode
     address = os.environ.get("ADDR", "127.0.0.1")

@@ -108,7 +108,7 @@ def test_files_of_ranks_are_missing(tmp_path):
     with pytest.raises(PolarError, match=r"saved by 2 ranks.*optim_states.pt files those of ranks \[1\]"):
         read_checkpoint(folder)
     (folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(PolarError, match="has no .*optim_states.pt"):
+    with pytest.raises(PolarError, match=r"has no .*optim_states.pt"):
         read_checkpoint(folder)
 
 
@@ -163,7 +163,9 @@ def test_the_loss_scaler_of_float16_training(tmp_path):
 @pytest.mark.parametrize("size", [0, 10, 2000])
 def test_a_file_that_was_cut_short(checkpoint, size):
     checkpoint.write_bytes(checkpoint.read_bytes()[:size])
-    with pytest.raises(PolarError, match="iter_7.pth: is not a whole checkpoint file.*an earlier checkpoint"):
+    with pytest.raises(
+        PolarError, match=r"iter_7.pth: is not a whole checkpoint file.*an earlier checkpoint"
+    ):
         read_checkpoint(checkpoint)
 
 
