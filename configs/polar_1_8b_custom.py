@@ -13,7 +13,7 @@ from xtuner.engine.runner import TrainLoop
 
 from polar_ft.template import PolarTemplate
 from polar_ft.training.dataset import StepSampler, build_reward_dataset, collate_step
-from polar_ft.training.hooks import SafeCheckpointHook, ThroughputHook
+from polar_ft.training.hooks import SafeCheckpointHook, StepPlanHook, ThroughputHook
 from polar_ft.training.model import PolarRewardModel
 from polar_ft.training.prepare import prepare_training
 from polar_ft.training.schedule import WarmupCosineLR
@@ -53,6 +53,15 @@ penalty_type = "none"  # or "log_barrier", "L2"
 # Share of the rows trained without their reference, so that one model also scores without one.
 reference_dropout = 0.0
 
+# Layers computed again in backward, for memory: "auto" (as few as needed), "none", "selective" or "full".
+recompute_layers = "auto"
+# RMSNorm, rotary embedding and SwiGLU by liger-kernel (pip install liger-kernel); on a GPU only.
+fused_kernels = False
+# "tree" computes the prefix that candidates share once, "flat" computes every sequence whole; same gradients.
+layout = "tree"
+# Packs of each GPU in a step; None takes as few as hold it.
+packs_per_step = None
+
 betas = (0.9, 0.95)
 weight_decay = 0
 max_norm = 1
@@ -89,7 +98,8 @@ model = dict(
     loss_type=loss_type,
     penalty_type=penalty_type,
     attention="auto",
-    activation_checkpointing=True,
+    activation_checkpointing=recompute_layers,
+    fused_kernels=fused_kernels,
 )
 
 #######################################################################
@@ -102,6 +112,8 @@ train_dataset = dict(
     pretrained_model_name_or_path=pretrained_model_name_or_path,
     global_batch_pairs=global_batch_pairs,
     max_packed_length=max_packed_length,
+    packs_per_step=packs_per_step,
+    layout=layout,
     reference_dropout=reference_dropout,
     seed=seed,
 )
@@ -147,7 +159,7 @@ default_hooks = dict(
     # The step plan shuffles; mmengine's sampler seed is not used.
     sampler_seed=None,
 )
-custom_hooks = [dict(type=ThroughputHook)]
+custom_hooks = [dict(type=StepPlanHook), dict(type=ThroughputHook)]
 
 env_cfg = dict(mp_cfg=dict(mp_start_method="fork"), dist_cfg=dict(backend="nccl"))
 visualizer = dict(type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)])

@@ -124,7 +124,7 @@ class Runner:
         shown = shlex.join(words)
         log.parent.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        with log.open("wb") as output, self.console.status(shown) as status:
+        with log.open("wb") as output, self.console.status(escape(shown)) as status:
             try:
                 process = subprocess.Popen(
                     words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=self.environment
@@ -133,7 +133,7 @@ class Runner:
                 raise PolarError(f"{words[0]}: no such command; run `make install` first") from error
             while process.poll() is None:
                 time.sleep(0.2)
-                status.update(f"{shown}\n  [dim]{escape(_last_line(log))}")
+                status.update(f"{escape(shown)}\n  [dim]{escape(_last_line(log))}")
         seconds = time.perf_counter() - start
         text = log.read_text(encoding="utf-8", errors="replace")
         if process.returncode != 0:
@@ -141,7 +141,9 @@ class Runner:
             raise PolarError(
                 f"{shown}\n{tail}\nfailed with status {process.returncode}; the whole log: {log}"
             )
-        self.console.print(f"[green]✓[/] [dim]{seconds:5.1f} s[/]  {shown}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[green]✓[/] [dim]{seconds:5.1f} s[/]  {escape(shown)}", highlight=False, soft_wrap=True
+        )
         return text, seconds
 
 

@@ -1,4 +1,7 @@
-"""Converts a saved checkpoint to a HuggingFace folder: ``python tools/pth_to_hf.py CONFIG CHECKPOINT OUT_DIR``."""
+"""Converts a saved checkpoint to a HuggingFace folder; the same as `polar-ft convert`.
+
+python tools/pth_to_hf.py CONFIG CHECKPOINT OUT_DIR [--dtype DTYPE] [--max-shard-size SIZE] [--force]
+"""
 
 import typer
 

@@ -42,6 +42,8 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray.scalar": _Ignored,
     "numpy.dtype": _Ignored,
     "numpy.ndarray": _Ignored,
+    # DeepSpeed's configuration where it comes from a config of xtuner's
+    "mmengine.config.config.ConfigDict": dict,
     # *_optim_states.pt
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Ignored,
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Ignored,

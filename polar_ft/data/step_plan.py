@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,6 +53,58 @@ class Piece:
 Packs = list[list[Piece]]
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Least, mean and greatest of some numbers."""
+
+    least: int
+    mean: float
+    greatest: int
+
+    def __str__(self) -> str:
+        return f"{self.least:,} / {self.mean:,.0f} / {self.greatest:,}"
+
+
+def _spread(values: Sequence[int]) -> Spread:
+    return Spread(min(values), float(np.mean(values)), max(values))
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a plan achieves.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps.
+        ranks: Data-parallel ranks.
+        described_steps: Steps that the following figures are of.
+        pairs_per_step: Over all ranks.
+        packs_per_rank_and_step: Forwards of a rank in a step.
+        tokens_per_rank_and_step: Tokens that a rank computes in a step.
+        largest_pack: Tokens.
+        fill: Mean size of a pack over ``max_packed_length``.
+        tokens_saved: Share of the tokens of separate sequences that are not computed, over all data.
+    """
+
+    steps_per_epoch: int
+    ranks: int
+    described_steps: int
+    pairs_per_step: Spread
+    packs_per_rank_and_step: Spread
+    tokens_per_rank_and_step: Spread
+    largest_pack: int
+    fill: float
+    tokens_saved: float
+
+    def lines(self) -> list[str]:
+        """The summary in words."""
+        return [
+            f"{self.steps_per_epoch:,} steps an epoch; each (least / mean / greatest) of {self.pairs_per_step} pairs "
+            f"in {self.packs_per_rank_and_step} packs a rank, on {self.ranks} ranks",
+            f"tokens a rank and step {self.tokens_per_rank_and_step}; packs filled {self.fill:.0%}; shared "
+            f"prefixes save {self.tokens_saved:.0%} of the tokens",
+        ]
+
+
 class StepPlan:
     """Plans optimizer steps of about ``global_batch_pairs`` pairs out of whole groups.
 
@@ -64,7 +116,7 @@ class StepPlan:
         ranks: Data-parallel ranks.
         seed: Seed of the order of the groups.
         layout: How packs are laid out.
-        accumulative_counts: Packs of each rank in a step; None takes as few as hold the step.
+        packs_per_step: Packs of each rank in a step; None takes as few as hold the step.
         hidden_size: Of the model; weighs attention against the rest in the cost of a group.
 
     Raises:
@@ -80,7 +132,7 @@ class StepPlan:
         ranks: int = 1,
         seed: int = 0,
         layout: Layout = "tree",
-        accumulative_counts: int | None = None,
+        packs_per_step: int | None = None,
         hidden_size: int = 4096,
     ) -> None:
         if not len(sizes.pairs):
@@ -90,7 +142,7 @@ class StepPlan:
         self.ranks = ranks
         self.seed = seed
         self.layout: Layout = layout
-        self.accumulative_counts = accumulative_counts
+        self.packs_per_step = packs_per_step
         self.tokens = sizes.tokens[layout]
         # A layer costs about 24·hidden² operations a token (its matrices: Kaplan et al., arXiv 2001.08361,
         # table 1) and 4·hidden for each query-key pair.
@@ -120,19 +172,55 @@ class StepPlan:
         A rank's list may end with empty packs, where there are fewer pieces than packs.
         """
         pieces = [piece for index in self.groups_of_step(epoch, step) for piece in self._pieces(int(index))]
-        if self.accumulative_counts is None:
+        if self.packs_per_step is None:
             tokens = sum(piece.tokens for piece in pieces)
             rounds = math.ceil(tokens / (self.max_packed_length * self.ranks))
             while (bins := self._fill(pieces, rounds * self.ranks)) is None:
                 rounds += 1
         else:
-            rounds = self.accumulative_counts
+            rounds = self.packs_per_step
             bins = self._fill(pieces, rounds * self.ranks)
             if bins is None:
                 self._raise_too_small(pieces, step)
         # Ranks that run side by side get packs of about the same cost.
         bins.sort(key=lambda pack: -sum(piece.cost for piece in pack))
         return [[bins[turn * self.ranks + rank] for turn in range(rounds)] for rank in range(self.ranks)]
+
+    def describe(self, most_steps: int = 200) -> PlanSummary:
+        """What the plan achieves, over the first steps of the first epoch."""
+        steps = min(self.steps_per_epoch, most_steps)
+        rank_tokens, pack_tokens, rounds, pairs = [], [], [], []
+        for step in range(steps):
+            packs = self.packs(0, step)
+            sizes = [[sum(piece.tokens for piece in pack) for pack in of_rank] for of_rank in packs]
+            rank_tokens += [sum(of_rank) for of_rank in sizes]
+            pack_tokens += [tokens for of_rank in sizes for tokens in of_rank]
+            rounds.append(len(sizes[0]))
+            pairs.append(int(self.sizes.pairs[self.groups_of_step(0, step)].sum()))
+        flat = int(self.sizes.tokens["flat"].sum())
+        return PlanSummary(
+            steps_per_epoch=self.steps_per_epoch,
+            ranks=self.ranks,
+            described_steps=steps,
+            pairs_per_step=_spread(pairs),
+            packs_per_rank_and_step=_spread(rounds),
+            tokens_per_rank_and_step=_spread(rank_tokens),
+            largest_pack=max(pack_tokens),
+            fill=float(np.mean(pack_tokens)) / self.max_packed_length,
+            tokens_saved=1 - int(self.tokens.sum()) / flat,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the plan follows from, beside the data."""
+        return {
+            "steps_per_epoch": self.steps_per_epoch,
+            "max_packed_length": self.max_packed_length,
+            "ranks": self.ranks,
+            "seed": self.seed,
+            "layout": self.layout,
+            "packs_per_step": self.packs_per_step,
+        }
 
     def _pieces(self, index: int) -> list[Piece]:
         split = self._split.get(index)
@@ -186,13 +274,13 @@ class StepPlan:
         return piece.tree_tokens() if self.layout == "tree" else piece.flat_tokens()
 
     def _raise_too_small(self, pieces: Sequence[Piece], step: int) -> None:
-        rounds = self.accumulative_counts or 1
+        rounds = self.packs_per_step or 1
         while self._fill(pieces, rounds * self.ranks) is None:
             rounds += 1
         tokens = sum(piece.tokens for piece in pieces)
         raise PolarError(
             f"step {step + 1} of {tokens} tokens does not fit into {self.ranks} ranks × "
-            f"{self.accumulative_counts} packs of {self.max_packed_length} tokens; raise accumulative_counts "
+            f"{self.packs_per_step} packs of {self.max_packed_length} tokens; raise packs_per_step "
             f"to {rounds} (or leave it None), or raise max_packed_length, or lower global_batch_pairs"
         )
 

@@ -122,7 +122,7 @@ def internlm2_config_to_llama(config: Mapping[str, Any]) -> LlamaConfig:
     What the file leaves out has the default of InternLM2's own config class, not of Llama's.
 
     Raises:
-        PolarError: A size is missing, sizes do not fit each other, or the RoPE scaling is none that InternLM2 has.
+        PolarError: A size is missing, sizes do not fit each other, or InternLM2 has no such RoPE scaling.
     """
     missing = [key for key in _REQUIRED if key not in config]
     if missing:

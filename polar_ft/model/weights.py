@@ -205,8 +205,9 @@ def read_json(file: Path) -> dict[str, Any]:
 class _Float32Frequencies:
     """Rotary frequencies stay float32 when the model is cast.
 
-    DeepSpeed casts buffers together with the parameters. In bfloat16 a frequency is off by up to 0.4 %, so
-    that at position 1000 angles are off by radians: trained like that, a model is not the one that is served.
+    DeepSpeed casts buffers together with the parameters. In bfloat16 a frequency is off by up to 0.2 %, so
+    that at position 1000 angles are off by a radian and more: a model trained like that is not the one that
+    is served.
     """
 
     inv_freq: torch.Tensor

@@ -86,7 +86,7 @@ def build_reward_dataset(
     *,
     global_batch_pairs: int = 320,
     max_packed_length: int = 32768,
-    accumulative_counts: int | None = None,
+    packs_per_step: int | None = None,
     layout: Layout = "tree",
     reference_dropout: float = 0.0,
     seed: int = 0,
@@ -101,7 +101,7 @@ def build_reward_dataset(
         pretrained_model_name_or_path: Of the model; its hidden size weighs attention in the cost of a pack.
         global_batch_pairs: Pairs of an optimizer step, over all ranks.
         max_packed_length: Tokens of a pack: what one forward computes.
-        accumulative_counts: Packs of each rank in a step; None takes as few as hold the step.
+        packs_per_step: Packs of each rank in a step; None takes as few as hold the step.
         layout: "tree" computes a shared prefix once; "flat" computes every sequence whole. Same gradients.
         reference_dropout: Share of the groups trained without their reference.
         seed: Of the order of the data.
@@ -125,13 +125,8 @@ def build_reward_dataset(
         ranks=dist.get_world_size() if distributed else 1,
         seed=seed,
         layout=layout,
-        accumulative_counts=accumulative_counts,
+        packs_per_step=packs_per_step,
         hidden_size=_hidden_size(pretrained_model_name_or_path),
-    )
-    print_log(
-        f"plan: {plan.steps_per_epoch} steps an epoch of about "
-        f"{groups.summary.pairs / plan.steps_per_epoch:.0f} pairs on {plan.ranks} ranks",
-        "current",
     )
     rank = dist.get_rank() if distributed else 0
     return RewardDataset(groups, plan, rank, template.reward_token_id)

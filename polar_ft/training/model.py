@@ -12,7 +12,9 @@ from xtuner.registry import BUILDER
 
 from polar_ft.data.packing import Pack
 from polar_ft.model.attention import Backend
+from polar_ft.model.fused import use_fused_kernels
 from polar_ft.model.losses import LossType, PenaltyType, pair_loss, pair_penalty
+from polar_ft.model.memory import Checkpointing, activation_bytes_per_token, free_memory, layers_to_checkpoint
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 from polar_ft.model.weights import load_backbone
 from polar_ft.template import PolarTemplate
@@ -33,7 +35,10 @@ class PolarRewardModel(BaseModel):
         penalty_type: "log_barrier", "L2" or "none".
         penalty_weight: Factor of the penalty.
         attention: Attention backend; "auto" takes the fastest that runs here.
-        activation_checkpointing: Recompute every layer in backward: less memory, about a third more time.
+        activation_checkpointing: Which layers are computed again in backward instead of keeping their
+            activations: "none", "selective" (every second one), "full" (all: about a third more time), or "auto":
+            as few as the memory allows, by an estimate when training starts (`plan_checkpointing`).
+        fused_kernels: RMSNorm, rotary embedding and SwiGLU by liger-kernel; on a GPU only.
     """
 
     def __init__(
@@ -44,7 +49,8 @@ class PolarRewardModel(BaseModel):
         penalty_type: PenaltyType = "log_barrier",
         penalty_weight: float = 0.01,
         attention: Backend | Literal["auto"] = "auto",
-        activation_checkpointing: bool = True,
+        activation_checkpointing: Checkpointing = "auto",
+        fused_kernels: bool = False,
     ) -> None:
         super().__init__()
         self.template = tokenizer if isinstance(tokenizer, PolarTemplate) else BUILDER.build(dict(tokenizer))
@@ -66,7 +72,45 @@ class PolarRewardModel(BaseModel):
         self.penalty_type: PenaltyType = penalty_type
         self.penalty_weight = penalty_weight
         self.attention = attention
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing: Checkpointing = activation_checkpointing
+        # Safe until `plan_checkpointing` knows the size of a pack and the memory that is left.
+        self.checkpointed_layers = len(self.llm.layers)
+        if fused_kernels:
+            use_fused_kernels(self.llm)
+
+    def plan_checkpointing(self, tokens: int, unallocated_bytes: int) -> str:
+        """Decides how many layers are computed again in backward; called when training starts.
+
+        Args:
+            tokens: Of the largest pack.
+            unallocated_bytes: Gradients and optimizer state that training will still allocate, for each
+                parameter of this rank.
+
+        Returns:
+            The decision and how it was made, for the log.
+        """
+        layers = len(self.llm.layers)
+        device = self.v_head.weight.device
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        free = free_memory(device, trainable, unallocated_bytes)
+        per_token, boundary = 0, self.llm.config.hidden_size * self.llm.dtype.itemsize
+        if self.activation_checkpointing == "auto":
+            per_token = activation_bytes_per_token(self.llm)
+        self.checkpointed_layers = layers_to_checkpoint(
+            self.activation_checkpointing,
+            layers,
+            tokens=tokens,
+            bytes_per_token=per_token,
+            boundary_bytes=boundary,
+            free_bytes=free,
+        )
+        decision = f"{self.checkpointed_layers} of {layers} layers are computed again in backward"
+        if self.activation_checkpointing != "auto":
+            return f"{decision} (activation_checkpointing={self.activation_checkpointing!r})"
+        return (
+            f"{decision}: a layer keeps {per_token:,} bytes a token (measured on one layer), a pack has up to "
+            f"{tokens:,} tokens, {free / 2**30:.1f} GiB are free for activations"
+        )
 
     def init_weights(self) -> None:
         """Nothing: the weights were loaded. mmengine would initialise them anew."""
@@ -85,7 +129,7 @@ class PolarRewardModel(BaseModel):
             self.v_head,
             pack,
             backend=self.attention,
-            checkpointed_layers=len(self.llm.layers) if self.activation_checkpointing and self.training else 0,
+            checkpointed_layers=self.checkpointed_layers if self.training else 0,
         )
         if mode != "loss":
             return rewards
@@ -94,18 +138,8 @@ class PolarRewardModel(BaseModel):
         losses = losses + self.penalty_weight * pair_penalty(chosen, rejected, self.penalty_type)
         loss = (losses * pack.weight).sum()
         with torch.no_grad():
-            sums = [
-                loss.double(),
-                pack.weight.double().sum(),
-                (chosen > rejected).double().sum(),
-                chosen.double().sum(),
-                rejected.double().sum(),
-            ]
-            counts = torch.tensor(
-                [len(pack.chosen), len(pack.input_ids), pack.flat_tokens], dtype=torch.float64
-            ).to(rewards.device, non_blocking=True)
-            summed = torch.stack(sums)
-            statistics = torch.cat([summed[:2], counts[:1], summed[2:], counts[1:]])
+            sums = (loss, pack.weight.sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum())
+            statistics = torch.stack([value.double() for value in sums])
         return {"loss": loss, "statistics": statistics}
 
     def train_step(self, data: StepBatch, optim_wrapper: StepOptimWrapper) -> Log:  # type: ignore[override]

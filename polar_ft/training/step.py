@@ -43,8 +43,9 @@ class StepBatch:
         return replace(self, packs=[pack.pin_memory() for pack in self.packs])
 
 
-# What `PolarRewardModel` sums over the pairs of a pack, in this order.
-STATISTICS = ("loss", "weight", "pairs", "correct", "chosen", "rejected", "tokens", "flat_tokens")
+# What `PolarRewardModel` sums over the pairs of a pack, in this order, and what the host counts beside it.
+STATISTICS = ("loss", "weight", "correct", "chosen", "rejected")
+COUNTS = ("pairs", "tokens", "flat_tokens", "attended")
 
 Log = dict[str, float]
 
@@ -56,12 +57,21 @@ def _accumulate(batch: StepBatch, device: torch.device, run: Callable[[Pack, flo
     returns its statistics.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    total = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
+    counts = [sum(values) for values in zip(*map(_counts, batch.packs))]
+    sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
     for number, pack in enumerate(batch.packs):
-        total += run(pack.to(device), ranks / batch.weight, number == len(batch.packs) - 1)
+        sums += run(pack.to(device), ranks / batch.weight, number == len(batch.packs) - 1)
+    # The one point of a step at which the host waits for the device.
+    total = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
     if ranks > 1:
         dist.all_reduce(total)
-    return _log(dict(zip(STATISTICS, total.tolist())))
+    return _log(dict(zip(STATISTICS + COUNTS, total.tolist())))
+
+
+def _counts(pack: Pack) -> tuple[int, ...]:
+    lengths = zip(pack.segments.q_lengths, pack.segments.k_lengths)
+    attended = sum(q * (k - q) + q * q // 2 for q, k in lengths)
+    return len(pack.chosen), len(pack.input_ids), pack.flat_tokens, attended
 
 
 def _log(total: dict[str, float]) -> Log:
@@ -72,9 +82,7 @@ def _log(total: dict[str, float]) -> Log:
         "margin": chosen - rejected,
         "chosen_score": chosen,
         "rejected_score": rejected,
-        "pairs": total["pairs"],
-        "tokens": total["tokens"],
-        "flat_tokens": total["flat_tokens"],
+        **{name: total[name] for name in COUNTS},
     }
 
 

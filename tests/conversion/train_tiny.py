@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.hooks import CheckpointHook
 from mmengine.model import BaseModel
 from mmengine.runner import FlexibleRunner, Runner
@@ -83,20 +84,23 @@ def main(base, work_dir, stage, dtype):
         optim_wrapper=dict(type="DeepSpeedOptimWrapper", optimizer=optimizer),
         strategy=dict(
             type=DeepSpeedStrategy,
-            config={
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": {
-                    "stage": int(stage),
-                    "overlap_comm": True,
-                    "stage3_gather_16bit_weights_on_model_save": True,
-                    # Small, so that the tiny model really is partitioned.
-                    "stage3_param_persistence_threshold": 100,
-                    "sub_group_size": 20000,
-                },
-                "fp16": {"enabled": dtype == "float16", "initial_scale_power": 8},
-                "bf16": {"enabled": dtype == "bfloat16"},
-            },
+            # As xtuner hands it over; it ends up in the checkpoint.
+            config=ConfigDict(
+                {
+                    "zero_allow_untested_optimizer": True,
+                    "zero_force_ds_cpu_optimizer": False,
+                    "zero_optimization": {
+                        "stage": int(stage),
+                        "overlap_comm": True,
+                        "stage3_gather_16bit_weights_on_model_save": True,
+                        # Small, so that the tiny model really is partitioned.
+                        "stage3_param_persistence_threshold": 100,
+                        "sub_group_size": 20000,
+                    },
+                    "fp16": {"enabled": dtype == "float16", "initial_scale_power": 8},
+                    "bf16": {"enabled": dtype == "bfloat16"},
+                }
+            ),
             gradient_accumulation_steps=1,
             train_micro_batch_size_per_gpu=1,
             gradient_clipping=1,

@@ -110,8 +110,8 @@ def test_packs_of_ranks_cost_about_the_same():
 
 
 def test_a_step_too_large_for_its_packs_says_what_to_raise():
-    plan = StepPlan(make_groups(100), global_batch_pairs=100, max_packed_length=500, accumulative_counts=2)
-    with pytest.raises(PolarError, match=r"does not fit into 1 ranks × 2 packs of 500.*raise accumulative_counts to"):
+    plan = StepPlan(make_groups(100), global_batch_pairs=100, max_packed_length=500, packs_per_step=2)
+    with pytest.raises(PolarError, match=r"does not fit into 1 ranks × 2 packs of 500.*raise packs_per_step to"):
         plan.packs(0, 0)
 
 
@@ -121,7 +121,7 @@ def test_a_pair_too_large_for_a_pack_says_which_row_and_what_to_raise():
 
 
 def test_fixed_accumulation_fills_up_with_empty_packs():
-    plan = StepPlan(make_groups(2), global_batch_pairs=1, max_packed_length=1000, accumulative_counts=4)
+    plan = StepPlan(make_groups(2), global_batch_pairs=1, max_packed_length=1000, packs_per_step=4)
     (of_rank,) = plan.packs(0, 0)
     assert [len(pack) for pack in of_rank] == [1, 0, 0, 0]
 

@@ -141,8 +141,11 @@ def with_tokenizer_code(base: Path, out: Path) -> Path:
     names = [None, "tokenization_internlm2_fast.InternLM2TokenizerFast"]
     (out / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": names}}))
     (out / "tokenization_internlm2_fast.py").write_text(
+        "from tokenizers import Tokenizer\n"
         "from transformers import PreTrainedTokenizerFast\n\n\n"
         "class InternLM2TokenizerFast(PreTrainedTokenizerFast):\n"
-        '    vocab_files_names = {"tokenizer_file": "vocabulary.json"}\n'
+        '    vocab_files_names = {"vocabulary": "vocabulary.json"}\n\n'
+        "    def __init__(self, vocabulary, **settings):\n"
+        "        super().__init__(tokenizer_object=Tokenizer.from_file(vocabulary), **settings)\n"
     )
     return out
