@@ -36,6 +36,11 @@ class Run:
     work_dir: Path
 
     @property
+    def tail(self) -> str:
+        """The end of the output: what went wrong, without the config and the environment before it."""
+        return self.output[-3000:]
+
+    @property
     def checkpoint(self) -> Path:
         """The checkpoint that ``last_checkpoint`` names."""
         return Path((self.work_dir / "last_checkpoint").read_text())

@@ -56,11 +56,11 @@ def any_run(request: pytest.FixtureRequest) -> Run:
 
 
 def test_run_ends_well_and_saves(any_run):
-    assert any_run.status == 0, any_run.output
+    assert any_run.status == 0, any_run.tail
     assert any_run.checkpoint.name == f"iter_{STEPS}.pth"
     assert any_run.checkpoint.exists()
     assert (any_run.work_dir / "iter_2.pth").exists()
-    assert "Traceback" not in any_run.output
+    assert "Traceback" not in any_run.tail
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -124,6 +124,6 @@ def test_published_configs_train(project, run_once, size, base):
         data=str(project / "rows.jsonl"),
     )
     ended = run_once(f"published_{size}", "xtuner", "train", str(config), "--deepspeed", "deepspeed_zero2")
-    assert ended.scalars("loss")[1] == pytest.approx(math.log(2), abs=1e-6), ended.output
+    assert ended.scalars("loss")[1] == pytest.approx(math.log(2), abs=1e-6), ended.tail
     assert ended.checkpoint.is_dir()
     assert ended.checkpoint.name == "iter_1.pth"
