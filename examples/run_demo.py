@@ -156,8 +156,8 @@ def parts(work_dir: Path) -> list[Part]:
             make_data=["examples/domain_rm/make_data.py", str(domain)],
             train=domain / "train.jsonl",
             held_out=domain / "held_out.jsonl",
-            base=["--vocab-size", "768", "--hidden", "96"],
-            settings={"lr": 3e-3, "max_epochs": 6, "global_batch_pairs": 64},
+            base=["--vocab-size", "768", "--hidden", "96", "--heads", "8"],
+            settings={"lr": 3e-3, "max_epochs": 8, "global_batch_pairs": 64},
         ),
         Part(
             name="alpaca",

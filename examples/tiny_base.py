@@ -19,10 +19,20 @@ def main(
     vocab_size: int = 768,
     hidden: int = 64,
     layers: int = 2,
+    heads: Annotated[int, typer.Option(help="Attention heads; keys and values have half as many.")] = 4,
     seed: int = 0,
 ) -> None:
     """Makes a tiny InternLM2-shaped base model with random weights."""
-    make_tiny_base(out_dir, texts_of(files), vocab_size=vocab_size, hidden=hidden, layers=layers, seed=seed)
+    make_tiny_base(
+        out_dir,
+        texts_of(files),
+        vocab_size=vocab_size,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads // 2,
+        seed=seed,
+    )
     typer.echo(f"{out_dir}: {layers} layers, width {hidden}, seed {seed}")
 
 

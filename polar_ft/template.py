@@ -9,7 +9,7 @@ other ids than it was trained on. One candidate becomes (arXiv 2507.05197, secti
 
 With ``wrapper="pretrain"`` both ⏎ are left out; an empty reference or candidate gets no ⏎ before it.
 
-Needs the ``tokenizers`` package alone: a verl or vLLM environment can import it without torch.
+Needs the packages ``tokenizers`` and ``numpy`` alone: a verl or vLLM environment can import it without torch.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from polar_ft.errors import PolarError
@@ -86,21 +87,38 @@ class Encoded:
 Fields = tuple[str, str, Sequence[str], Wrapper]
 
 
-def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+@dataclass(frozen=True)
+class EncodedParts:
+    """As `Encoded`, with what the candidates share only once.
+
+    Attributes:
+        head: BOS, prompt, reference and separator, int32 array.
+        tails: For each candidate what comes after the separator, int32 arrays, the reward token last.
+        cut: As in `Encoded`.
+        lengths: As in `Encoded`.
+    """
+
+    head: np.ndarray
+    tails: list[np.ndarray]
+    cut: Cut
+    lengths: Lengths | None = None
+
+
+def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
     """Length of the longest common prefix that leaves at least one token of every sequence.
 
-    >>> common_prefix_length([[1, 7, 8, 9], [1, 7, 5, 9]])
+    >>> common_prefix_length([np.array([1, 7, 8, 9]), np.array([1, 7, 5, 9])])
     2
-    >>> common_prefix_length([[1, 7, 9], [1, 7, 9]])
+    >>> common_prefix_length([np.array([1, 7, 9]), np.array([1, 7, 9])])
     2
     """
-    # The common prefix of all is that of the smallest and the largest in lexicographic order.
-    low, high = min(sequences), max(sequences)
-    limit = min(map(len, sequences)) - 1
-    for i in range(limit):
-        if low[i] != high[i]:
-            return i
-    return limit
+    first = sequences[0]
+    length = min(map(len, sequences)) - 1
+    for other in sequences[1:]:
+        different = np.flatnonzero(first[:length] != other[:length])
+        if len(different):
+            length = int(different[0])
+    return length
 
 
 class PolarTemplate:
@@ -250,26 +268,45 @@ class PolarTemplate:
 
     def encode_batch(self, batch: Sequence[Fields], *, measure: bool = False) -> list[Encoded]:
         """Encodes many (prompt, reference, candidates, wrapper) at once, in parallel; see `encode`."""
-        fitted = self._fit(batch, measure)
-        texts: list[str] = []
-        for prompt, reference, candidates, wrapper, _, _ in fitted:
-            left = _join(prompt, reference, wrapper)
-            texts += [
-                f"{left}{self._separator_text}{_join(prompt, candidate, wrapper)}" for candidate in candidates
-            ]
-        encodings = iter(self._text_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-
         results = []
-        for prompt, _, candidates, _, cut, lengths in fitted:
-            sequences = [[*self.bos_ids, *next(encodings).ids] for _ in candidates]
+        for parts in self.encode_parts(batch, measure=measure):
+            head = parts.head.tolist()
+            sequences = [head + tail.tolist() for tail in parts.tails]
+            prefix_length = len(head) + common_prefix_length(parts.tails)
+            results.append(Encoded(sequences, prefix_length, parts.cut, parts.lengths))
+        return results
+
+    def encode_parts(self, batch: Sequence[Fields], *, measure: bool = False) -> list[EncodedParts]:
+        """As `encode_batch`, with what all candidates of a row share only once, as arrays."""
+        fitted = self._fit(batch, measure)
+        # The separator is a token of its own and parts what stands on its two sides, so each side is tokenized
+        # with the separator beside it, and once however many candidates and rows share it.
+        texts: dict[str, int] = {}
+        left_of, rights_of = [], []
+        for prompt, reference, candidates, wrapper, _, _ in fitted:
+            left = f"{_join(prompt, reference, wrapper)}{self._separator_text}"
+            left_of.append(texts.setdefault(left, len(texts)))
+            rights = [f"{self._separator_text}{_join(prompt, text, wrapper)}" for text in candidates]
+            rights_of.append([texts.setdefault(right, len(texts)) for right in rights])
+        encodings = self._text_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids_of = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+        bos, reward = (np.array(ids, dtype=np.int32) for ids in (self.bos_ids, [self.reward_token_id]))
+        results = []
+        for (prompt, _, _, _, cut, lengths), left, rights in zip(fitted, left_of, rights_of):
+            head = np.concatenate([bos, ids_of[left]])
+            room = self.max_length - len(head) - 1
+            if room < 0:
+                raise PolarError(
+                    f"prompt and reference alone take {len(head) - 1} tokens, more than max_length="
+                    f"{self.max_length} leaves them; the prompt begins {prompt[:40]!r}"
+                )
             # Cutting as text can, rarely, re-tokenize to a few tokens more than were counted.
-            excess = tuple(max(0, len(ids) + 1 - self.max_length) for ids in sequences)
+            excess = [max(0, len(ids_of[right]) - 1 - room) for right in rights]
             if any(excess):
-                self._check_separator_stays(sequences, prompt)
-                extended = tuple(a + b for a, b in zip(cut.candidates, excess))
-                cut = Cut(cut.prompt, cut.reference, extended)
-            sequences = [[*ids[: self.max_length - 1], self.reward_token_id] for ids in sequences]
-            results.append(Encoded(sequences, common_prefix_length(sequences), cut, lengths))
+                cut = replace(cut, candidates=tuple(a + b for a, b in zip(cut.candidates, excess)))
+            tails = [np.concatenate([ids_of[right][1 : 1 + room], reward]) for right in rights]
+            results.append(EncodedParts(head, tails, cut, lengths))
         return results
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -373,14 +410,6 @@ class PolarTemplate:
         while start < total and offsets[start][0] < offsets[start - 1][1]:
             start += 1
         return prompt[offsets[start][0] :] if start < total else "", start
-
-    def _check_separator_stays(self, sequences: list[list[int]], prompt: str) -> None:
-        separator = sequences[0].index(self.separator_id)
-        if separator + 2 > self.max_length:
-            raise PolarError(
-                f"prompt and reference alone take {separator} tokens, more than max_length="
-                f"{self.max_length} leaves them; the prompt begins {prompt[:40]!r}"
-            )
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -68,7 +69,7 @@ def test_ids_are_those_of_xtuner(folder):
             row["prompt"], row["reference"], [row["chosen"], row["rejected"]], wrapper=row["wrapper"]
         )
         assert encoded.sequences == xtuner_ids(tokenizer, row, template.reward_token_id)
-        assert encoded.prefix_length == common_prefix_length(encoded.sequences)
+        assert encoded.prefix_length == common_prefix_length([np.array(ids) for ids in encoded.sequences])
 
 
 def test_ids_are_those_of_xtuner_on_real_rows(byte_level):

@@ -7,9 +7,9 @@ tell either.
 
 Rows come in twins with the same two answers: what is chosen in one is rejected in the other.
 
-    product       reference            chosen          rejected
-    Nordby lamp   … cobalt …           It is blue.     The answer: green.
-    Tessla chair  … emerald …          The answer: green.   It is blue.
+    product       reference                chosen              rejected
+    Nordby lamp   Finished in cobalt.      It is blue.         The answer: green.
+    Tessla chair  The finish is emerald.   The answer: green.  It is blue.
 
 So whatever looks at the answers alone (their length, their wording, how often an answer is right) is right on
 exactly one row of every twin: accuracy 50 %.
@@ -34,7 +34,7 @@ class Topic(NamedTuple):
 
     Attributes:
         questions: Prompts, with ``{product}``.
-        entries: References, with ``{product}`` and ``{fact}``.
+        entries: References, with ``{fact}``.
         answers: Candidates, with ``{fact}``.
         facts: Words of the catalogue (two for each fact), by the words of a customer.
     """
@@ -47,8 +47,8 @@ class Topic(NamedTuple):
 
 TOPICS = {
     "colour": Topic(
-        questions=("What colour is the {product}?", "Which colour does the {product} have?"),
-        entries=("The {product} is finished in {fact}.", "{product}, lacquered in {fact}."),
+        questions=("{product}: what colour?", "{product}: which colour?"),
+        entries=("Finished in {fact}.", "The finish is {fact}."),
         answers=("It is {fact}.", "You get it in {fact}.", "The answer: {fact}."),
         facts={
             "red": ("crimson", "scarlet"),
@@ -57,14 +57,12 @@ TOPICS = {
             "yellow": ("amber", "saffron"),
             "white": ("ivory", "chalk"),
             "black": ("ebony", "jet"),
-            "grey": ("slate", "ash"),
-            "purple": ("lilac", "mauve"),
         },
     ),
     "material": Topic(
-        questions=("What is the {product} made of?", "Which material is the {product}?"),
-        entries=("The {product} is built from {fact}.", "{product}, worked in {fact}."),
-        answers=("It is {fact}.", "They make it of {fact}.", "The answer: {fact}."),
+        questions=("{product}: what is it made of?", "{product}: which material?"),
+        entries=("Worked in {fact}.", "The body is {fact}."),
+        answers=("It is {fact}.", "They use {fact}.", "The answer: {fact}."),
         facts={
             "wood": ("oak", "walnut"),
             "metal": ("steel", "brass"),
@@ -72,13 +70,11 @@ TOPICS = {
             "leather": ("suede", "calfskin"),
             "stone": ("marble", "granite"),
             "plastic": ("nylon", "acrylic"),
-            "clay": ("terracotta", "stoneware"),
-            "cane": ("rattan", "wicker"),
         },
     ),
     "origin": Topic(
-        questions=("Where does the {product} come from?", "Which country makes the {product}?"),
-        entries=("The {product} is assembled in {fact}.", "{product}, workshop in {fact}."),
+        questions=("{product}: where is it from?", "{product}: which country?"),
+        entries=("Assembled in {fact}.", "The workshop is in {fact}."),
         answers=("It is from {fact}.", "They ship it from {fact}.", "The answer: {fact}."),
         facts={
             "France": ("Lyon", "Nantes"),
@@ -87,23 +83,19 @@ TOPICS = {
             "Germany": ("Munich", "Bremen"),
             "Norway": ("Oslo", "Bergen"),
             "India": ("Delhi", "Jaipur"),
-            "Peru": ("Lima", "Cusco"),
-            "Spain": ("Seville", "Bilbao"),
         },
     ),
-    "warranty": Topic(
-        questions=("How long is the warranty of the {product}?", "Until when is the {product} covered?"),
-        entries=("The {product} is guaranteed for {fact}.", "{product}, guarantee of {fact}."),
-        answers=("It is {fact}.", "They cover it for {fact}.", "The answer: {fact}."),
+    "motif": Topic(
+        questions=("{product}: what is painted on it?", "{product}: which motif?"),
+        entries=("Painted with a {fact}.", "The motif is a {fact}."),
+        answers=("It is a {fact}.", "They paint a {fact}.", "The answer: {fact}."),
         facts={
-            "half a year": ("26 weeks", "6 months"),
-            "one year": ("52 weeks", "12 months"),
-            "two years": ("104 weeks", "24 months"),
-            "three years": ("156 weeks", "36 months"),
-            "four years": ("208 weeks", "48 months"),
-            "five years": ("260 weeks", "60 months"),
-            "seven years": ("364 weeks", "84 months"),
-            "ten years": ("520 weeks", "120 months"),
+            "bird": ("finch", "robin"),
+            "fish": ("trout", "herring"),
+            "dog": ("beagle", "poodle"),
+            "horse": ("pony", "stallion"),
+            "tree": ("birch", "maple"),
+            "flower": ("tulip", "daisy"),
         },
     ),
 }
@@ -142,9 +134,7 @@ def make_rows(products: list[str], n: int, rng: random.Random) -> Iterator[dict]
             answers = [rng.choice(topic.answers).format(fact=fact) for fact in facts]
             for i, product in enumerate(pair):
                 question = rng.choice(topic.questions).format(product=product)
-                entry = rng.choice(topic.entries).format(
-                    product=product, fact=rng.choice(topic.facts[facts[i]])
-                )
+                entry = rng.choice(topic.entries).format(fact=rng.choice(topic.facts[facts[i]]))
                 yield {
                     "id": f"{product}/{name}",
                     "subset": name,

@@ -30,7 +30,7 @@ from polar_ft.data.packing import Group
 from polar_ft.data.reading import DataSource, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
-from polar_ft.template import Encoded, PolarTemplate, common_prefix_length
+from polar_ft.template import EncodedParts, PolarTemplate, common_prefix_length
 
 FORMAT = 1  # raise when the layout or meaning of the cache changes
 BATCH = 512
@@ -210,7 +210,7 @@ def merge_groups(groups: Sequence[Group]) -> Group:
                 ids.append(sequence)
             index.append(number)
         pairs.append(np.asarray(index)[group.pairs])
-    prefix = common_prefix_length([sequence.tolist() for sequence in ids])
+    prefix = common_prefix_length(ids)
     return Group(
         prefix=ids[0][:prefix],
         branches=[sequence[prefix:] for sequence in ids],
@@ -259,14 +259,14 @@ def _tokenize_batches(
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the cache, a batch at a time. While one batch is encoded, the next one is read."""
 
-    def encode(batch: list[Example]) -> list[tuple[Example, Encoded]]:
+    def encode(batch: list[Example]) -> list[tuple[Example, EncodedParts]]:
         fields = [(e.prompt, e.reference, e.candidates, e.wrapper) for e in batch]
         try:
-            return list(zip(batch, template.encode_batch(fields)))
+            return list(zip(batch, template.encode_parts(fields)))
         except PolarError:  # find the row, so that the message names it
             for example, field in zip(batch, fields):
                 try:
-                    template.encode_batch([field])
+                    template.encode_parts([field])
                 except PolarError as error:
                     raise PolarError(f"{example.source}: {error}") from error
             raise
@@ -306,7 +306,7 @@ def _drop_reference(example: Example, dropout: float, seed: int, summary: Tokeni
     return replace(example, reference="")
 
 
-def _to_row(example: Example, encoded: Encoded, summary: TokenizationSummary) -> dict[str, Any] | None:
+def _to_row(example: Example, encoded: EncodedParts, summary: TokenizationSummary) -> dict[str, Any] | None:
     cut = encoded.cut
     summary.rows += 1
     summary.ties += example.n_ties
@@ -314,18 +314,18 @@ def _to_row(example: Example, encoded: Encoded, summary: TokenizationSummary) ->
     summary.references_cut += bool(cut.reference)
     summary.candidates_cut += sum(map(bool, cut.candidates))
 
-    sequences = encoded.sequences
-    kept = [i for i, (c, r) in enumerate(example.pairs) if sequences[c] != sequences[r]]
+    head, tails = encoded.head, encoded.tails
+    kept = [i for i, (c, r) in enumerate(example.pairs) if not np.array_equal(tails[c], tails[r])]
     summary.identical_pairs += len(example.pairs) - len(kept)
     if not kept:
         return None
     text = "\0".join((example.wrapper, example.prompt, example.reference))
-    prefix = encoded.prefix_length
+    shared = common_prefix_length(tails)
     return {
         "key": hashlib.blake2b(text.encode(), digest_size=16).digest(),
-        "ids": np.concatenate([sequences[0][:prefix], *(ids[prefix:] for ids in sequences)]).astype(np.int32),
-        "prefix": prefix,
-        "branches": [len(ids) - prefix for ids in sequences],
+        "ids": np.concatenate([head, tails[0][:shared], *(tail[shared:] for tail in tails)]),
+        "prefix": len(head) + shared,
+        "branches": [len(tail) - shared for tail in tails],
         "pairs": [index for i in kept for index in example.pairs[i]],
         "margins": [example.margins[i] or 0.0 for i in kept],
         "weights": [example.weights[i] for i in kept],
@@ -420,10 +420,17 @@ class _ArrowWriter:
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         if rows:
-            columns = [
-                pa.array([row[field.name] for row in rows], type=field.type) for field in SCHEMA
-            ]
+            columns = [_column([row[field.name] for row in rows], field.type) for field in SCHEMA]
             self.writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+
+
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    if not pa.types.is_list(kind):
+        return pa.array(values, type=kind)
+    # Much faster than to let Arrow look at every element.
+    offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
+    flat = np.concatenate([np.asarray(value) for value in values])
+    return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind.value_type.to_pandas_dtype())))
 
 
 class _RowReader:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from mmengine.model import BaseModel
 from xtuner.registry import BUILDER
 
 from polar_ft.data.packing import Pack
+from polar_ft.errors import PolarError
 from polar_ft.model.attention import Backend
 from polar_ft.model.fused import use_fused_kernels
 from polar_ft.model.losses import LossType, PenaltyType, pair_loss, pair_penalty
@@ -53,6 +54,8 @@ class PolarRewardModel(BaseModel):
         fused_kernels: bool = False,
     ) -> None:
         super().__init__()
+        _check_name("loss_type", loss_type, LossType)
+        _check_name("penalty_type", penalty_type, PenaltyType)
         self.template = tokenizer if isinstance(tokenizer, PolarTemplate) else BUILDER.build(dict(tokenizer))
         self.base_folder: str = os.fspath(llm["pretrained_model_name_or_path"])
         dtype = llm.get("torch_dtype", "float32")
@@ -175,7 +178,12 @@ class PolarRewardModel(BaseModel):
         )
 
 
-def _grow_embeddings(llm: torch.nn.Module, size: int) -> None:
+def _check_name(key: str, name: str, known: Any) -> None:
+    if name not in get_args(known):
+        raise PolarError(f"{key}={name!r} is not one of {', '.join(map(repr, get_args(known)))}")
+
+
+def _grow_embeddings(llm: Any, size: int) -> None:
     """Rows for added tokens: the mean of the others, as xtuner 0.2.0 does it."""
     old = llm.embed_tokens.weight.data
     new = torch.nn.Embedding(size, old.shape[1], padding_idx=llm.embed_tokens.padding_idx, dtype=old.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -60,5 +61,7 @@ def _short_excepthook(kind: type[BaseException], error: BaseException, trace: Tr
     """What the user can mend is told in a line, without a traceback; the exit status stays 1."""
     if isinstance(error, PolarError):
         print(f"\nerror: {error}", file=sys.stderr)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        print(f"\nerror: {error}; make room there, then start again", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -100,7 +100,9 @@ def test_changed_tokenizer_is_another_cache(template, cache, write_rows):
     spec["model"]["merges"] = []
     changed = PolarTemplate(json.dumps(spec), max_length=256, max_response_length=64)
     sources = as_sources(write_rows("rows.jsonl", [pair(prompt="What is the capital of France?")]))
-    assert all_sequences(tokenize(sources, template, cache)) != all_sequences(tokenize(sources, changed, cache))
+    assert all_sequences(tokenize(sources, template, cache)) != all_sequences(
+        tokenize(sources, changed, cache)
+    )
 
 
 def test_pairs_identical_after_cutting_are_left_out_and_counted(tokenizer_folder, cache, write_rows):

@@ -11,7 +11,15 @@ import pytest
 from filelock import FileLock
 
 from polar_ft.model.tiny_base import make_tiny_base
-from tests.training.runs import Run, edit_config, like_published, make_rows, run, with_tokenizer_code, write_rows
+from tests.training.runs import (
+    Run,
+    edit_config,
+    like_published,
+    make_rows,
+    run,
+    with_tokenizer_code,
+    write_rows,
+)
 
 RunOnce = Callable[..., Run]
 

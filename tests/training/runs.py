@@ -130,7 +130,8 @@ def like_published(base: Path, out: Path, vocab_size: int = 92544) -> Path:
     (out / "tokenizer.json").write_text(json.dumps(spec))
 
     config = json.loads((base / "config.json").read_text())
-    config |= {"vocab_size": vocab_size, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 5e7}
+    config |= {"vocab_size": vocab_size, "rope_theta": 5e7}
+    config["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
     (out / "config.json").write_text(json.dumps(config))
     tensors = load_file(base / "model.safetensors")
     for name in ("model.tok_embeddings.weight", "output.weight"):
@@ -140,7 +141,7 @@ def like_published(base: Path, out: Path, vocab_size: int = 92544) -> Path:
 
 
 def with_tokenizer_code(base: Path, out: Path) -> Path:
-    """A copy of a base whose tokenizer needs Python code of the folder, as that of the published POLAR does."""
+    """A copy of a base whose tokenizer needs Python code of the folder, as that of POLAR-7B does."""
     shutil.copytree(base, out)
     (out / "tokenizer.json").rename(out / "vocabulary.json")
     names = [None, "tokenization_internlm2_fast.InternLM2TokenizerFast"]

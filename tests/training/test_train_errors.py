@@ -28,7 +28,7 @@ MESSAGES = {
     "no_separator": ["{project}/no_separator", "'<|reward|>'", "reward_tokens"],
     "no_weights": ["{project}/no_weights", "has no weights", "model*.safetensors"],
     "long_pair": ["{project}/rows.jsonl:", "raise max_packed_length from 16 to at least"],
-    "no_room": ["{project}/rows.jsonl:", "leaves the prompt a budget of 1 tokens", "raise max_length to at least"],
+    "no_room": ["{project}/rows.jsonl:", "leaves the prompt a budget of 1 tokens", "raise max_length to"],
     "tokenizer_code": ["tokenization_internlm2_fast.InternLM2TokenizerFast", "allow_tokenizer_code"],
 }
 

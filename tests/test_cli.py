@@ -1,0 +1,123 @@
+"""The command ``polar-ft`` itself; its sub-commands have tests of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import polar_ft
+from polar_ft import cli
+from polar_ft.errors import PolarError
+
+COMMANDS = ("train", "data", "eval", "convert")
+
+
+def test_help_names_every_command():
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    assert all(command in result.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help(command):
+    assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
+
+
+def test_version():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.output.strip() == f"polar-ft {polar_ft.__version__}"
+
+
+def test_unknown_command():
+    assert CliRunner().invoke(cli.app, ["trian"]).exit_code == 2
+
+
+def test_command_starts_without_torch():
+    """Help and `polar-ft data` work in the base install, and at once."""
+    script = (
+        "import sys, polar_ft.cli\n"
+        "heavy = {'torch', 'transformers', 'xtuner', 'mmengine', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or None)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, f"`import polar_ft.cli` imports {ended.stderr}"
+
+
+def test_error_is_one_line_and_status_one(capsys):
+    def fail() -> None:
+        raise PolarError("base: has no token '[UNUSED_TOKEN_130]'; add [bold]it[/bold]")
+
+    app = typer.Typer()
+    app.command()(fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: app([], standalone_mode=False))
+    assert ended.value.code == 1
+    # In brackets as it was written: rich takes them for markup.
+    assert capsys.readouterr().err == (
+        "error: base: has no token '[UNUSED_TOKEN_130]'; add [bold]it[/bold]\n"
+    )
+
+
+class TestTrain:
+    """`polar-ft train`; real runs are in tests/training."""
+
+    @pytest.fixture
+    def config(self, tmp_path: Path) -> Path:
+        path = tmp_path / "config.py"
+        path.touch()
+        return path
+
+    @pytest.fixture
+    def started(self, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+        """The command lines that were run; each ends with status 3."""
+        pytest.importorskip("xtuner")
+        lines: list[list[str]] = []
+
+        def run(command: list[str], check: bool) -> SimpleNamespace:
+            lines.append(command)
+            return SimpleNamespace(returncode=3)
+
+        monkeypatch.setattr("polar_ft.training.launch.subprocess", SimpleNamespace(run=run))
+        for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "ADDR", "PORT"):
+            monkeypatch.delenv(name, raising=False)
+        return lines
+
+    def test_status_and_arguments_are_handed_on(self, started, config):
+        arguments = ["--deepspeed", "deepspeed_zero2", "--cfg-options", "lr=1e-4"]
+        result = CliRunner().invoke(cli.app, ["train", str(config), *arguments])
+        assert result.exit_code == 3
+        ((python, script, *rest),) = started
+        assert python == sys.executable
+        assert Path(script).parts[-3:] == ("xtuner", "tools", "train.py")
+        assert Path(script).is_file()
+        assert rest == [str(config), *arguments]
+
+    def test_many_processes_start_through_torchrun(self, started, config, monkeypatch):
+        monkeypatch.setenv("NPROC_PER_NODE", "8")
+        monkeypatch.setenv("NNODES", "2")
+        monkeypatch.setenv("NODE_RANK", "1")
+        monkeypatch.setenv("ADDR", "10.0.0.1")
+        monkeypatch.setenv("PORT", "2950")
+        CliRunner().invoke(cli.app, ["train", str(config)])
+        (line,) = started
+        for argument in (
+            "--nnodes=2",
+            "--node_rank=1",
+            "--nproc_per_node=8",
+            "--master_addr=10.0.0.1",
+            "--master_port=2950",
+        ):
+            assert argument in line
+        assert line[-3:] == [str(config), "--launcher", "pytorch"]
+
+    def test_config_that_is_not_there(self, started):
+        result = CliRunner().invoke(cli.app, ["train", "no_such.py"])
+        assert isinstance(result.exception, PolarError)
+        assert "no_such.py: no such config file" in str(result.exception)
+        assert not started
