@@ -12,7 +12,16 @@ import torch
 
 from polar_ft.training.flops import PEAK_FLOPS
 
-PACKAGES = ("torch", "transformers", "xtuner", "deepspeed", "mmengine", "tokenizers", "flash-attn", "liger-kernel")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "xtuner",
+    "deepspeed",
+    "mmengine",
+    "tokenizers",
+    "flash-attn",
+    "liger-kernel",
+)
 
 
 def describe_machine() -> dict[str, Any]:

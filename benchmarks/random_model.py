@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 
-def write_random_reward_model(folder: Path, shape: dict[str, Any], reward_token_id: int, seed: int = 0) -> None:
+def write_random_reward_model(
+    folder: Path, shape: dict[str, Any], reward_token_id: int, seed: int = 0
+) -> None:
     """Writes ``config.json``, model code and one shard of random weights; bfloat16 above 1B parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]

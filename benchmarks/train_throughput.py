@@ -111,7 +111,9 @@ def workload(name: str, count: int, max_tokens: int, vocabulary: int, seed: int)
     groups = make_groups(sample, vocabulary, seed)
     kept = [g for g in groups if max(len(g.prefix) + len(b) for b in g.branches) <= max_tokens]
     if len(kept) < len(groups):
-        print(f"{name}: {len(groups) - len(kept)} of {len(groups)} prompts longer than {max_tokens} tokens left out")
+        print(
+            f"{name}: {len(groups) - len(kept)} of {len(groups)} prompts longer than {max_tokens} tokens left out"
+        )
     return kept
 
 
@@ -131,7 +133,9 @@ def pack_up(groups: list[Group], layout: str, capacity: int) -> list[Pack]:
 class PolarCandidate:
     """polar_ft, flat or tree."""
 
-    def __init__(self, folder: Path, layout: str, device: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    def __init__(
+        self, folder: Path, layout: str, device: str, dtype: torch.dtype, checkpointing: bool
+    ) -> None:
         self.layout, self.device = layout, device
         self.decoder, head, _ = load_backbone(folder, dtype)
         use_packed_attention(self.decoder)
@@ -221,7 +225,10 @@ class XtunerCandidate:
             return [(preference_collate_fn([row])["data"], 1) for row in rows]
         packed = PackedDatasetWrapper(rows, max_packed_length=capacity, shuffle_before_pack=False)
         return [
-            (preference_collate_fn([item], use_varlen_attn=True)["data"], (len(item["cumulative_len"]) - 1) // 2)
+            (
+                preference_collate_fn([item], use_varlen_attn=True)["data"],
+                (len(item["cumulative_len"]) - 1) // 2,
+            )
             for item in packed
         ]
 
@@ -329,7 +336,10 @@ def compare(
                 results[name].gradients = candidate.gradients()
     for name, candidate in candidates.items():
         candidate.zero_grad()
-        largest = max(batches[name], key=lambda b: len(b.input_ids) if isinstance(b, Pack) else b[0]["input_ids"].numel())
+        largest = max(
+            batches[name],
+            key=lambda b: len(b.input_ids) if isinstance(b, Pack) else b[0]["input_ids"].numel(),
+        )
         results[name].peak_bytes = peak_memory(device, lambda c=candidate, b=largest: c.step([b], pairs))
         candidate.clear()
     gc.collect()
@@ -352,7 +362,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, help="prompts of each workload")
     parser.add_argument("--repeats", type=int, help="measurements of each candidate")
     parser.add_argument("--capacity", type=int, help="tokens of a pack")
-    parser.add_argument("--max-tokens", type=int, default=16384, help="longer prompts are left out, and counted")
+    parser.add_argument(
+        "--max-tokens", type=int, default=16384, help="longer prompts are left out, and counted"
+    )
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/benchmarks"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -385,7 +397,9 @@ def main() -> None:
         groups = workload(name, count, args.max_tokens, SHAPES[model]["vocab_size"], args.seed)
         pairs = sum(len(group.pairs) for group in groups)
         for checkpointing in (True, False):
-            results = compare(folder, groups, ["xtuner", "flat", "tree"], checkpointing=checkpointing, **settings)
+            results = compare(
+                folder, groups, ["xtuner", "flat", "tree"], checkpointing=checkpointing, **settings
+            )
             measured[name, checkpointing] = results
             for candidate, figures in results.items():
                 seconds = median(figures.seconds)

@@ -158,7 +158,9 @@ default_hooks = dict(
 custom_hooks = [dict(type=StepPlanHook), dict(type=ThroughputHook)]
 
 env_cfg = dict(mp_cfg=dict(mp_start_method="fork"), dist_cfg=dict(backend="gloo"))
-visualizer = dict(type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)])
+visualizer = dict(
+    type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)]
+)
 log_level = "INFO"
 # One step is one number: no average over several.
 log_processor = dict(by_epoch=False, window_size=1)

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import polar_ft
 from polar_ft.conversion.commands import convert
 from polar_ft.data.commands import data_app
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.commands import evaluate
+
+# What the extra "train" brings; see setup.py.
+TRAIN_PACKAGES = {
+    "torch",
+    "transformers",
+    "xtuner",
+    "mmengine",
+    "deepspeed",
+    "safetensors",
+    "filelock",
+    "pyarrow",
+}
 
 app = typer.Typer(
     help="Fine-tune, check, convert and evaluate POLAR reward models.",
@@ -54,18 +67,23 @@ def main() -> None:
 
 
 def run(command: typer.Typer) -> None:
-    """Runs a Typer app, turning `PolarError` into a message and status 1."""
+    """Runs a Typer app, turning what the user can mend into a message and status 1."""
     try:
         command()
     except PolarError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {_plain(error)}")
-        sys.exit(1)
+        _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in TRAIN_PACKAGES:
+            raise
+        _fail(
+            f"this command needs {error.name}, which the base install leaves out: pip install 'polar-ft[train]'"
+        )
 
 
-def _plain(error: PolarError) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+def _fail(message: str) -> NoReturn:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[red]error:[/red] {escape(message)}")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -459,7 +459,9 @@ def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: It
     try:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
     except ImportError as error:
-        raise PolarError("running a tokenizer's own code needs transformers: pip install polar-ft[train]") from error
+        raise PolarError(
+            "running a tokenizer's own code needs transformers: pip install polar-ft[train]"
+        ) from error
     tokenizer = get_class_from_dynamic_module(fast[-1], str(path)).from_pretrained(str(path))
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise PolarError(f"{path}: {fast[-1]} is not a fast tokenizer; allow the fast class of {names}")

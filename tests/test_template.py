@@ -49,7 +49,23 @@ def survives(tokenizer, text):
     return tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
 
-WORDS = ["Paris", "capital", "the", "巴黎", "  two", "\n", "\n\n", "x ** 2", "fox,", " ", "é", "🙂", "</", "<|", "[U"]
+WORDS = [
+    "Paris",
+    "capital",
+    "the",
+    "巴黎",
+    "  two",
+    "\n",
+    "\n\n",
+    "x ** 2",
+    "fox,",
+    " ",
+    "é",
+    "🙂",
+    "</",
+    "<|",
+    "[U",
+]
 
 
 def random_text(rng):
@@ -148,9 +164,7 @@ def test_text_never_becomes_a_control_token(folder):
     control = {template.tokenizer.token_to_id(token) for token in CONTROL if token != "<unk>"}
     rng = random.Random(1)
     for _ in range(100):
-        texts = [
-            "".join(rng.choice(CONTROL + WORDS) for _ in range(rng.randint(0, 8))) for _ in range(4)
-        ]
+        texts = ["".join(rng.choice(CONTROL + WORDS) for _ in range(rng.randint(0, 8))) for _ in range(4)]
         encoded = template.encode(texts[0], texts[1], texts[2:])
         for ids in encoded.sequences:
             inner = ids[len(template.bos_ids) : -1]

@@ -108,7 +108,7 @@ def split_by_prompt(
         for side, name in ((train, "training"), (held_out, "held-out")):
             if not side.rows:
                 raise PolarError(
-                    f"the {name} side is empty: {len(seen):,} prompts are too few for fraction {fraction:g}; "
-                    f"choose another fraction or seed"
+                    f"the {name} side is empty: {len(seen):,} prompts are too few for fraction {fraction:g}, "
+                    f"or are one side of an earlier split with the same seed; choose another --seed or fraction"
                 )
     return train, held_out

@@ -24,7 +24,14 @@ import pyarrow as pa
 from filelock import FileLock
 from pydantic import BaseModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from polar_ft.data.packing import Group
 from polar_ft.data.reading import DataSource, read_examples
@@ -299,7 +306,9 @@ def _tokenize_batches(
 def _drop_reference(example: Example, dropout: float, seed: int, summary: TokenizationSummary) -> Example:
     if not dropout or not example.reference:
         return example
-    digest = hashlib.blake2b(f"{seed}\0{example.prompt}\0{example.reference}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        f"{seed}\0{example.prompt}\0{example.reference}".encode(), digest_size=8
+    ).digest()
     if int.from_bytes(digest, "big") / 2**64 >= dropout:
         return example
     summary.references_dropped += 1
@@ -340,7 +349,8 @@ def _merge_rows(folder: Path, keys: list[bytes], summary: TokenizationSummary) -
         rows_of.setdefault(key, []).append(row)
     rows = _RowReader(folder / "rows.arrow")
     sizes: dict[str, list[float]] = {
-        name: [] for name in ("pairs", "weights", "tree_tokens", "flat_tokens", "tree_attended", "flat_attended")
+        name: []
+        for name in ("pairs", "weights", "tree_tokens", "flat_tokens", "tree_attended", "flat_attended")
     }
     with _ArrowWriter(folder / "groups.arrow") as writer:
         batch = []

@@ -31,7 +31,9 @@ def use_fused_kernels(decoder: nn.Module) -> None:
         PolarError: liger-kernel is not installed, or the activation is not SiLU.
     """
     if importlib.util.find_spec("liger_kernel") is None:
-        raise PolarError("fused_kernels=True needs liger-kernel: pip install liger-kernel, or set it to False")
+        raise PolarError(
+            "fused_kernels=True needs liger-kernel: pip install liger-kernel, or set it to False"
+        )
     if decoder.config.hidden_act != "silu":
         raise PolarError(f"fused_kernels=True is for SiLU models; this one has {decoder.config.hidden_act!r}")
     for module in decoder.modules():

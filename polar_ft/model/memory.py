@@ -53,7 +53,13 @@ def decoder_group(tokens: int) -> Group:
 
 
 def layers_to_checkpoint(
-    mode: Checkpointing, layers: int, *, tokens: int, bytes_per_token: int, boundary_bytes: int, free_bytes: int
+    mode: Checkpointing,
+    layers: int,
+    *,
+    tokens: int,
+    bytes_per_token: int,
+    boundary_bytes: int,
+    free_bytes: int,
 ) -> int:
     """How many layers are computed again in backward.
 

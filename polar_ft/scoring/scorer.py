@@ -137,11 +137,7 @@ class RewardScorer:
 
         Pieces of one example come in the order of its candidates.
         """
-        pieces = [
-            (index, piece)
-            for index, item in enumerate(encoded)
-            for piece in self._pieces(item)
-        ]
+        pieces = [(index, piece) for index, item in enumerate(encoded) for piece in self._pieces(item)]
         pieces.sort(key=lambda piece: -len(encoded[piece[0]].sequences[0]))
         batch: list[tuple[int, Group]] = []
         tokens = 0

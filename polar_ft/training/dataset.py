@@ -112,9 +112,7 @@ def build_reward_dataset(
         PolarError: A setting does not fit the data; the message says which and what to set it to.
     """
     template = tokenizer if isinstance(tokenizer, PolarTemplate) else BUILDER.build(dict(tokenizer))
-    groups = tokenize(
-        as_sources(data), template, cache_dir, reference_dropout=reference_dropout, seed=seed
-    )
+    groups = tokenize(as_sources(data), template, cache_dir, reference_dropout=reference_dropout, seed=seed)
     for line in groups.summary.lines():
         print_log(f"data: {line}", "current")
     distributed = dist.is_available() and dist.is_initialized()

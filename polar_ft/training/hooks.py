@@ -25,15 +25,23 @@ class StepPlanHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Called by mmengine once model, optimizer and data are there."""
+        if not is_deepspeed(runner.model):
+            _check_dtype(unwrap(runner.model))
         dataset = runner.train_dataloader.dataset
         summary = dataset.plan.describe()
         for line in summary.lines():
             runner.logger.info(f"plan: {line}")
         # DeepSpeed has allocated its optimizer state by now; AdamW's two moments and gradients come later.
         engine = is_deepspeed(runner.model)
-        runner.logger.info(f"memory: {unwrap(runner.model).plan_checkpointing(summary.largest_pack, 2 if engine else 12)}")
+        runner.logger.info(
+            f"memory: {unwrap(runner.model).plan_checkpointing(summary.largest_pack, 2 if engine else 12)}"
+        )
         if is_main_process():
-            plan = {"settings": dataset.plan.settings, "data": str(dataset.groups.folder), "achieved": asdict(summary)}
+            plan = {
+                "settings": dataset.plan.settings,
+                "data": str(dataset.groups.folder),
+                "achieved": asdict(summary),
+            }
             Path(runner.work_dir, "step_plan.json").write_text(json.dumps(plan, indent=1) + "\n")
 
 
@@ -65,6 +73,21 @@ class ThroughputHook(Hook):
         if self.peak_flops:
             hub.update_scalar("train/mfu", flops / seconds / self.peak_flops)
         hub.update_scalar("train/peak_memory_gib", _peak_memory() / 2**30)
+
+
+def _check_dtype(model: Any) -> None:
+    """Without DeepSpeed nothing keeps float32 master weights of half-precision parameters.
+
+    Raises:
+        PolarError: There are such parameters: an update of 1e-5 of a weight is rounded away.
+    """
+    halves = {p.dtype for p in model.parameters() if p.requires_grad and p.dtype.itemsize < 4}
+    if halves:
+        dtype = str(halves.pop()).removeprefix("torch.")
+        raise PolarError(
+            f"the config loads the weights in {dtype}, and without DeepSpeed there are no float32 master weights, "
+            f'so most updates would be rounded away; add --deepspeed deepspeed_zero2, or set torch_dtype="float32"'
+        )
 
 
 def is_deepspeed(model: Any) -> bool:

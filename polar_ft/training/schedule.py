@@ -41,7 +41,9 @@ class WarmupCosineLR(LRSchedulerMixin, _ParamScheduler):
         **kwargs: ``begin`` and ``end`` of mmengine's schedulers.
     """
 
-    def __init__(self, optimizer: Any, *args: Any, warmup_ratio: float, min_ratio: float, **kwargs: Any) -> None:
+    def __init__(
+        self, optimizer: Any, *args: Any, warmup_ratio: float, min_ratio: float, **kwargs: Any
+    ) -> None:
         self.warmup_ratio = warmup_ratio
         self.min_ratio = min_ratio
         super().__init__(optimizer, *args, **kwargs)

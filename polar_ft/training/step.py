@@ -50,7 +50,9 @@ COUNTS = ("pairs", "tokens", "flat_tokens", "attended")
 Log = dict[str, float]
 
 
-def _accumulate(batch: StepBatch, device: torch.device, run: Callable[[Pack, float, bool], torch.Tensor]) -> Log:
+def _accumulate(
+    batch: StepBatch, device: torch.device, run: Callable[[Pack, float, bool], torch.Tensor]
+) -> Log:
     """Runs every pack and returns the step's figures, summed over all ranks.
 
     ``run(pack, factor, last)`` computes forward and backward of one pack, its loss times ``factor``, and
@@ -86,12 +88,14 @@ def _log(total: dict[str, float]) -> Log:
     }
 
 
-def plain_step(model: nn.Module, batch: StepBatch, optim_wrapper: StepOptimWrapper, device: torch.device) -> Log:
+def plain_step(
+    model: nn.Module, batch: StepBatch, optim_wrapper: StepOptimWrapper, device: torch.device
+) -> Log:
     """A step without DeepSpeed; ``model`` may be wrapped in DistributedDataParallel."""
 
     def run(pack: Pack, factor: float, last: bool) -> torch.Tensor:
         # Gradients are exchanged between ranks once, with the last pack.
-        local = nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        local = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
         with local, optim_wrapper.autocast(device):
             output = model(pack=pack, mode="loss")
             (output["loss"] * factor).backward()

@@ -13,6 +13,7 @@ def apply() -> None:
     _cpu_has_no_is_bf16_supported()
     _distributed_cpu_has_no_cuda_device()
     _deepspeed_steps_are_whole()
+    _deepspeed_compiles_for_nothing()
 
 
 def _cpu_has_no_is_bf16_supported() -> None:
@@ -57,3 +58,16 @@ def _deepspeed_steps_are_whole() -> None:
 
     train_step.polar_ft = True  # type: ignore[attr-defined]
     MMDeepSpeedEngineWrapper.train_step = train_step
+
+
+def _deepspeed_compiles_for_nothing() -> None:
+    """Without a GPU, ``--deepspeed`` stands still for one to two minutes: it compiles an operator in C++.
+
+    Upstream: deepspeed 0.16.2 ``comm/torch.py``, TorchBackend, which builds ``deepspeed_shm_comm`` for
+    ``inference_all_reduce`` whether or not that is ever called; training does not call it. Goes when it is built
+    on first use.
+    """
+    if not torch.cuda.is_available():
+        import deepspeed.comm.torch
+
+        deepspeed.comm.torch.build_shm_op = lambda: None

@@ -86,7 +86,9 @@ def test_every_pair_once_and_nothing_over_capacity(count, batch, ranks, capacity
 def test_steps_hold_the_same_pairs_whatever_the_hardware():
     groups = make_groups(80)
     plans = [
-        StepPlan(groups, global_batch_pairs=30, max_packed_length=capacity, ranks=ranks, layout=layout, seed=3)
+        StepPlan(
+            groups, global_batch_pairs=30, max_packed_length=capacity, ranks=ranks, layout=layout, seed=3
+        )
         for capacity, ranks, layout in ((500, 1, "tree"), (4000, 2, "tree"), (900, 3, "flat"))
     ]
     for step in range(plans[0].steps_per_epoch):
@@ -103,20 +105,22 @@ def test_steps_are_about_as_large_as_asked_for():
 def test_packs_of_ranks_cost_about_the_same():
     plan = StepPlan(make_groups(2000), global_batch_pairs=320, max_packed_length=4000, ranks=4)
     for step in range(plan.steps_per_epoch):
-        costs = [
-            sum(piece.cost for pack in of_rank for piece in pack) for of_rank in plan.packs(0, step)
-        ]
+        costs = [sum(piece.cost for pack in of_rank for piece in pack) for of_rank in plan.packs(0, step)]
         assert max(costs) < 1.05 * np.mean(costs)
 
 
 def test_a_step_too_large_for_its_packs_says_what_to_raise():
     plan = StepPlan(make_groups(100), global_batch_pairs=100, max_packed_length=500, packs_per_step=2)
-    with pytest.raises(PolarError, match=r"does not fit into 1 ranks × 2 packs of 500.*raise packs_per_step to"):
+    with pytest.raises(
+        PolarError, match=r"does not fit into 1 ranks × 2 packs of 500.*raise packs_per_step to"
+    ):
         plan.packs(0, 0)
 
 
 def test_a_pair_too_large_for_a_pack_says_which_row_and_what_to_raise():
-    with pytest.raises(PolarError, match=r"rows.jsonl:\d+: one pair alone takes \d+ tokens.*raise max_packed_length"):
+    with pytest.raises(
+        PolarError, match=r"rows.jsonl:\d+: one pair alone takes \d+ tokens.*raise max_packed_length"
+    ):
         StepPlan(make_groups(100), global_batch_pairs=10, max_packed_length=60)
 
 

@@ -77,7 +77,9 @@ def test_tree_and_flat_equal_separate_sequences(kind, checkpointing):
     use_packed_attention(decoder)
     for layout in ("tree", "flat"):
         decoder.zero_grad(), head.zero_grad()
-        rewards = packed_rewards(decoder, head, build_pack(no_pairs, layout), checkpointed_layers=9 * checkpointing)
+        rewards = packed_rewards(
+            decoder, head, build_pack(no_pairs, layout), checkpointed_layers=9 * checkpointing
+        )
         torch.testing.assert_close(rewards, expected, rtol=1e-5, atol=1e-6)
         (rewards * weights).sum().backward()
         for name, parameter in decoder.named_parameters():
@@ -90,7 +92,9 @@ def test_pairs_of_tree_and_flat_are_the_same_pairs():
     groups = make_groups(1)
     tree, flat = build_pack(groups), build_pack(groups, "flat")
     assert len(flat.input_ids) == tree.flat_tokens == sum(group.flat_tokens() for group in groups)
-    rewards = {layout: packed_rewards(decoder, head, pack) for layout, pack in (("tree", tree), ("flat", flat))}
+    rewards = {
+        layout: packed_rewards(decoder, head, pack) for layout, pack in (("tree", tree), ("flat", flat))
+    }
     for side in ("chosen", "rejected"):
         torch.testing.assert_close(rewards["tree"][getattr(tree, side)], rewards["flat"][getattr(flat, side)])
     torch.testing.assert_close(tree.margin, flat.margin)
