@@ -27,12 +27,15 @@ EXTRAS = {
         "datasets>=3.2",
         "filelock>=3.12",
         "peft>=0.14",
+        "psutil>=5.9",
         "pyarrow>=15",
         "safetensors>=0.4.3",
         "tensorboard>=2.16",
         "torch>=2.6",
         "torchvision>=0.21",
     ],
+    # For fused_kernels=True on a GPU.
+    "fused": ["liger-kernel>=0.5"],
     "serve": [
         "fastapi>=0.110",
         "prometheus-client>=0.20",

@@ -2,8 +2,8 @@
 
     python benchmarks/data_preparation.py --json OUT        100,000 pairs; xtuner on a part of them
 
-Rows have the token lengths of the RMB workload and words of real answers. Each measurement runs in a process of
-its own, so that peak memory is its own. benchmarks/README.md says what each figure means.
+Rows have the token lengths of the RMB workload and words of real answers. Each measurement runs in a process
+of its own, so that peak memory is its own. benchmarks/README.md says what each figure means.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def install() -> None:
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return varlen_attn(
-            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            q.contiguous(), k.contiguous(), v.contiguous(),
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
             scale=softmax_scale, window_size=(-1, 0) if causal else (-1, -1),
         )  # fmt: skip
 

@@ -3,8 +3,8 @@
 #   xtuner train configs/polar_1_8b_custom.py --deepspeed deepspeed_zero2
 #   NPROC_PER_NODE=8 xtuner train configs/polar_1_8b_custom.py --deepspeed deepspeed_zero2
 #
-# Full training holds about 30 GB of weights, gradients and optimizer state (16 bytes a parameter) beside the activations: one 80 GB
-# card is enough (lower max_packed_length on a smaller one).
+# Full training holds about 30 GB of weights, gradients and optimizer state (16 bytes a parameter) beside the
+# activations: one 80 GB card is enough (lower max_packed_length on a smaller one).
 
 from mmengine.hooks import IterTimerHook, LoggerHook, ParamSchedulerHook
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
@@ -24,7 +24,8 @@ from polar_ft.training.step import StepOptimWrapper
 #######################################################################
 # The model: a folder, or an id on the HuggingFace hub.
 pretrained_model_name_or_path = "internlm/POLAR-1_8B-Base"
-# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of dict(path=…, weight=…, max_samples=…).
+# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of
+# dict(path=…, weight=…, max_samples=…).
 # A row: {"prompt": …, "reference": …, "chosen": …, "rejected": …}. Check it first: polar-ft data check FILE
 data = "data/train.jsonl"
 

@@ -4,7 +4,8 @@
 #   NPROC_PER_NODE=8 xtuner train configs/polar_7b_custom.py --deepspeed deepspeed_zero2
 #
 # Full training holds about 112 GB of weights, gradients and optimizer state: it does not fit one 80 GB card.
-# Spread it over GPUs with ZeRO (deepspeed_zero2 shards all but the 14 GB of weights, deepspeed_zero3 those as well).
+# Spread it over GPUs with ZeRO (deepspeed_zero2 shards all but the 14 GB of weights, deepspeed_zero3 those as
+# well).
 
 from mmengine.hooks import IterTimerHook, LoggerHook, ParamSchedulerHook
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
@@ -24,7 +25,8 @@ from polar_ft.training.step import StepOptimWrapper
 #######################################################################
 # The model: a folder, or an id on the HuggingFace hub.
 pretrained_model_name_or_path = "internlm/POLAR-7B-Base"
-# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of dict(path=…, weight=…, max_samples=…).
+# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of
+# dict(path=…, weight=…, max_samples=…).
 # A row: {"prompt": …, "reference": …, "chosen": …, "rejected": …}. Check it first: polar-ft data check FILE
 data = "data/train.jsonl"
 

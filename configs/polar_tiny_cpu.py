@@ -24,7 +24,8 @@ from polar_ft.training.step import StepOptimWrapper
 #######################################################################
 # The model: a folder; a tiny one is made of the data if it is not there.
 pretrained_model_name_or_path = "work_dirs/polar_tiny_base"
-# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of dict(path=…, weight=…, max_samples=…).
+# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of
+# dict(path=…, weight=…, max_samples=…).
 # A row: {"prompt": …, "reference": …, "chosen": …, "rejected": …}. Check it first: polar-ft data check FILE
 data = "examples/data/alpaca_train.jsonl"
 

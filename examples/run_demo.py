@@ -60,7 +60,7 @@ class Part:
     held_out: Path
     base: Sequence[str]
     settings: Mapping[str, object]
-    make_data: Sequence[str] = ()
+    make_data: Sequence[str | Path] = ()
 
 
 class PartSummary(BaseModel):
@@ -153,7 +153,7 @@ def parts(work_dir: Path) -> list[Part]:
     return [
         Part(
             name="domain_rm",
-            make_data=["examples/domain_rm/make_data.py", str(domain)],
+            make_data=["examples/domain_rm/make_data.py", domain],
             train=domain / "train.jsonl",
             held_out=domain / "held_out.jsonl",
             base=["--vocab-size", "768", "--hidden", "96", "--heads", "8"],

@@ -76,7 +76,8 @@ def run(command: typer.Typer) -> None:
         if error.name is None or error.name.partition(".")[0] not in TRAIN_PACKAGES:
             raise
         _fail(
-            f"this command needs {error.name}, which the base install leaves out: pip install 'polar-ft[train]'"
+            f"this command needs {error.name}, which the base install leaves out: "
+            f"pip install 'polar-ft[train]'"
         )
 
 

@@ -85,6 +85,7 @@ class Encoded:
 
 
 Fields = tuple[str, str, Sequence[str], Wrapper]
+_FittedFields = tuple[str, str, Sequence[str], Wrapper, Cut, Lengths | None]
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ class PolarTemplate:
             raise PolarError(
                 f"{name}: the config says reward_token_id={reward_token_id}, but {reward_token!r} has id "
                 f"{self.reward_token_id} and id {reward_token_id} is "
-                f"{self.tokenizer.id_to_token(reward_token_id)!r}; set reward_token_id={self.reward_token_id} "
-                f"or name the right token in reward_tokens"
+                f"{self.tokenizer.id_to_token(reward_token_id)!r}; set "
+                f"reward_token_id={self.reward_token_id} or name the right token in reward_tokens"
             )
         self.bos_ids = self._find_bos()
         self._tokenizer_json = self.tokenizer.to_str()
@@ -279,21 +280,21 @@ class PolarTemplate:
     def encode_parts(self, batch: Sequence[Fields], *, measure: bool = False) -> list[EncodedParts]:
         """As `encode_batch`, with what all candidates of a row share only once, as arrays."""
         fitted = self._fit(batch, measure)
-        # The separator is a token of its own and parts what stands on its two sides, so each side is tokenized
-        # with the separator beside it, and once however many candidates and rows share it.
+        # The separator is a token of its own and parts what stands on its two sides, so each side is
+        # tokenized with the separator beside it, and once however many candidates and rows share it.
         texts: dict[str, int] = {}
         left_of, rights_of = [], []
         for prompt, reference, candidates, wrapper, _, _ in fitted:
-            left = f"{_join(prompt, reference, wrapper)}{self._separator_text}"
-            left_of.append(texts.setdefault(left, len(texts)))
-            rights = [f"{self._separator_text}{_join(prompt, text, wrapper)}" for text in candidates]
-            rights_of.append([texts.setdefault(right, len(texts)) for right in rights])
+            left_text = f"{_join(prompt, reference, wrapper)}{self._separator_text}"
+            left_of.append(texts.setdefault(left_text, len(texts)))
+            right_texts = [f"{self._separator_text}{_join(prompt, text, wrapper)}" for text in candidates]
+            rights_of.append([texts.setdefault(text, len(texts)) for text in right_texts])
         encodings = self._text_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         ids_of = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
         bos, reward = (np.array(ids, dtype=np.int32) for ids in (self.bos_ids, [self.reward_token_id]))
         results = []
-        for (prompt, _, _, _, cut, lengths), left, rights in zip(fitted, left_of, rights_of):
+        for (prompt, _, _, _, cut, lengths), left, rights in zip(fitted, left_of, rights_of, strict=True):
             head = np.concatenate([bos, ids_of[left]])
             room = self.max_length - len(head) - 1
             if room < 0:
@@ -304,7 +305,8 @@ class PolarTemplate:
             # Cutting as text can, rarely, re-tokenize to a few tokens more than were counted.
             excess = [max(0, len(ids_of[right]) - 1 - room) for right in rights]
             if any(excess):
-                cut = replace(cut, candidates=tuple(a + b for a, b in zip(cut.candidates, excess)))
+                both = zip(cut.candidates, excess, strict=True)
+                cut = replace(cut, candidates=tuple(a + b for a, b in both))
             tails = [np.concatenate([ids_of[right][1 : 1 + room], reward]) for right in rights]
             results.append(EncodedParts(head, tails, cut, lengths))
         return results
@@ -335,11 +337,9 @@ class PolarTemplate:
             raise PolarError(f"{self.name} puts {names} before a text; a POLAR input has at most one BOS")
         return full[:start]
 
-    def _fit(
-        self, batch: Sequence[Fields], measure: bool
-    ) -> list[tuple[str, str, Sequence[str], Wrapper, Cut, Lengths | None]]:
+    def _fit(self, batch: Sequence[Fields], measure: bool) -> list[_FittedFields]:
         """Cuts what is too long. Fields that are certainly short enough are not tokenized for it."""
-        fitted = []
+        fitted: list[_FittedFields] = []
         for prompt, reference, candidates, wrapper in batch:
             lengths = None
             if measure:
@@ -368,7 +368,7 @@ class PolarTemplate:
         return len(self.bos_ids) + len(self._encode_text(text).ids)
 
     def _upper_bound(self, text: str) -> int:
-        """A number of tokens, BOS counted, that the text cannot exceed; found without tokenizing if it can."""
+        """Tokens, BOS counted, that the text cannot exceed; found without tokenizing where possible."""
         if self._max_tokens_per_byte is None:
             return self._count(text)
         return len(self.bos_ids) + 1 + self._max_tokens_per_byte * len(text.encode())
@@ -489,7 +489,8 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise PolarError(
                 f"{name}: is no folder here, and the HuggingFace hub did not give it either "
-                f"({type(error).__name__}: {reason[:160]}); check the spelling of pretrained_model_name_or_path"
+                f"({type(error).__name__}: {reason[:160]}); check the spelling of "
+                f"pretrained_model_name_or_path"
             ) from error
     raise PolarError(f"{name}: no such folder; check the spelling of the path")
 

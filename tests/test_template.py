@@ -118,14 +118,16 @@ def test_responses_are_cut_as_xtuner_cuts_them(byte_level):
     template = PolarTemplate.from_pretrained(byte_level, max_length=400, max_response_length=20)
     row = {
         "prompt": "What is the capital of France?",
-        "reference": "Paris is the capital of France and has been so for a long time indeed, again and again.",
+        "reference": "Paris is the capital of France and has been so for a long time indeed, again and "
+        "again.",
         "chosen": "The capital of France is Paris, a large city on the river, again and again and again.",
         "rejected": "no",
     }
     encoded = template.encode(row["prompt"], row["reference"], [row["chosen"], row["rejected"]], measure=True)
     assert encoded.sequences == xtuner_ids(tokenizer, row, template.reward_token_id, 400, 20)
     assert encoded.lengths.reference - 20 == encoded.cut.reference > 0
-    assert encoded.cut.candidates[0] > 0 and encoded.cut.candidates[1] == 0
+    assert encoded.cut.candidates[0] > 0
+    assert encoded.cut.candidates[1] == 0
 
 
 def test_prompt_budget_differs_from_xtuner_on_purpose(byte_level):
@@ -206,14 +208,17 @@ def test_text_that_tokenizes_longer_once_it_is_cut_is_cut_further(tmp_path):
     prompt = "What is the capital of France? 中文文本也要正确处理。 " * 4
     reference = "It is Paris, the capital; it is Paris. 参考答案是巴黎。"
     encoded = template.encode(prompt, reference, ["Paris", reference])
-    assert encoded.cut.prompt and encoded.cut.reference and encoded.cut.candidates[1]
+    assert encoded.cut.prompt
+    assert encoded.cut.reference
+    assert encoded.cut.candidates[1]
     for ids in encoded.sequences:
-        assert len(ids) <= 120 and ids.count(template.separator_id) == 1
+        assert len(ids) <= 120
+        assert ids.count(template.separator_id) == 1
 
 
 def test_a_reference_that_leaves_no_room_is_named(byte_level):
     template = PolarTemplate.from_pretrained(byte_level, max_length=90, max_response_length=42)
-    with pytest.raises(PolarError, match="leaves the prompt a budget.*raise max_length to at least"):
+    with pytest.raises(PolarError, match=r"leaves the prompt a budget.*raise max_length to at least"):
         template.encode("a prompt", "a long reference " * 20, ["x"])
 
 
@@ -239,7 +244,8 @@ def test_missing_tokens_can_be_added(tmp_path):
     size = len(PolarTemplate.from_pretrained(folder))
     assert (template.separator_id, template.reward_token_id) == (size, size + 1)
     ids = template.encode("p", "r", ["<|polar_score|>"]).sequences[0]
-    assert ids.count(template.reward_token_id) == 1 and ids[-1] == size + 1
+    assert ids.count(template.reward_token_id) == 1
+    assert ids[-1] == size + 1
 
 
 def test_a_tokenizer_with_code_of_its_own_is_refused_unless_named(tmp_path):
@@ -257,7 +263,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_unless_named(tmp_path):
         "    def from_pretrained(cls, folder, **_):\n"
         "        return cls(tokenizer_file=str(Path(folder) / 'hidden.json'))\n"
     )
-    with pytest.raises(PolarError, match="needs Python code from the folder.*allow_tokenizer_code"):
+    with pytest.raises(PolarError, match=r"needs Python code from the folder.*allow_tokenizer_code"):
         PolarTemplate.from_pretrained(folder)
     template = PolarTemplate.from_pretrained(folder, allow_tokenizer_code=("tok_own.OwnFast",))
     expected = PolarTemplate(tokenizer_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -95,6 +96,10 @@ def write_hf_folder(
         _copy_files(base, partial, template, with_code=config["model_type"] == "internlm2")
         card = model_card(out.name, os.fspath(base_folder), template, config)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        # safetensors makes its files the owner's alone; the others have the mode that the umask gives.
+        mode = stat.S_IMODE((partial / "README.md").stat().st_mode)
+        for file in partial.iterdir():
+            file.chmod(mode)
 
 
 def _plan(

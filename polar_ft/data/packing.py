@@ -226,7 +226,7 @@ class _PackBuilder:
 
     def add_flat(self, group: Group) -> None:
         first_candidate = len(self.rewards)
-        # Without pairs (scoring) every candidate once; with pairs both sides of each, as flat training has it.
+        # Without pairs (scoring) every candidate once; with pairs both sides of each, as flat training does.
         order = group.pairs.reshape(-1) if len(group.pairs) else np.arange(len(group.branches))
         for index in order:
             self.add_sequence(np.concatenate([group.prefix, group.branches[index]]))

@@ -109,6 +109,7 @@ def split_by_prompt(
             if not side.rows:
                 raise PolarError(
                     f"the {name} side is empty: {len(seen):,} prompts are too few for fraction {fraction:g}, "
-                    f"or are one side of an earlier split with the same seed; choose another --seed or fraction"
+                    f"or are one side of an earlier split with the same seed; choose another --seed or "
+                    f"fraction"
                 )
     return train, held_out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -98,8 +98,9 @@ class PlanSummary:
     def lines(self) -> list[str]:
         """The summary in words."""
         return [
-            f"{self.steps_per_epoch:,} steps an epoch; each (least / mean / greatest) of {self.pairs_per_step} pairs "
-            f"in {self.packs_per_rank_and_step} packs a rank, on {self.ranks} ranks",
+            f"{self.steps_per_epoch:,} steps an epoch; each (least / mean / greatest) of "
+            f"{self.pairs_per_step} pairs in {self.packs_per_rank_and_step} packs a rank, "
+            f"on {self.ranks} ranks",
             f"tokens a rank and step {self.tokens_per_rank_and_step}; packs filled {self.fill:.0%}; shared "
             f"prefixes save {self.tokens_saved:.0%} of the tokens",
         ]
@@ -260,9 +261,9 @@ class StepPlan:
             tokens = self._piece_tokens(group, first, last)
             if tokens > self.max_packed_length:
                 raise PolarError(
-                    f"{self.sizes.source(index)}: one pair alone takes {tokens} tokens, more than a pack holds; "
-                    f"raise max_packed_length from {self.max_packed_length} to at least {tokens}, or lower "
-                    f"max_length"
+                    f"{self.sizes.source(index)}: one pair alone takes {tokens} tokens, more than a pack "
+                    f"holds; raise max_packed_length from {self.max_packed_length} to at least {tokens}, or "
+                    f"lower max_length"
                 )
             cost = float(self.costs[index]) * tokens / float(self.tokens[index])
             pieces.append(Piece(index, first, last, tokens, cost))
@@ -273,7 +274,7 @@ class StepPlan:
         piece = select_pairs(group, first, last)
         return piece.tree_tokens() if self.layout == "tree" else piece.flat_tokens()
 
-    def _raise_too_small(self, pieces: Sequence[Piece], step: int) -> None:
+    def _raise_too_small(self, pieces: Sequence[Piece], step: int) -> NoReturn:
         rounds = self.packs_per_step or 1
         while self._fill(pieces, rounds * self.ranks) is None:
             rounds += 1

@@ -92,7 +92,8 @@ class TokenizationSummary(BaseModel):
         saved = 1 - self.tree_tokens / self.flat_tokens if self.flat_tokens else 0.0
         lines = [
             f"{self.rows:,} rows, {self.pairs:,} pairs, {self.groups:,} groups of one prompt and reference; "
-            f"{self.tree_tokens:,} tokens with shared prefixes, {self.flat_tokens:,} without ({saved:.0%} saved)"
+            f"{self.tree_tokens:,} tokens with shared prefixes, {self.flat_tokens:,} without "
+            f"({saved:.0%} saved)"
         ]
         cuts = [
             f"{count:,} {what}"
@@ -190,8 +191,8 @@ def tokenize(
     groups = TokenizedGroups(folder)
     if not len(groups):
         raise PolarError(
-            f"{', '.join(source.path for source in sources)}: {groups.summary.rows} rows gave no pair to train "
-            f"on; `polar-ft data check` says why"
+            f"{', '.join(source.path for source in sources)}: {groups.summary.rows} rows gave no pair to "
+            f"train on; `polar-ft data check` says why"
         )
     return groups
 
@@ -199,8 +200,9 @@ def tokenize(
 def merge_groups(groups: Sequence[Group]) -> Group:
     """One group of several with the same prompt and reference; equal candidates become one branch.
 
-    >>> a = Group(np.array([5]), [np.array([1, 9]), np.array([2, 9])], np.array([[0, 1]]), np.zeros(1), np.ones(1))
-    >>> b = Group(np.array([5]), [np.array([3, 9]), np.array([1, 9])], np.array([[0, 1]]), np.zeros(1), np.ones(1))
+    >>> rest = np.array([[0, 1]]), np.zeros(1), np.ones(1)
+    >>> a = Group(np.array([5]), [np.array([1, 9]), np.array([2, 9])], *rest)
+    >>> b = Group(np.array([5]), [np.array([3, 9]), np.array([1, 9])], *rest)
     >>> merged = merge_groups([a, b])
     >>> [branch.tolist() for branch in merged.branches], merged.pairs.tolist()
     ([[1, 9], [2, 9], [3, 9]], [[0, 1], [2, 0]])
@@ -269,9 +271,9 @@ def _tokenize_batches(
     def encode(batch: list[Example]) -> list[tuple[Example, EncodedParts]]:
         fields = [(e.prompt, e.reference, e.candidates, e.wrapper) for e in batch]
         try:
-            return list(zip(batch, template.encode_parts(fields)))
+            return list(zip(batch, template.encode_parts(fields), strict=True))
         except PolarError:  # find the row, so that the message names it
-            for example, field in zip(batch, fields):
+            for example, field in zip(batch, fields, strict=True):
                 try:
                     template.encode_parts([field])
                 except PolarError as error:
@@ -365,7 +367,7 @@ def _merge_rows(folder: Path, keys: list[bytes], summary: TokenizationSummary) -
                 batch = []
         writer.write(batch)
     (folder / "rows.arrow").unlink()
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.array(values, dtype=np.float64 if name in ("weights",) else np.int64)
         for name, values in sizes.items()
     }

@@ -195,17 +195,18 @@ def sdpa_buckets(segments: Segments) -> tuple[list[_Bucket], torch.Tensor]:
     place = np.empty(int(q_lengths.sum()), dtype=np.int64)
     offset = 0
     for batch in batches:
-        q, k = q_lengths[batch, None], k_lengths[batch, None]
-        row, column = np.arange(q.max()), np.arange(k.max())
-        real = row < q
+        q_each, k_each = q_lengths[batch, None], k_lengths[batch, None]
+        row, column = np.arange(q_each.max()), np.arange(k_each.max())
+        real = row < q_each
         place[(q_starts[batch, None] + row)[real]] = offset + np.flatnonzero(real)
         offset += real.size
         q_index = np.where(real, q_starts[batch, None] + row, 0)
-        k_index = keys[np.where(column < k, k_starts[batch, None] + column, 0)]
+        k_index = keys[np.where(column < k_each, k_starts[batch, None] + column, 0)]
         mask = None
-        if len(batch) > 1 or q[0, 0] != k[0, 0]:
-            # Bottom right: the last query sees every key. Padded queries see key 0, lest softmax is of nothing.
-            seen = np.where(real, row + k - q, 0)
+        if len(batch) > 1 or q_each[0, 0] != k_each[0, 0]:
+            # Bottom right: the last query sees every key. Padded queries see key 0, lest softmax is of
+            # nothing.
+            seen = np.where(real, row + k_each - q_each, 0)
             mask = torch.from_numpy(column <= seen[:, None, :, None]).to(device)
         buckets.append(
             _Bucket(
@@ -226,7 +227,7 @@ def _sdpa(query, key, value, segments: Segments, scaling) -> torch.Tensor:
     for bucket in buckets:
         q, k, v = (
             x.index_select(0, index).unflatten(0, (bucket.count, -1)).transpose(1, 2)
-            for x, index in zip(states, (bucket.q_index, bucket.k_index, bucket.k_index))
+            for x, index in zip(states, (bucket.q_index, bucket.k_index, bucket.k_index), strict=True)
         )
         output = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scaling, enable_gqa=True

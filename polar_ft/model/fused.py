@@ -11,7 +11,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
@@ -21,7 +20,7 @@ _NORMS = (modeling_llama.LlamaRMSNorm, modeling_qwen2.Qwen2RMSNorm)
 _MLPS = (modeling_llama.LlamaMLP, modeling_qwen2.Qwen2MLP)
 
 
-def use_fused_kernels(decoder: nn.Module) -> None:
+def use_fused_kernels(decoder: Any) -> None:
     """Makes a decoder use the fused kernels wherever its tensors are on a GPU.
 
     Args:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
-from torch import nn
 
 from polar_ft.data.packing import Group, build_pack
 
@@ -16,7 +15,7 @@ Checkpointing = Literal["auto", "none", "selective", "full"]
 USABLE = 0.85
 
 
-def activation_bytes_per_token(decoder: nn.Module, tokens: int = 64) -> int:
+def activation_bytes_per_token(decoder: Any, tokens: int = 64) -> int:
     """Bytes that one layer keeps for backward, for each token; measured on a forward of one layer.
 
     Args:
@@ -63,8 +62,9 @@ def layers_to_checkpoint(
 ) -> int:
     """How many layers are computed again in backward.
 
-    Each layer that is not keeps ``bytes_per_token``, each one that is only its input, and while one is computed
-    again its activations are there as well. Three layers of 100 bytes a token, inputs of 10, room for 260:
+    Each layer that is not keeps ``bytes_per_token``, each one that is only its input, and while one is
+    computed again its activations are there as well. Three layers of 100 bytes a token, inputs of 10, room
+    for 260:
 
     >>> layers_to_checkpoint("auto", 3, tokens=1, bytes_per_token=100, boundary_bytes=10, free_bytes=260)
     2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ class RewardHead(nn.Linear):
 
 
 def packed_rewards(
-    decoder: nn.Module,
+    decoder: Any,
     head: RewardHead,
     pack: Pack,
     *,
@@ -73,9 +73,10 @@ def _whole_layer(layer, hidden, position_embeddings, pack: Pack, backend) -> tor
 
 
 def _reward_layer(layer, hidden, position_embeddings, pack: Pack, backend) -> torch.Tensor:
-    """The last layer: keys and values of all tokens, everything else of the reward tokens; [1, candidates, hidden].
+    """The last layer: keys and values of all tokens, everything else of the reward tokens.
 
-    The steps of transformers' ``LlamaDecoderLayer.forward`` and ``LlamaAttention.forward``.
+    The steps of transformers' ``LlamaDecoderLayer.forward`` and ``LlamaAttention.forward``. Returns
+    [1, candidates, hidden].
     """
     attention, at = layer.self_attn, pack.reward_index
     cos, sin = position_embeddings
@@ -106,7 +107,7 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
 
 
-def use_packed_attention(decoder: nn.Module) -> None:
+def use_packed_attention(decoder: Any) -> None:
     """Makes the attention layers of a transformers decoder call `polar_ft.model.attention`."""
     decoder.config._attn_implementation = IMPLEMENTATION
     for layer in decoder.layers:

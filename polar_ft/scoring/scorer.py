@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from polar_ft.data.packing import Group, build_pack
 from polar_ft.data.records import Example
@@ -32,7 +31,7 @@ class RewardScorer:
 
     def __init__(
         self,
-        decoder: nn.Module,
+        decoder: Any,
         head: RewardHead,
         template: PolarTemplate,
         *,

@@ -48,10 +48,10 @@ class StepPlanHook(Hook):
 class ThroughputHook(Hook):
     """Adds speed and peak memory of every step to log and TensorBoard.
 
-    Over all ranks: ``pairs_per_s``; ``tokens_per_s``, of the tokens that were computed; ``flat_tokens_per_s``, of
-    those that the same pairs have as separate sequences; ``tflops_per_s`` (`polar_ft.training.flops`, no
-    recomputation counted); ``mfu``, its share of what the GPUs' data sheet gives, where that is known. Of this
-    rank: ``peak_memory_gib``, on a CPU of the process.
+    Over all ranks: ``pairs_per_s``; ``tokens_per_s``, of the tokens that were computed;
+    ``flat_tokens_per_s``, of those that the same pairs have as separate sequences; ``tflops_per_s``
+    (`polar_ft.training.flops`, no recomputation counted); ``mfu``, its share of what the GPUs' data sheet
+    gives, where that is known. Of this rank: ``peak_memory_gib``, on a CPU of the process.
     """
 
     def before_train(self, runner: Any) -> None:
@@ -85,8 +85,9 @@ def _check_dtype(model: Any) -> None:
     if halves:
         dtype = str(halves.pop()).removeprefix("torch.")
         raise PolarError(
-            f"the config loads the weights in {dtype}, and without DeepSpeed there are no float32 master weights, "
-            f'so most updates would be rounded away; add --deepspeed deepspeed_zero2, or set torch_dtype="float32"'
+            f"the config loads the weights in {dtype}, and without DeepSpeed there are no float32 master "
+            f"weights, so most updates would be rounded away; add --deepspeed deepspeed_zero2, or set "
+            f'torch_dtype="float32"'
         )
 
 

@@ -37,8 +37,8 @@ class PolarRewardModel(BaseModel):
         penalty_weight: Factor of the penalty.
         attention: Attention backend; "auto" takes the fastest that runs here.
         activation_checkpointing: Which layers are computed again in backward instead of keeping their
-            activations: "none", "selective" (every second one), "full" (all: about a third more time), or "auto":
-            as few as the memory allows, by an estimate when training starts (`plan_checkpointing`).
+            activations: "none", "selective" (every second one), "full" (all: about a third more time), or
+            "auto": as few as the memory allows, by an estimate when training starts (`plan_checkpointing`).
         fused_kernels: RMSNorm, rotary embedding and SwiGLU by liger-kernel; on a GPU only.
     """
 
@@ -111,8 +111,8 @@ class PolarRewardModel(BaseModel):
         if self.activation_checkpointing != "auto":
             return f"{decision} (activation_checkpointing={self.activation_checkpointing!r})"
         return (
-            f"{decision}: a layer keeps {per_token:,} bytes a token (measured on one layer), a pack has up to "
-            f"{tokens:,} tokens, {free / 2**30:.1f} GiB are free for activations"
+            f"{decision}: a layer keeps {per_token:,} bytes a token (measured on one layer), a pack has up "
+            f"to {tokens:,} tokens, {free / 2**30:.1f} GiB are free for activations"
         )
 
     def init_weights(self) -> None:

@@ -59,7 +59,7 @@ def _accumulate(
     returns its statistics.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    counts = [sum(values) for values in zip(*map(_counts, batch.packs))]
+    counts = [sum(values) for values in zip(*map(_counts, batch.packs), strict=True)]
     sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
     for number, pack in enumerate(batch.packs):
         sums += run(pack.to(device), ranks / batch.weight, number == len(batch.packs) - 1)
@@ -67,11 +67,11 @@ def _accumulate(
     total = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
     if ranks > 1:
         dist.all_reduce(total)
-    return _log(dict(zip(STATISTICS + COUNTS, total.tolist())))
+    return _log(dict(zip(STATISTICS + COUNTS, total.tolist(), strict=True)))
 
 
 def _counts(pack: Pack) -> tuple[int, ...]:
-    lengths = zip(pack.segments.q_lengths, pack.segments.k_lengths)
+    lengths = zip(pack.segments.q_lengths, pack.segments.k_lengths, strict=True)
     attended = sum(q * (k - q) + q * q // 2 for q, k in lengths)
     return len(pack.chosen), len(pack.input_ids), pack.flat_tokens, attended
 

@@ -37,7 +37,7 @@ def _distributed_cpu_has_no_cuda_device() -> None:
 
 
 def _deepspeed_steps_are_whole() -> None:
-    """With ``--deepspeed``, an iteration is one micro-batch, so that log, schedule and checkpoints count those.
+    """With ``--deepspeed``, an iteration is a micro-batch, so that log, schedule and checkpoints count those.
 
     Upstream: mmengine 0.10.6 ``_strategy/deepspeed.py``, MMDeepSpeedEngineWrapper.train_step; its class is
     fixed in DeepSpeedStrategy, so it cannot be chosen in a config. An iteration of ours is one optimizer
@@ -64,8 +64,8 @@ def _deepspeed_compiles_for_nothing() -> None:
     """Without a GPU, ``--deepspeed`` stands still for one to two minutes: it compiles an operator in C++.
 
     Upstream: deepspeed 0.16.2 ``comm/torch.py``, TorchBackend, which builds ``deepspeed_shm_comm`` for
-    ``inference_all_reduce`` whether or not that is ever called; training does not call it. Goes when it is built
-    on first use.
+    ``inference_all_reduce`` whether or not that is ever called; training does not call it. Goes when it is
+    built on first use.
     """
     if not torch.cuda.is_available():
         import deepspeed.comm.torch

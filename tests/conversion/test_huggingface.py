@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import textwrap
@@ -132,6 +134,27 @@ def test_the_base_models_own_code_is_kept_if_it_has_the_reward_class(base, train
     (own / "modeling_internlm2.py").write_text("class InternLM2ForCausalLM: ...\n")
     write_hf_folder(trained, base_folder=own, out_dir=tmp_path / "b", template=template, dtype=torch.float32)
     assert "class InternLM2ForRewardModel" in (tmp_path / "b" / "modeling_internlm2.py").read_text()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_files_have_the_mode_that_the_umask_gives(base, trained, template, tmp_path, umask, mode):
+    """Also those of safetensors, which are the owner's alone when it has written them."""
+    out, before = tmp_path / "out", os.umask(umask)
+    try:
+        write_hf_folder(
+            trained,
+            base_folder=base,
+            out_dir=out,
+            template=template,
+            dtype=torch.float32,
+            max_shard_size="100KB",
+        )
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()}
+    assert len([name for name in modes if name.endswith(".safetensors")]) > 2
+    assert {"config.json", "model.safetensors.index.json", "modeling_internlm2.py"} <= set(modes)
+    assert set(modes.values()) == {mode}
 
 
 def test_shards(base, trained, template, tmp_path, sequences):

@@ -99,7 +99,8 @@ def test_steps_hold_the_same_pairs_whatever_the_hardware():
 def test_steps_are_about_as_large_as_asked_for():
     plan = StepPlan(make_groups(1000), global_batch_pairs=64, max_packed_length=4000)
     pairs = [plan.weight_of_step(0, step) for step in range(plan.steps_per_epoch)]
-    assert min(pairs) > 64 - 7 and max(pairs) < 64 + 7
+    assert min(pairs) > 64 - 7
+    assert max(pairs) < 64 + 7
 
 
 def test_packs_of_ranks_cost_about_the_same():
@@ -135,4 +136,5 @@ def test_split_evenly_leaves_no_part_empty(pairs, data):
     parts = data.draw(st.integers(1, len(pairs)))
     split = split_evenly(np.arange(len(pairs)), np.array(pairs), parts)
     assert np.concatenate(split).tolist() == list(range(len(pairs)))
-    assert len(split) == parts and all(len(part) for part in split)
+    assert len(split) == parts
+    assert all(len(part) for part in split)

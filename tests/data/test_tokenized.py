@@ -61,7 +61,7 @@ def test_groups_are_what_the_template_encodes(template, cache, write_rows):
 def test_second_start_does_not_tokenize(template, cache, write_rows, monkeypatch):
     sources = as_sources(write_rows("rows.jsonl", [pair()]))
     first = tokenize(sources, template, cache)
-    monkeypatch.setattr(PolarTemplate, "encode_batch", None)
+    monkeypatch.setattr(PolarTemplate, "encode_parts", None)
     second = tokenize(sources, template, cache, seed=7)  # without reference_dropout the seed decides nothing
     assert all_sequences(second) == all_sequences(first)
     assert second.summary == first.summary
@@ -236,14 +236,14 @@ def test_groups_go_to_workers_of_a_data_loader(template, cache, write_rows):
 def _tokenize_and_count(folder, file, cache, results, die=False):
     """In a process of its own: tokenizes, and tells how many batches it encoded; or dies while it writes."""
     template = PolarTemplate.from_pretrained(folder, max_length=256, max_response_length=64)
-    encode_batch = PolarTemplate.encode_batch
+    encode_parts = PolarTemplate.encode_parts
     batches = []
 
     def counted(self, batch, **settings):
         batches.append(len(batch))
-        return encode_batch(self, batch, **settings)
+        return encode_parts(self, batch, **settings)
 
-    PolarTemplate.encode_batch = counted
+    PolarTemplate.encode_parts = counted
     if die:
         tokenized._merge_rows = lambda *_: os._exit(9)
     groups = tokenize(as_sources(file), template, cache)

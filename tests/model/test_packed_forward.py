@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from polar_ft.data.packing import Group, build_pack
-from polar_ft.model.attention import available_backends, choose_backend
 from polar_ft.errors import PolarError
+from polar_ft.model.attention import available_backends, choose_backend
 from polar_ft.model.losses import pair_loss, pair_penalty
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 
@@ -109,7 +109,8 @@ def test_an_empty_pack_gives_zero_gradients_everywhere():
     loss.backward()
     assert loss.item() == 0
     for parameter in [*decoder.parameters(), *head.parameters()]:
-        assert parameter.grad is not None and not parameter.grad.any()
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
 
 
 def test_head_computes_in_float32_for_half_precision():
@@ -137,7 +138,7 @@ def test_every_backend_present_gives_the_same():
 
 
 def test_a_backend_that_cannot_run_is_named():
-    with pytest.raises(PolarError, match="'flash_attn' cannot run on cpu.*available: sdpa"):
+    with pytest.raises(PolarError, match=r"'flash_attn' cannot run on cpu.*available: sdpa"):
         choose_backend("flash_attn", torch.device("cpu"), torch.float32)
 
 

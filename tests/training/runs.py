@@ -61,10 +61,6 @@ def run(command: Sequence[str], work_dir: Path, home: Path, **environment: str) 
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(home),
-        # DeepSpeed compiles for a minute where it finds no extension of an earlier run.
-        "TORCH_EXTENSIONS_DIR": os.environ.get(
-            "TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions")
-        ),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         **environment,

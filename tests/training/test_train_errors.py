@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from polar_ft.errors import PolarError
-from polar_ft.training.hooks import SafeCheckpointHook
+from polar_ft.training.hooks import SafeCheckpointHook, StepPlanHook
 from polar_ft.training.prepare import prepare_tiny_training
 from tests.training.conftest import TOP_LINES, RunOnce
 from tests.training.runs import Run, edit_config, make_rows, write_rows
@@ -107,6 +107,15 @@ def test_xtuner_itself_exits_zero_after_a_failure(failures, project, run_once):
     ended = run_once("xtuner_status", "xtuner", "train", str(project / "model_path.py"))
     assert ended.status == 0
     assert "no such folder" in ended.output
+
+
+def test_half_precision_needs_deepspeed():
+    model = torch.nn.Linear(2, 1).bfloat16()
+    runner = SimpleNamespace(model=model)
+    with pytest.raises(
+        PolarError, match=r"bfloat16, and without DeepSpeed .* add --deepspeed deepspeed_zero2"
+    ):
+        StepPlanHook().before_train(runner)
 
 
 def test_data_of_the_tiny_config_is_checked_before_a_model_is_made_of_it(tmp_path):
