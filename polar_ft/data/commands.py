@@ -161,7 +161,8 @@ def convert_command(
     console = _console()
     show_problems(console, done.problems)
     console.print(
-        f"[bold]{escape(str(target))}[/]: {many(done.rows_out, 'pair')} from {many(done.rows_in, 'row')}"
+        f"[bold]{escape(str(target))}[/]: {many(done.rows_out, 'pair')} from {many(done.rows_in, 'row')}",
+        soft_wrap=True,  # a path is not broken over lines
     )
     if done.problems:
         console.print(

@@ -119,8 +119,13 @@ def deepspeed_step(engine: Any, batch: StepBatch) -> Log:
         return output["statistics"]
 
     log = _accumulate(batch, engine.device, run)
+    norm = None
+    if not engine.zero_optimization():  # then DeepSpeed does not keep the norm, and clears the gradients
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
-    norm = engine.get_global_grad_norm()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
     if norm is not None:
         log["grad_norm"] = float(norm)
     return log

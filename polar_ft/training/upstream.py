@@ -5,7 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+from polar_ft.errors import PolarError
 
 
 def apply() -> None:
@@ -14,6 +19,7 @@ def apply() -> None:
     _distributed_cpu_has_no_cuda_device()
     _deepspeed_steps_are_whole()
     _deepspeed_compiles_for_nothing()
+    _checkpoints_load_without_running()
 
 
 def _cpu_has_no_is_bf16_supported() -> None:
@@ -71,3 +77,38 @@ def _deepspeed_compiles_for_nothing() -> None:
         import deepspeed.comm.torch
 
         deepspeed.comm.torch.build_shm_op = lambda: None
+
+
+def _checkpoints_load_without_running() -> None:
+    """``--resume`` ends in UnpicklingError with torch 2.6 and later, whose ``torch.load`` runs no pickles.
+
+    Upstream: mmengine 0.10.6 ``runner/checkpoint.py``, xtuner 0.2.0 ``tools/utils.py`` and deepspeed 0.16.2
+    ``runtime/checkpoint_engine/``, which all save objects of their own. Those are named here, and nothing else
+    is loaded. Goes when they save plain data.
+    """
+    import _codecs
+
+    import numpy as np
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    from mmengine.config import ConfigDict
+    from mmengine.logging import HistoryBuffer
+
+    def statistic(owner: Any, name: str) -> Callable[..., Any]:
+        # HistoryBuffer pickles its methods by getattr; in general that would reach anything.
+        if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+            raise PolarError(f"the checkpoint asks for {name!r} of {owner!r}, which no checkpoint needs; not loaded")
+        return getattr(owner, name)
+
+    array = np.zeros(1)
+    reconstruct, _, _ = array.__reduce__()
+    scalar, _ = np.float64(0).__reduce__()
+    dtypes = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")]
+    torch.serialization.add_safe_globals(
+        [
+            *(HistoryBuffer, ConfigDict, LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address),
+            *(np.ndarray, np.dtype, reconstruct, scalar, _codecs.encode, *dtypes),
+            (statistic, "builtins.getattr"),
+        ]
+    )
