@@ -3,7 +3,7 @@
 #   xtuner train configs/polar_1_8b_custom.py --deepspeed deepspeed_zero2
 #   NPROC_PER_NODE=8 xtuner train configs/polar_1_8b_custom.py --deepspeed deepspeed_zero2
 #
-# Full training holds about 30 GB of weights, gradients and optimizer state (16 bytes a parameter) beside the
+# Full training holds about 29 GB of weights, gradients and optimizer state (16 bytes a parameter) beside the
 # activations: one 80 GB card is enough (lower max_packed_length on a smaller one).
 
 from mmengine.hooks import IterTimerHook, LoggerHook, ParamSchedulerHook

@@ -83,7 +83,7 @@ def _checkpoints_load_without_running() -> None:
     """``--resume`` ends in UnpicklingError with torch 2.6 and later, whose ``torch.load`` runs no pickles.
 
     Upstream: mmengine 0.10.6 ``runner/checkpoint.py``, xtuner 0.2.0 ``tools/utils.py`` and deepspeed 0.16.2
-    ``runtime/checkpoint_engine/``, which all save objects of their own. Those are named here, and nothing else
+    ``runtime/checkpoint_engine/``, which save objects of their own. Those are named here, and nothing else
     is loaded. Goes when they save plain data.
     """
     import _codecs
@@ -98,12 +98,12 @@ def _checkpoints_load_without_running() -> None:
     def statistic(owner: Any, name: str) -> Callable[..., Any]:
         # HistoryBuffer pickles its methods by getattr; in general that would reach anything.
         if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
-            raise PolarError(f"the checkpoint asks for {name!r} of {owner!r}, which no checkpoint needs; not loaded")
+            raise PolarError(
+                f"the checkpoint asks for {name!r} of {owner!r}, which no checkpoint needs; not loaded"
+            )
         return getattr(owner, name)
 
-    array = np.zeros(1)
-    reconstruct, _, _ = array.__reduce__()
-    scalar, _ = np.float64(0).__reduce__()
+    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")]
     torch.serialization.add_safe_globals(
         [

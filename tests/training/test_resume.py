@@ -13,7 +13,9 @@ from tests.training.runs import Run
 
 
 @pytest.mark.parametrize("deepspeed", [(), ("--deepspeed", "deepspeed_zero2")], ids=["plain", "zero2"])
-def test_a_resumed_run_ends_with_the_same_weights(project: Path, run_once: RunOnce, deepspeed: tuple[str, ...]):
+def test_a_resumed_run_ends_with_the_same_weights(
+    project: Path, run_once: RunOnce, deepspeed: tuple[str, ...]
+):
     name = "zero2" if deepspeed else "plain"
     whole: Run = run_once(name, "xtuner", "train", str(project / "tiny.py"), *deepspeed)
     middle = whole.work_dir / "iter_2.pth"
