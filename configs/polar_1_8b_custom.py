@@ -123,6 +123,7 @@ train_dataset = dict(
 train_dataloader = dict(
     batch_size=1,
     num_workers=2,
+    pin_memory=True,
     dataset=train_dataset,
     sampler=dict(type=StepSampler),
     collate_fn=dict(type=collate_step),

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +22,7 @@ def apply() -> None:
     _deepspeed_steps_are_whole()
     _deepspeed_compiles_for_nothing()
     _checkpoints_load_without_running()
+    _deepspeed_takes_one_port()
 
 
 def _cpu_has_no_is_bf16_supported() -> None:
@@ -112,3 +115,19 @@ def _checkpoints_load_without_running() -> None:
             (statistic, "builtins.getattr"),
         ]
     )
+
+
+def _deepspeed_takes_one_port() -> None:
+    """Two runs with ``--deepspeed`` and one process each, on one machine: the second ends in EADDRINUSE.
+
+    Upstream: deepspeed 0.16.2 ``comm/comm.py``, init_distributed, which without a launcher asks MPI and then
+    always takes port 29500. With the variables of a launcher it does neither. Goes when it takes a free port.
+    """
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in launcher.items():
+        os.environ.setdefault(name, str(value))
