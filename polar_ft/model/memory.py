@@ -23,7 +23,7 @@ def activation_bytes_per_token(decoder: Any, tokens: int = 64) -> int:
         tokens: Length of the sequence to measure with.
     """
     parameter = next(decoder.layers[0].parameters())
-    group = decoder_group(tokens)
+    group = Group.of_sequences([[0] * tokens], 1)
     pack = build_pack([group], "flat").to(parameter.device)
     shape = (1, len(pack.input_ids), decoder.config.hidden_size)
     hidden = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
@@ -44,11 +44,6 @@ def activation_bytes_per_token(decoder: Any, tokens: int = 64) -> int:
         )
     del output
     return sum(saved.values()) // len(pack.input_ids)
-
-
-def decoder_group(tokens: int) -> Group:
-    """One sequence of token 0, for measuring."""
-    return Group.of_sequences([[0] * tokens], 1)
 
 
 def layers_to_checkpoint(
