@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from polar_ft.errors import PolarError
+from polar_ft.text_splits import TextSplits
 
 Wrapper = Literal["sft", "pretrain"]
 
@@ -39,6 +41,9 @@ SETTINGS_KEY = "polar_template"
 
 # Two ⏎, the separator and the reward token: what a text holds beside its fields.
 TEMPLATE_TOKENS = 4
+
+# Characters that the tokenizer is given at once.
+ENCODED_AT_ONCE = 1_000_000
 
 # Added tokens that look like this are instructions to a model even where the tokenizer does not flag them
 # special ("[UNUSED_TOKEN_130]" may not be); added runs of spaces or words are ordinary text.
@@ -85,7 +90,6 @@ class Encoded:
 
 
 Fields = tuple[str, str, Sequence[str], Wrapper]
-_FittedFields = tuple[str, str, Sequence[str], Wrapper, Cut, Lengths | None]
 
 
 @dataclass(frozen=True)
@@ -190,8 +194,12 @@ class PolarTemplate:
             )
         self.bos_ids = self._find_bos()
         self._tokenizer_json = self.tokenizer.to_str()
-        self._text_tokenizer, self._separator_text = _without_control_tokens(self._tokenizer_json, separator)
-        self._max_tokens_per_byte = _max_tokens_per_byte(json.loads(self._tokenizer_json))
+        self._text_tokenizer, self._separator_text, unspellable = _without_control_tokens(
+            self._tokenizer_json, separator
+        )
+        spec = json.loads(self._text_tokenizer.to_str())
+        self._max_tokens_per_byte = _max_tokens_per_byte(spec)
+        self._splits = TextSplits(spec, unspellable)
 
     @classmethod
     def from_pretrained(
@@ -279,37 +287,19 @@ class PolarTemplate:
 
     def encode_parts(self, batch: Sequence[Fields], *, measure: bool = False) -> list[EncodedParts]:
         """As `encode_batch`, with what all candidates of a row share only once, as arrays."""
-        fitted = self._fit(batch, measure)
-        # The separator is a token of its own and parts what stands on its two sides, so each side is
-        # tokenized with the separator beside it, and once however many candidates and rows share it.
-        texts: dict[str, int] = {}
-        left_of, rights_of = [], []
-        for prompt, reference, candidates, wrapper, _, _ in fitted:
-            left_text = f"{_join(prompt, reference, wrapper)}{self._separator_text}"
-            left_of.append(texts.setdefault(left_text, len(texts)))
-            right_texts = [f"{self._separator_text}{_join(prompt, text, wrapper)}" for text in candidates]
-            rights_of.append([texts.setdefault(text, len(texts)) for text in right_texts])
-        encodings = self._text_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ids_of = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-
-        bos, reward = (np.array(ids, dtype=np.int32) for ids in (self.bos_ids, [self.reward_token_id]))
-        results = []
-        for (prompt, _, _, _, cut, lengths), left, rights in zip(fitted, left_of, rights_of, strict=True):
-            head = np.concatenate([bos, ids_of[left]])
-            room = self.max_length - len(head) - 1
-            if room < 0:
-                raise PolarError(
-                    f"prompt and reference alone take {len(head) - 1} tokens, more than max_length="
-                    f"{self.max_length} leaves them; the prompt begins {prompt[:40]!r}"
-                )
-            # Cutting as text can, rarely, re-tokenize to a few tokens more than were counted.
-            excess = [max(0, len(ids_of[right]) - 1 - room) for right in rights]
-            if any(excess):
-                both = zip(cut.candidates, excess, strict=True)
-                cut = replace(cut, candidates=tuple(a + b for a, b in both))
-            tails = [np.concatenate([ids_of[right][1 : 1 + room], reward]) for right in rights]
-            results.append(EncodedParts(head, tails, cut, lengths))
-        return results
+        # Few fields are ever too long, and the ids of the whole texts show for most that they are not; so
+        # everything is joined and tokenized first, and again where something had to be cut.
+        parts = self._join_and_encode(batch)
+        doubtful = [
+            i for i, fields in enumerate(batch) if measure or not self._certainly_fits(fields, parts[i])
+        ]
+        if doubtful:
+            fitted = self._fit([batch[i] for i in doubtful], measure)
+            cut = [i for i, (_, cut, _) in zip(doubtful, fitted, strict=True) if cut]
+            again = dict(zip(cut, self._join_and_encode([f for f, cut, _ in fitted if cut]), strict=True))
+            for i, (_, row_cut, lengths) in zip(doubtful, fitted, strict=True):
+                parts[i] = replace(again.get(i, parts[i]), cut=row_cut, lengths=lengths)
+        return [self._within_max_length(fields, row) for fields, row in zip(batch, parts, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, with control tokens spelled out."""
@@ -337,62 +327,140 @@ class PolarTemplate:
             raise PolarError(f"{self.name} puts {names} before a text; a POLAR input has at most one BOS")
         return full[:start]
 
-    def _fit(self, batch: Sequence[Fields], measure: bool) -> list[_FittedFields]:
-        """Cuts what is too long. Fields that are certainly short enough are not tokenized for it."""
-        fitted: list[_FittedFields] = []
+    def _join_and_encode(self, batch: Sequence[Fields]) -> list[EncodedParts]:
+        """Ids of the joined fields as they are, whatever their length."""
+        # The separator is a token of its own and parts what stands on its two sides. Each side is tokenized
+        # with the separator beside it, in two pieces if the prompt has a safe place to be cut at, and every
+        # piece once however many candidates and rows share it.
+        pieces: dict[str, int] = {}
+
+        def number(piece: str) -> int:
+            return pieces.setdefault(piece, len(pieces))
+
+        separator = self._separator_text
+        numbers = []
         for prompt, reference, candidates, wrapper in batch:
-            lengths = None
-            if measure:
-                lengths = Lengths(
-                    self._count(prompt), self._count(reference), tuple(map(self._count, candidates))
-                )
-            reference, reference_cut = self._cut_right(reference)
-            cut_candidates = [self._cut_right(candidate) for candidate in candidates]
-            prompt, prompt_cut = self._cut_left(prompt, reference)
-            fitted.append(
-                (
-                    prompt,
-                    reference,
-                    [text for text, _ in cut_candidates],
-                    wrapper,
-                    Cut(prompt_cut, reference_cut, tuple(n for _, n in cut_candidates)),
-                    lengths,
-                )
+            start, end = self._splits.last(prompt)
+            if start:
+                left = [number(start), number(f"{_join(end, reference, wrapper)}{separator}")]
+                shared = number(f"{separator}{start}")
+                rights = [[shared, number(_join(end, text, wrapper))] for text in candidates]
+            else:
+                left = [number(f"{_join(prompt, reference, wrapper)}{separator}")]
+                rights = [[number(f"{separator}{_join(prompt, text, wrapper)}")] for text in candidates]
+            numbers.append((left, rights))
+        ids_of = self._encode_texts(list(pieces))
+
+        bos, reward = (np.array(ids, dtype=np.int32) for ids in (self.bos_ids, [self.reward_token_id]))
+        return [
+            EncodedParts(
+                head=np.concatenate([bos, *(ids_of[n] for n in left)]),
+                # The separator already ends the head.
+                tails=[np.concatenate([*(ids_of[n] for n in right), reward])[1:] for right in rights],
+                cut=Cut(0, 0, (0,) * len(rights)),
             )
+            for left, rights in numbers
+        ]
+
+    def _within_max_length(self, fields: Fields, row: EncodedParts) -> EncodedParts:
+        """Cuts what is still too long: a cut text can, rarely, take more tokens than were counted."""
+        room = self.max_length - len(row.head)
+        if max(map(len, row.tails)) <= room:
+            return row
+        if room < 1:
+            raise PolarError(
+                f"prompt and reference alone take {len(row.head) - 1} tokens, more than max_length="
+                f"{self.max_length} leaves them; the prompt begins {fields[0][:40]!r}"
+            )
+        excess = (max(0, len(tail) - room) for tail in row.tails)
+        candidates = tuple(a + b for a, b in zip(row.cut.candidates, excess, strict=True))
+        tails = [np.concatenate([tail[:-1][: room - 1], tail[-1:]]) for tail in row.tails]
+        return replace(row, tails=tails, cut=replace(row.cut, candidates=candidates))
+
+    def _certainly_fits(self, fields: Fields, row: EncodedParts) -> bool:
+        """Whether no field can have more tokens than it may have, as far as the joined ids tell."""
+        prompt, reference, candidates, _ = fields
+        if not all(
+            self._at_most(text, len(tail)) <= self.max_response_length
+            for text, tail in zip(candidates, row.tails, strict=True)
+        ):
+            return False
+        reference_tokens = self._at_most(reference, len(row.head))
+        return (
+            reference_tokens <= self.max_response_length
+            and self._at_most(prompt, len(row.head)) <= (self._room - reference_tokens) // 2
+        )
+
+    def _at_most(self, text: str, joined: int) -> int:
+        """Tokens, BOS counted, that a text cannot exceed which is part of one of that many tokens.
+
+        From its first safe place on it has the tokens that it has in the joined text.
+        """
+        if self._max_tokens_per_byte is None:
+            return sys.maxsize
+        start = self._splits.first(text)
+        by_bytes = self._max_tokens_per_byte * len(text.encode())
+        if start is not None:
+            by_bytes = min(by_bytes, self._max_tokens_per_byte * len(text[:start].encode()) + joined)
+        return len(self.bos_ids) + 1 + by_bytes
+
+    def _fit(self, batch: Sequence[Fields], measure: bool) -> list[tuple[Fields, Cut, Lengths | None]]:
+        """Counts every field's tokens and cuts what is too long."""
+        texts = list(dict.fromkeys(t for p, r, candidates, _ in batch for t in (p, r, *candidates)))
+        encoded = self._encode_texts(texts)
+        tokens = {text: len(self.bos_ids) + len(ids) for text, ids in zip(texts, encoded, strict=True)}
+        fitted = []
+        for prompt, reference, candidates, wrapper in batch:
+            lengths = Lengths(tokens[prompt], tokens[reference], tuple(tokens[text] for text in candidates))
+            reference, reference_cut = self._cut_right(reference, lengths.reference)
+            cut_candidates = [
+                self._cut_right(text, n) for text, n in zip(candidates, lengths.candidates, strict=True)
+            ]
+            prompt, prompt_cut = self._cut_left(prompt, lengths.prompt, reference, lengths.reference)
+            cut = Cut(prompt_cut, reference_cut, tuple(n for _, n in cut_candidates))
+            fields = (prompt, reference, [text for text, _ in cut_candidates], wrapper)
+            fitted.append((fields, cut, lengths if measure else None))
         return fitted
+
+    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, all cores at work."""
+        ids = []
+        start = 0
+        while start < len(texts):
+            # An encoding takes a hundred times the memory of its ids, so not all are held at once.
+            end, characters = start, 0
+            while end < len(texts) and characters < ENCODED_AT_ONCE:
+                characters += len(texts[end])
+                end += 1
+            encodings = self._text_tokenizer.encode_batch_fast(texts[start:end], add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            start = end
+        return ids
 
     def _encode_text(self, text: str) -> Any:
         return self._text_tokenizer.encode(text, add_special_tokens=False)
 
-    def _count(self, text: str) -> int:
-        return len(self.bos_ids) + len(self._encode_text(text).ids)
-
-    def _upper_bound(self, text: str) -> int:
-        """Tokens, BOS counted, that the text cannot exceed; found without tokenizing where possible."""
-        if self._max_tokens_per_byte is None:
-            return self._count(text)
-        return len(self.bos_ids) + 1 + self._max_tokens_per_byte * len(text.encode())
-
-    def _cut_right(self, text: str) -> tuple[str, int]:
-        if self._upper_bound(text) <= self.max_response_length:
+    def _cut_right(self, text: str, tokens: int) -> tuple[str, int]:
+        if tokens <= self.max_response_length:
             return text, 0
         encoding = self._encode_text(text)
         keep = self.max_response_length - len(self.bos_ids)
         total = len(encoding.ids)
-        if total <= keep:
-            return text, 0
         offsets = encoding.offsets
         # A character of several tokens is dropped whole: half of it is not text.
         while keep > 0 and offsets[keep - 1][1] > offsets[keep][0]:
             keep -= 1
         return text[: offsets[keep - 1][1]] if keep > 0 else "", total - keep
 
-    def _cut_left(self, prompt: str, reference: str) -> tuple[str, int]:
-        room = self.max_length - TEMPLATE_TOKENS - self.max_response_length
-        if self._upper_bound(prompt) <= (room - self._upper_bound(reference)) // 2:
-            return prompt, 0
-        reference_tokens = self._count(reference)
-        budget = (room - reference_tokens) // 2
+    @property
+    def _room(self) -> int:
+        """Tokens for the prompt, twice, and the reference."""
+        return self.max_length - TEMPLATE_TOKENS - self.max_response_length
+
+    def _cut_left(self, prompt: str, tokens: int, reference: str, reference_tokens: int) -> tuple[str, int]:
+        if reference_tokens > self.max_response_length:  # it was cut
+            reference_tokens = len(self.bos_ids) + len(self._encode_text(reference).ids)
+        budget = (self._room - reference_tokens) // 2
         if budget <= len(self.bos_ids):
             raise PolarError(
                 f"a reference of {reference_tokens} tokens leaves the prompt a budget of {budget} tokens: "
@@ -401,11 +469,11 @@ class PolarTemplate:
                 f"{2 * self.max_response_length + TEMPLATE_TOKENS + 2 * (len(self.bos_ids) + 1)} "
                 f"or lower max_response_length"
             )
+        if tokens <= budget:
+            return prompt, 0
         encoding = self._encode_text(prompt)
         total = len(encoding.ids)
         start = total - (budget - len(self.bos_ids))
-        if start <= 0:
-            return prompt, 0
         offsets = encoding.offsets
         while start < total and offsets[start][0] < offsets[start - 1][1]:
             start += 1
@@ -495,8 +563,8 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
     raise PolarError(f"{name}: no such folder; check the spelling of the path")
 
 
-def _without_control_tokens(tokenizer_json: str, separator: str) -> tuple[Tokenizer, str]:
-    """A copy of the tokenizer that knows no control token by its name, and the separator's secret name.
+def _without_control_tokens(tokenizer_json: str, separator: str) -> tuple[Tokenizer, str, set[str]]:
+    """A copy of the tokenizer that knows no control token by its name, the separator's secret name, and all.
 
     Control tokens are renamed rather than removed, so that every id stays what it is.
     """
@@ -530,7 +598,7 @@ def _without_control_tokens(tokenizer_json: str, separator: str) -> tuple[Tokeni
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     spec["post_processor"] = None
-    return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False)), names[separator]
+    return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False)), names[separator], set(names.values())
 
 
 def _max_tokens_per_byte(spec: dict[str, Any]) -> int | None:

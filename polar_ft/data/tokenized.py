@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -402,22 +402,6 @@ def _group_to_row(group: Group, key: bytes, source: str) -> dict[str, Any]:
     }
 
 
-def _row_to_group(batch: pa.RecordBatch, row: int) -> Group:
-    def values(name: str) -> np.ndarray:
-        return batch.column(name)[row].values.to_numpy(zero_copy_only=False)
-
-    prefix = batch.column("prefix")[row].as_py()
-    ids = values("ids").astype(np.int64)
-    ends = prefix + np.cumsum(values("branches"))
-    return Group(
-        prefix=ids[:prefix],
-        branches=np.split(ids[prefix:], (ends - prefix)[:-1]),
-        pairs=values("pairs").reshape(-1, 2).astype(np.int64),
-        margins=values("margins"),
-        weights=values("weights"),
-    )
-
-
 class _ArrowWriter:
     def __init__(self, path: Path) -> None:
         self.sink = pa.OSFile(str(path), "wb")
@@ -440,9 +424,14 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
     if not pa.types.is_list(kind):
         return pa.array(values, type=kind)
     # Much faster than to let Arrow look at every element.
-    offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
-    flat = np.concatenate([np.asarray(value) for value in values])
-    return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind.value_type.to_pandas_dtype())))
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(value) for value in values], out=offsets[1:])
+    dtype = kind.value_type.to_pandas_dtype()
+    if isinstance(values[0], np.ndarray):
+        flat = np.concatenate(values).astype(dtype, copy=False)
+    else:
+        flat = np.fromiter(chain.from_iterable(values), dtype, count=int(offsets[-1]))
+    return pa.ListArray.from_arrays(offsets, pa.array(flat))
 
 
 class _RowReader:
@@ -450,16 +439,44 @@ class _RowReader:
 
     def __init__(self, path: Path) -> None:
         self.file = pa.ipc.open_file(pa.memory_map(str(path)))
-        self.batches = [self.file.get_batch(i) for i in range(self.file.num_record_batches)]
-        self.starts = np.concatenate([[0], np.cumsum([b.num_rows for b in self.batches])]).tolist()
+        self.batches = [_Batch(self.file.get_batch(i)) for i in range(self.file.num_record_batches)]
+        self.starts = np.concatenate([[0], np.cumsum([len(b.prefix) for b in self.batches])]).tolist()
 
-    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+    def _locate(self, row: int) -> tuple[_Batch, int]:
         number = bisect.bisect_right(self.starts, row) - 1
         return self.batches[number], row - self.starts[number]
 
     def group(self, row: int) -> Group:
-        return _row_to_group(*self._locate(row))
+        batch, index = self._locate(row)
+        return batch.group(index)
 
     def source(self, row: int) -> str:
         batch, index = self._locate(row)
-        return batch.column("source")[index].as_py()
+        return batch.source[index].as_py()
+
+
+class _Batch:
+    """A record batch as arrays that look into the mapped file; a row is copied when asked for."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.prefix = batch.column("prefix").to_numpy()
+        self.source = batch.column("source")
+        self.lists = {
+            name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy())
+            for name in ("ids", "branches", "pairs", "margins", "weights")
+        }
+
+    def _values(self, name: str, row: int) -> np.ndarray:
+        offsets, values = self.lists[name]
+        return values[offsets[row] : offsets[row + 1]]
+
+    def group(self, row: int) -> Group:
+        prefix = int(self.prefix[row])
+        ids = self._values("ids", row).astype(np.int64)
+        return Group(
+            prefix=ids[:prefix],
+            branches=np.split(ids[prefix:], np.cumsum(self._values("branches", row))[:-1]),
+            pairs=self._values("pairs", row).reshape(-1, 2).astype(np.int64),
+            margins=self._values("margins", row),
+            weights=self._values("weights", row),
+        )
