@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -266,7 +267,7 @@ def _tokenize_batches(
     seed: int,
     summary: TokenizationSummary,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows of the cache, a batch at a time. While one batch is encoded, the next one is read."""
+    """Rows of the cache, a batch at a time. While batches are encoded, the next one is read."""
 
     def encode(batch: list[Example]) -> list[tuple[Example, EncodedParts]]:
         fields = [(e.prompt, e.reference, e.candidates, e.wrapper) for e in batch]
@@ -289,20 +290,21 @@ def _tokenize_batches(
         console=Console(stderr=True),
         transient=True,
     )
-    with progress, ThreadPoolExecutor(1) as pool:
+    # Two at a time: while the ids of one batch become arrays, the cores tokenize the other.
+    with progress, ThreadPoolExecutor(2) as pool:
         task = progress.add_task("tokenizing", total=None)
         iterator = iter(examples)
-        pending = None
+        pending: deque[Future[list[tuple[Example, EncodedParts]]]] = deque()
         while True:
             batch = [_drop_reference(e, dropout, seed, summary) for e in islice(iterator, BATCH)]
-            submitted = pool.submit(encode, batch) if batch else None
-            if pending is not None:
-                encoded = pending.result()
+            if batch:
+                pending.append(pool.submit(encode, batch))
+            if not pending:
+                return
+            if len(pending) > 2 or not batch:
+                encoded = pending.popleft().result()
                 progress.advance(task, len(encoded))
                 yield [row for pair in encoded if (row := _to_row(*pair, summary)) is not None]
-            if submitted is None:
-                return
-            pending = submitted
 
 
 def _drop_reference(example: Example, dropout: float, seed: int, summary: TokenizationSummary) -> Example:

@@ -47,27 +47,27 @@ def use_fused_kernels(decoder: Any) -> None:
 
 
 def _fused_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
     if not hidden.is_cuda:
         return type(norm).forward(norm, hidden)
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
     return LigerRMSNormFunction.apply(hidden, norm.weight, norm.variance_epsilon, 0.0, "llama", False)
 
 
 def _fused_mlp(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
     if not hidden.is_cuda:
         return type(mlp).forward(mlp, hidden)
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
     return mlp.down_proj(LigerSiLUMulFunction.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
 
 
 def _fused_rotary(unfused):
     def apply_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
-        from liger_kernel.ops.rope import LigerRopeFunction
-
         if not q.is_cuda:
             return unfused(q, k, cos, sin, position_ids, unsqueeze_dim)
+        from liger_kernel.ops.rope import LigerRopeFunction
+
         return LigerRopeFunction.apply(q, k, cos, sin, position_ids, unsqueeze_dim)
 
     apply_rotary_pos_emb.unfused = unfused

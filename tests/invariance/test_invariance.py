@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[dict, int | None, int]] = {
     "tree_recomputed": (dict(recompute_layers="full"), None, 1),
     "tree_every_second_layer_recomputed": (dict(recompute_layers="selective"), None, 1),
     "tree_sdpa": (dict(attention="sdpa"), None, 1),
+    "tree_reversed": (dict(packs_per_step=3), None, 1),
     "tree_2_workers": (dict(num_workers=2), None, 1),
     "2_ranks": (dict(), None, 2),
     "zero0": (dict(), 0, 1),
@@ -129,6 +130,12 @@ def write_config(project: Path, folder: Path, name: str, lines: dict) -> Path:
             "from polar_ft.training.model import PolarRewardModel",
             f"from tests.invariance.variants import {model}",
         ).replace("type=PolarRewardModel", f"type={model}")
+    if name == "tree_reversed":
+        text = text.replace(
+            "from polar_ft.training.model import",
+            "from tests.invariance.variants import build_reversed_dataset\nfrom polar_ft.training.model import",
+        ).replace("type=build_reward_dataset", "type=build_reversed_dataset")
+        assert "type=build_reversed_dataset" in text
     config.write_text(text)
     return config
 

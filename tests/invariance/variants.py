@@ -6,8 +6,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from polar_ft.data.packing import Pack
+from polar_ft.data.step_plan import StepPlan
 from polar_ft.model import reward_model
 from polar_ft.training import model
+from polar_ft.training.dataset import RewardDataset, build_reward_dataset
 from polar_ft.training.model import PolarRewardModel
 
 
@@ -46,6 +48,26 @@ class PackMeanRewardModel(PolarRewardModel):
         if mode == "loss" and len(pack.chosen):
             output["loss"] = output["loss"] * (2.5 / len(pack.chosen))
         return output
+
+
+class ReversedPlan:
+    """A step plan with the packs of each step, and the groups of each pack, in the opposite order."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.plan = plan
+
+    def __getattr__(self, name: str):
+        return getattr(self.plan, name)
+
+    def packs(self, epoch: int, step: int):
+        return [[pieces[::-1] for pieces in packs[::-1]] for packs in self.plan.packs(epoch, step)]
+
+
+def build_reversed_dataset(*arguments, **settings) -> RewardDataset:
+    """`build_reward_dataset`, with another order of groups and packs within each step."""
+    dataset = build_reward_dataset(*arguments, **settings)
+    dataset.plan = ReversedPlan(dataset.plan)
+    return dataset
 
 
 assert reward_model.packed_rewards is model.packed_rewards
