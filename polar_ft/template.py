@@ -301,6 +301,13 @@ class PolarTemplate:
                 parts[i] = replace(again.get(i, parts[i]), cut=row_cut, lengths=lengths)
         return [self._within_max_length(fields, row) for fields, row in zip(batch, parts, strict=True)]
 
+    def kept_texts(
+        self, prompt: str, reference: str, candidates: Sequence[str]
+    ) -> tuple[str, str, Sequence[str]]:
+        """What is left of prompt, reference and candidates after cutting: a suffix and prefixes of them."""
+        [(kept, _, _)] = self._fit([(prompt, reference, candidates, "sft")], measure=False)
+        return kept[:3]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, with control tokens spelled out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -338,28 +345,29 @@ class PolarTemplate:
             return pieces.setdefault(piece, len(pieces))
 
         separator = self._separator_text
+        before_start = "" if self._splits.same_anywhere else separator
         numbers = []
         for prompt, reference, candidates, wrapper in batch:
             start, end = self._splits.last(prompt)
             if start:
                 left = [number(start), number(f"{_join(end, reference, wrapper)}{separator}")]
-                shared = number(f"{separator}{start}")
+                shared = number(f"{before_start}{start}")
                 rights = [[shared, number(_join(end, text, wrapper))] for text in candidates]
             else:
                 left = [number(f"{_join(prompt, reference, wrapper)}{separator}")]
                 rights = [[number(f"{separator}{_join(prompt, text, wrapper)}")] for text in candidates]
-            numbers.append((left, rights))
+            # The separator ends the left side, so the right sides do not keep theirs.
+            numbers.append((left, rights, int(not start or bool(before_start))))
         ids_of = self._encode_texts(list(pieces))
 
         bos, reward = (np.array(ids, dtype=np.int32) for ids in (self.bos_ids, [self.reward_token_id]))
         return [
             EncodedParts(
                 head=np.concatenate([bos, *(ids_of[n] for n in left)]),
-                # The separator already ends the head.
-                tails=[np.concatenate([*(ids_of[n] for n in right), reward])[1:] for right in rights],
+                tails=[np.concatenate([*(ids_of[n] for n in right), reward])[skip:] for right in rights],
                 cut=Cut(0, 0, (0,) * len(rights)),
             )
-            for left, rights in numbers
+            for left, rights, skip in numbers
         ]
 
     def _within_max_length(self, fields: Fields, row: EncodedParts) -> EncodedParts:

@@ -44,6 +44,7 @@ class TextSplits:
 
     Attributes:
         known: Whether any place is safe with this tokenizer. If not, `last` and `first` find none.
+        same_anywhere: Whether a text has the same ids after an added token as at the very start.
 
     >>> gpt2 = {
     ...     "added_tokens": [],
@@ -63,6 +64,14 @@ class TextSplits:
             _added_tokens_allow(spec["added_tokens"], unspellable)
             and _normalizer_allows(spec["normalizer"])
             and _model_allows(spec["model"], splits=_pattern_splits(spec["pre_tokenizer"]))
+        )
+        # Metaspace's "first" puts "▁" before the very first text alone.
+        self.same_anywhere = (
+            self.known
+            and not any(token["rstrip"] for token in spec["added_tokens"])
+            and all(
+                s.get("prepend_scheme") != "first" for s in _steps(spec["pre_tokenizer"], "pretokenizers")
+            )
         )
         # A normalizer that puts "▁" before every text.
         self._skip = int(any(node["type"] == "Prepend" for node in _steps(spec["normalizer"], "normalizers")))

@@ -153,3 +153,16 @@ def test_an_added_token_with_a_space_rules_the_places_out():
     assert TextSplits(json.loads(tokenizer.to_str()), unspellable).known
     tokenizer.add_tokens([AddedToken("e x", normalized=False)])
     assert not TextSplits(json.loads(tokenizer.to_str()), unspellable).known
+
+
+def test_a_separator_that_swallows_spaces_keeps_doing_so():
+    spec = json.loads(train("byte_level").to_str())
+    for token in spec["added_tokens"]:
+        token["rstrip"] = token["content"] == "<|reward|>"
+    template, whole = (PolarTemplate(json.dumps(spec)) for _ in range(2))
+    assert template._splits.known
+    whole._splits.known = False
+    fields = ("  the sky is blue and wide ", "reference text", ["a b", " c"], "sft")
+    expected = whole.encode_batch([fields])
+    assert template.encode_batch([fields]) == expected
+    assert len(expected[0].sequences[0]) > 20
