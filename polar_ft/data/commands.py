@@ -30,6 +30,7 @@ from polar_ft.data.reading import (
     DataSource,
     OnBytes,
     as_sources,
+    expand,
     size_in_bytes,
 )
 from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, show_problems, show_report
@@ -122,9 +123,18 @@ def check_command(
         raise typer.Exit(1)
 
 
-@data_app.command("convert")
+def _formats() -> str:
+    """The formats and what they read, one paragraph each, which typer keeps apart."""
+    lines = []
+    for name, fmt in CONVERTERS.items():
+        hub = f" ({fmt.hub}, split {fmt.split})" if fmt.hub else ""
+        lines.append(f"{name}: {fmt.summary}{hub}")
+    return "\n\n".join(lines)
+
+
+@data_app.command("convert", epilog=_formats())
 def convert_command(
-    data_format: Annotated[str, typer.Argument(metavar="FORMAT", help=" or ".join(sorted(CONVERTERS)))],
+    data_format: Annotated[str, typer.Argument(metavar="FORMAT", help="One of the formats listed below.")],
     source: Input,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A .jsonl or .jsonl.gz file.")],
     pairing: Annotated[
@@ -135,19 +145,31 @@ def convert_command(
     ] = None,
     reference: Annotated[
         Literal["best", "none"] | None,
-        typer.Option(help="ranked, in a row without reference: the best response, or none. (default: best)"),
+        typer.Option(
+            help="Where the data has no reference: the best response becomes it, or it is empty. (default: "
+            "best for ranked, ultrafeedback and rmb, none for rewardbench-2 and rm-bench)"
+        ),
+    ] = None,
+    score: Annotated[
+        Literal["overall", "fine-grained"] | None,
+        typer.Option(help="ultrafeedback: the score that orders the answers. (default: overall)"),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail, writing nothing, if a row is bad.")] = False,
     force: Force = False,
-    split: Split = "train",
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of a HuggingFace data set. (default: the format's, listed below)"),
+    ] = None,
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Turn other data into pair rows; rows that cannot be used are left out, counted and named."""
+    """Turn other data into rows of ours; rows that cannot be used are left out, counted and named.
+
+    The formats are listed below the options. Where IN is a folder, its sub-folders are read too.
+    """
     refuse_to_overwrite([target], force=force)
-    options = {
-        name: value for name, value in (("pairing", pairing), ("reference", reference)) if value is not None
-    }
-    with _progress("converting", [source]) as on_bytes:
+    given = {"pairing": pairing, "reference": reference, "score": score}
+    options = {name: value for name, value in given.items() if value is not None}
+    with _progress("converting", expand(source, recursive=True)) as on_bytes:
         done = convert_file(
             data_format,
             source,
@@ -160,18 +182,23 @@ def convert_command(
         )
     console = _console()
     show_problems(console, done.problems)
+    written = [(done.pairs, "pair"), (done.ranked, "ranked row")]
+    counts = " and ".join(many(count, thing) for count, thing in written if count)
     console.print(
-        f"[bold]{escape(str(target))}[/]: {many(done.rows_out, 'pair')} from {many(done.rows_in, 'row')}",
+        f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}",
         soft_wrap=True,  # a path is not broken over lines
     )
+    if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
+        console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
     if done.problems:
         console.print(
             f"[yellow]left out {many(len(done.problems), 'row')} that cannot be used (named above)[/]"
         )
-    if done.n_ties:
-        console.print(f"left out {done.n_ties:,} ties: pairs of responses that are ranked the same")
+    for reason, count in sorted(done.left_out.items()):
+        console.print(f"left out {many(count, 'pair')} {reason}")
     if done.without_pairs:
-        console.print(f"left out {done.without_pairs:,} rows that are nothing but ties")
+        whole = "prompt" if CONVERTERS[data_format].gather else "row"
+        console.print(f"left out {many(done.without_pairs, whole)} of which no pair was left")
 
 
 @data_app.command("split")

@@ -114,6 +114,7 @@ class Report(BaseModel):
     chosen_equals_rejected_after_truncation: int | None = None
     reference_equals_chosen: int = 0
     reference_equals_rejected: int = 0
+    rows_with_several_references: int = 0
     empty: dict[str, int] = Field(default_factory=lambda: dict.fromkeys(FIELDS, 0))
     lengths: dict[str, Lengths] = Field(default_factory=dict)
     truncated: dict[str, FieldCut] = Field(default_factory=dict)
@@ -218,6 +219,7 @@ class _Lint:
         report.pairs += len(example.pairs)
         report.ties_left_out += example.n_ties
         report.rows_without_pairs += not example.pairs
+        report.rows_with_several_references += bool(example.more_references)
         subset = report.subsets.setdefault(example.subset or "", SubsetCount())
         subset.rows += 1
         subset.pairs += len(example.pairs)

@@ -1,4 +1,4 @@
-"""Rows from files and data sets, one at a time: JSON lines, gzip, Parquet, folders, HuggingFace data sets.
+"""Rows one at a time from JSON lines or lists, gzip, Parquet, folders and HuggingFace data sets.
 
 Memory stays flat whatever the size of a file. A row that cannot be read does not end the reading: it comes
 out as a `RowProblem`, so that one pass names everything that is wrong.
@@ -7,6 +7,7 @@ out as a `RowProblem`, so that one pass names everything that is wrong.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import re
@@ -15,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from polar_ft.data.json_list import BrokenListError, entries
 from polar_ft.data.records import Example, Pairing, RowError, parse_row
 from polar_ft.errors import DataError, PolarError
 
@@ -39,7 +41,7 @@ class RowProblem:
 
     Attributes:
         file: The file or data set, as the user named it.
-        line: Line in the file, or row of a Parquet file or data set, from 1; 0 for the file as a whole.
+        line: Line in the file, or row of a list, Parquet file or data set, from 1; 0 for the file as a whole.
         field: Where in the row; empty for the row as a whole.
         reason: What is wrong and what to do.
     """
@@ -119,14 +121,25 @@ def as_sources(sources: Sources) -> list[DataSource]:
     return [source for entry in sources for source in as_sources(entry)]
 
 
-def expand(path: str) -> list[str]:
+def expand(path: str, *, recursive: bool = False) -> list[str]:
     """The files that a path stands for: itself, a folder's data files in order, or a HuggingFace id.
+
+    Args:
+        path: See `DataSource.path`.
+        recursive: With the files of a folder's sub-folders, but for hidden ones.
 
     Raises:
         PolarError: There is no such file, or it is of a kind that cannot be read.
     """
     if os.path.isdir(path):
-        files = sorted(str(file) for file in Path(path).iterdir() if file.name.endswith(SUFFIXES))
+        folder = Path(path)
+        found = folder.rglob("*") if recursive else folder.iterdir()
+        files = sorted(
+            str(file)
+            for file in found
+            if file.name.endswith(SUFFIXES)
+            and not (recursive and any(part.startswith(".") for part in file.relative_to(folder).parts))
+        )
         if not files:
             raise PolarError(f"{path}: no data in this folder; it needs files that end in {_kinds()}")
         return files
@@ -180,6 +193,8 @@ def read_rows(
             rows = _read_dataset(file, split)
         elif file.endswith(".parquet"):
             rows = _read_parquet(file, on_bytes)
+        elif file.endswith((".json", ".json.gz")) and _is_list(file):
+            rows = _read_json_list(file, int(max_line_mb * 2**20), on_bytes)
         else:
             rows = _read_json_lines(file, int(max_line_mb * 2**20), on_bytes)
         empty = True
@@ -326,9 +341,47 @@ def _parse_line(file: str, number: int, line: bytes) -> dict[str, Any] | RowProb
         )
         return problem(f"is not JSON ({detail}) — {hint}")
     if not isinstance(row, dict):
-        kind = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
-        return problem(f"is {kind.get(type(row), 'a number')} — write one JSON object a line")
+        return problem(f"is {_kind(row)} — write one JSON object a line")
     return row
+
+
+def _kind(value: Any) -> str:
+    kinds = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), "a number")
+
+
+def _is_list(file: str) -> bool:
+    """Whether a file of JSON is one list of rows instead of one row a line."""
+    try:
+        with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else nullcontext(raw) as stream:
+            return stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except (OSError, EOFError, zlib.error):
+        return False  # said where the rows are read
+
+
+def _read_json_list(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Iterator[Row]:
+    number, reported = 0, 0
+    with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else nullcontext(raw) as stream:
+        text = io.TextIOWrapper(cast(IO[bytes], stream), encoding="utf-8-sig")
+        try:
+            for number, row in enumerate(entries(text, max_bytes), start=1):
+                if on_bytes is not None:
+                    position = raw.tell()
+                    on_bytes(position - reported)
+                    reported = position
+                if isinstance(row, dict):
+                    yield f"{file}:{number}", row
+                else:
+                    reason = f"is {_kind(row)} — every entry of the list must be a JSON object"
+                    yield f"{file}:{number}", RowProblem(file, number, "", reason)
+            return
+        except UnicodeDecodeError:
+            reason = "is not valid UTF-8 — save the file as UTF-8 (iconv -t UTF-8)"
+        except BrokenListError as error:
+            reason = f"this entry of the list {error} — the rest of the file is unread"
+        except (OSError, EOFError, zlib.error) as error:
+            reason = f"cannot be read further ({error}) — the file is damaged; copy it again"
+    yield f"{file}:{number + 1}", RowProblem(file, number + 1, "", reason)
 
 
 def _read_parquet(file: str, on_bytes: OnBytes | None) -> Iterator[Row]:

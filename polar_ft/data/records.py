@@ -5,9 +5,10 @@ A row is a JSON object in one of two forms::
     {"prompt": ..., "reference": ..., "chosen": ..., "rejected": ...}                         a pair
     {"prompt": ..., "responses": [{"content": ..., "score": ...}, ...], "reference": ...}     ranked
 
-A prompt, reference or response is a string, or a list of ``{"role", "content"}`` messages. Both forms become
-an `Example`: the texts of one (prompt, reference), its candidates, and which candidate beats which. Fields
-that are not known are kept and passed on to reports.
+In place of ``"reference"`` a row may have ``"references"``, a list of several: evaluation scores against all
+of them, training against the first. A prompt, reference or response is a string, or a list of
+``{"role", "content"}`` messages. Both forms become an `Example`: the texts of one (prompt, reference), its
+candidates, and which candidate beats which. Fields that are not known are kept and passed on to reports.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Example:
 
     Attributes:
         prompt: Text of the prompt.
-        reference: Text of the reference, may be empty.
+        reference: Text of the reference, may be empty; of several the first.
         candidates: Texts to be scored.
         pairs: (chosen, rejected) as indices into ``candidates``; empty where all candidates are tied.
         margins: For each pair by how much the data says that chosen is better, None where it does not say.
@@ -118,6 +119,7 @@ class Example:
         candidate_info: For each candidate of a ranked row what the row says of it beside its text
             (policy, score or rank, unknown fields); empty for a pair row.
         reference_info: The same for the response that became the reference.
+        more_references: The other references of a row that has several; training uses the first alone.
     """
 
     prompt: str
@@ -134,6 +136,7 @@ class Example:
     n_ties: int = 0
     candidate_info: tuple[dict[str, Any], ...] = ()
     reference_info: dict[str, Any] = field(default_factory=dict)
+    more_references: tuple[str, ...] = ()
 
 
 class _Row(_Strict):
@@ -142,18 +145,27 @@ class _Row(_Strict):
     subset: PlainText | None = None
     weight: float = Field(default=1.0, gt=0)
     wrapper: Wrapper = "sft"
+    references: list[Text] | None = None
+
+    def _texts_of_references(self, reference: str | Sequence[Message]) -> tuple[str, ...]:
+        """All references of the row, at least one; ``reference`` where the row names but that."""
+        return tuple(map(text_of, self.references)) if self.references else (text_of(reference),)
 
     def _name(self, source: str) -> str:
         return source if self.id is None else str(self.id)
 
 
 class PairRow(_Row):
-    """A prompt, a reference (may be empty), a better and a worse response.
+    """A prompt, a reference (may be empty) or several, a better and a worse response.
 
     >>> row = parse_row({"prompt": "2 + 2?", "reference": "4", "chosen": "four", "rejected": "five"})
     >>> example = row.to_example("pairs.jsonl:1")
     >>> example.candidates, example.pairs
     (('four', 'five'), ((0, 1),))
+    >>> row = parse_row({"prompt": "2 + 2?", "references": ["4", "IV"], "chosen": "four", "rejected": "five"})
+    >>> example = row.to_example("pairs.jsonl:2")
+    >>> example.reference, example.more_references
+    ('4', ('IV',))
     """
 
     reference: Text
@@ -169,9 +181,10 @@ class PairRow(_Row):
             pairing: Of no effect here; ranked rows take the same argument.
             weight: Factor on the row's own weight.
         """
+        reference, *more = self._texts_of_references(self.reference)
         return Example(
             prompt=text_of(self.prompt),
-            reference=text_of(self.reference),
+            reference=reference,
             candidates=(text_of(self.chosen), text_of(self.rejected)),
             pairs=((0, 1),),
             margins=(self.margin,),
@@ -181,6 +194,7 @@ class PairRow(_Row):
             subset=self.subset,
             extra=dict(self.model_extra or {}),
             source=source,
+            more_references=tuple(more),
         )
 
 
@@ -300,9 +314,11 @@ class RankedRow(_Row):
         """
         ranking = self.ranking(pairing)
         best = ranking.reference
+        own = best.text if best is not None else self.reference or ""
+        reference, *more = self._texts_of_references(own)
         return Example(
             prompt=text_of(self.prompt),
-            reference=best.text if best is not None else text_of(self.reference or ""),
+            reference=reference,
             candidates=tuple(response.text for response in ranking.candidates),
             pairs=tuple(ranking.pairs),
             margins=tuple(ranking.margins),
@@ -315,6 +331,7 @@ class RankedRow(_Row):
             n_ties=ranking.n_ties,
             candidate_info=tuple(response.info() for response in ranking.candidates),
             reference_info=best.info() if best is not None else {},
+            more_references=tuple(more),
         )
 
 
@@ -333,12 +350,19 @@ def parse_row(row: Any) -> PairRow | RankedRow:
     polar_ft.data.records.RowError: rejected: is the number 7 — must be a string or a list of messages
     """
     if not isinstance(row, Mapping):
-        raise RowError("", f"the row is {_describe(row)} — write one JSON object a line")
+        raise RowError("", f"the row is {describe(row)} — write one JSON object a line")
     both = {"chosen", "rejected"} & row.keys() if "responses" in row else set()
     if both:
         raise RowError("responses", f"stands beside {' and '.join(sorted(both))} — keep one of the two forms")
     # Parquet has every column in every row: null is how it says that an optional field is not there.
     fields = {key: value for key, value in row.items() if value is not None or key not in _HAVE_DEFAULTS}
+    if row.get("references") is not None:
+        if row.get("reference") is not None:
+            raise RowError("references", 'stands beside "reference" — keep one of the two fields')
+        if row["references"] == []:
+            raise RowError("references", 'is an empty list — "reference": "" says that there is none')
+        # The list has the texts; a ranked row with a reference takes none of its responses for one.
+        fields["reference"] = ""
     model: type[PairRow | RankedRow] = RankedRow if "responses" in row else PairRow
     try:
         return model.model_validate(fields)
@@ -405,7 +429,7 @@ def _reason(problem: Any, path: str, row: Mapping[str, Any]) -> str:
         must_be = 'an object with "content" and "score" or "rank"'
     if must_be is None:
         return str(problem["msg"])
-    return f"is {_describe(problem['input'])} — must be {must_be}"
+    return f"is {describe(problem['input'])} — must be {must_be}"
 
 
 def _reason_missing(path: str, row: Mapping[str, Any]) -> str:
@@ -422,10 +446,10 @@ def _reason_missing(path: str, row: Mapping[str, Any]) -> str:
     return "is missing — add it"
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     """What a wrong value is, short whatever its size.
 
-    >>> _describe(None), _describe(7), _describe([1, 2]), _describe({"text": "x"}), _describe("a" * 99)[:26]
+    >>> describe(None), describe(7), describe([1, 2]), describe({"text": "x"}), describe("a" * 99)[:26]
     ('null', 'the number 7', 'a list of 2', "an object with 'text'", "the string 'aaaaaaaaaaaaaa")
     """
     if value is None:

@@ -145,6 +145,9 @@ def _findings_table(report: Report) -> Table:
         ("an earlier pair, chosen and rejected exchanged", report.contradictory_pairs),
     ):
         table.add_row(label, _flagged(count), share(count))
+    if report.rows_with_several_references:
+        several = f"{report.rows_with_several_references:,}"
+        table.add_row("several references (training takes the first)", several, "rows")
     if report.ties_left_out:
         table.add_row("ties of ranked rows, left out", f"{report.ties_left_out:,}")
         table.add_row("ranked rows that are nothing but ties", _flagged(report.rows_without_pairs), "rows")

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.converters.published import published, rmb_pairs
 from tests.data.rows import WriteRows, pair, ranked
+
+RMB_ROWS = rmb_pairs([("a", "c"), ("b", "c")], {"a": 3.0, "b": 2.0, "c": 1.0})
 
 
 def polar_ft(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -96,6 +99,20 @@ def test_convert_then_split_then_preview(
     assert max(map(len, done.stdout.splitlines()[1:])) <= 100
 
 
+def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) -> None:
+    source = write_rows("rmb.jsonl", [*rmb_pairs([("a", "b")], {"a": 2.0, "b": 1.0}, "One?"), *RMB_ROWS])
+    done = polar_ft("convert", "rmb", source, tmp_path / "out.jsonl")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        f"{tmp_path}/out.jsonl: 1 pair from 3 rows",
+        "left out 2 pairs with the answer that became the reference",
+        "left out 1 prompt of which no pair was left",
+    ]
+    source = write_rows("bench.jsonl", [published("rm-bench")])
+    done = polar_ft("convert", "rm-bench", source, tmp_path / "ranked.jsonl")
+    assert done.stdout == f"{tmp_path}/ranked.jsonl: 1 ranked row from 1 row\nto be read with --pairing all\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,7 +120,7 @@ def test_convert_then_split_then_preview(
         (["check", "in.jsonl", "--max-length", 9], "count tokens; add --tokenizer FOLDER"),
         (["check", "in.jsonl", "--tokenizer", "no/such/folder"], "no such folder"),
         (["check", "in.jsonl", "--max-line-mb", 0], "max_line_mb"),
-        (["convert", "xml", "in.jsonl", "out.jsonl"], "xml: no such format; there is hh-rlhf, ranked"),
+        (["convert", "xml", "in.jsonl", "out.jsonl"], "xml: no such format; there is chat-pairs, "),
         (["convert", "ranked", "in.jsonl", "out.csv"], "let the name end in .jsonl or .jsonl.gz"),
         (["convert", "hh-rlhf", "in.jsonl", "out.jsonl", "--pairing", "all"], "says nothing to the format"),
         (["convert", "ranked", "in.jsonl", "in.jsonl/out.jsonl"], "cannot be written"),

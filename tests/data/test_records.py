@@ -34,6 +34,46 @@ def test_reference_may_be_empty_in_both_forms() -> None:
     assert parse_row(pair(reference=[])).to_example("f:1").reference == ""
 
 
+def test_several_references_in_both_forms() -> None:
+    several = {"references": ["4", MESSAGES]}
+    row = {key: value for key, value in pair().items() if key != "reference"}
+    example = parse_row({**row, **several}).to_example("f:1")
+    assert (example.reference, example.more_references) == ("4", ("Hi\nHello",))
+    # A ranked row with references of its own takes none of its responses for one; two are enough.
+    responses = [{"content": "a", "score": 2}, {"content": "b", "score": 1}]
+    example = parse_row({"prompt": "?", "responses": responses, **several}).to_example("f:1")
+    assert (example.reference, example.more_references) == ("4", ("Hi\nHello",))
+    assert (example.candidates, example.pairs) == (("a", "b"), ((0, 1),))
+    # Parquet has the column in every row.
+    assert parse_row({**pair(), "references": None}).to_example("f:1").more_references == ()
+    assert parse_row({**row, "reference": None, "references": ["4"]}).to_example("f:1").reference == "4"
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "reason"),
+    [
+        (
+            {"reference": "4", "references": ["4"]},
+            "references",
+            'stands beside "reference" — keep one of the',
+        ),
+        ({"references": []}, "references", 'is an empty list — "reference": "" says that there is none'),
+        (
+            {"references": ["4", 4]},
+            "references[1]",
+            "is the number 4 — must be a string or a list of messages",
+        ),
+        ({"references": "4"}, "references", "is the string '4' — must be a list"),
+    ],
+)
+def test_references_that_cannot_be_used(fields: dict[str, Any], field: str, reason: str) -> None:
+    row = {key: value for key, value in pair().items() if key != "reference"}
+    with pytest.raises(RowError) as error:
+        parse_row({**row, **fields})
+    assert error.value.field == field
+    assert error.value.reason.startswith(reason)
+
+
 def test_without_an_id_the_source_is_the_id() -> None:
     assert parse_row(pair()).to_example("f.jsonl:12").id == "f.jsonl:12"
 

@@ -1,4 +1,4 @@
-"""Converters: rows worked by hand, and the full files of real data."""
+"""hh-rlhf, ranked rows and the conversion of files: rows worked by hand, and the full files of real data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from polar_ft.data.converters import convert_file, hh_rlhf, ranked
+from polar_ft.data.converters import convert_file
+from polar_ft.data.converters.dialogues import hh_rlhf
+from polar_ft.data.converters.format import TIED
+from polar_ft.data.converters.ranked import ranked
 from polar_ft.data.reading import read_examples, read_rows
 from polar_ft.data.records import RowError
 from polar_ft.errors import DataError, PolarError
@@ -96,20 +99,23 @@ def test_ranked_without_reference_pairs_all_responses() -> None:
         ("text 2", "text 0"),
     ]
     assert {row["reference"] for row in converted.rows} == {""}
-    assert converted.n_ties == 1
+    assert converted.left_out == {TIED: 1}
 
 
-def test_ranked_keeps_a_reference_of_its_own() -> None:
+@pytest.mark.parametrize("own", [{"reference": "own"}, {"references": ["one", "two"]}])
+def test_ranked_keeps_references_of_its_own(own: dict) -> None:
     for reference in ("best", "none"):
-        converted = ranked(rows.ranked(1, 2, reference="own"), reference=reference)
-        assert [row["reference"] for row in converted.rows] == ["own"]
+        (row,) = ranked(rows.ranked(1, 2) | own, reference=reference).rows
+        assert {key: value for key, value in row.items() if key.startswith("reference")} == own
+        assert (row["chosen"], row["rejected"]) == ("text 1", "text 0")
 
 
 def test_converted_pairs_are_the_pairs_of_the_ranked_rows(write_rows: WriteRows, tmp_path: Path) -> None:
     source = write_rows("in.jsonl", [rows.ranked(1, 4, 3, 3, 2), rows.pair(), rows.ranked(5, 5, 5)])
     target = tmp_path / "out.jsonl"
     done = convert_file("ranked", str(source), target, options={"pairing": "all"})
-    assert (done.rows_in, done.rows_out, done.n_ties, done.without_pairs) == (3, 6, 2, 1)
+    # Of the first row a tie, of the third all three pairs.
+    assert (done.rows_in, done.pairs, dict(done.left_out), done.without_pairs) == (3, 6, {TIED: 2}, 1)
 
     def pairs(path: Path) -> list[tuple[str, ...]]:
         return [
@@ -149,10 +155,32 @@ def test_nothing_is_written_where_no_row_converts(write_rows: WriteRows, tmp_pat
 
 def test_unknown_formats_and_options_are_refused(write_rows: WriteRows, tmp_path: Path) -> None:
     source = str(write_rows("in.jsonl", [rows.pair()]))
-    with pytest.raises(PolarError, match="there is hh-rlhf, ranked"):
+    with pytest.raises(
+        PolarError, match=r"alpaca: no such format; there is chat-pairs, .*, ultrafeedback-binarized"
+    ):
         convert_file("alpaca", source, tmp_path / "out.jsonl")
-    with pytest.raises(PolarError, match="--pairing says nothing to the format hh-rlhf"):
+    with pytest.raises(PolarError, match="--pairing says nothing to the format hh-rlhf; leave"):
         convert_file("hh-rlhf", source, tmp_path / "out.jsonl", options={"pairing": "all"})
+    with pytest.raises(PolarError, match="format ultrafeedback; it has --reference, --score; leave"):
+        convert_file("ultrafeedback", source, tmp_path / "out.jsonl", options={"pairing": "all"})
+
+
+def test_rows_get_the_place_as_id_where_they_have_none(write_rows: WriteRows, tmp_path: Path) -> None:
+    good = {"chosen": f"{HI} a", "rejected": f"{HI} b"}
+    source = write_rows("hh.jsonl", [good | {"id": "mine"}, good, good | {"id": None}])
+    convert_file("hh-rlhf", str(source), tmp_path / "out.jsonl")
+    ids = [row["id"] for _, row in read_rows(tmp_path / "out.jsonl")]  # type: ignore[index]
+    assert ids == ["mine", "hh.jsonl:2", "hh.jsonl:3"]
+
+
+def test_rows_that_could_not_be_read_back_are_not_written(write_rows: WriteRows, tmp_path: Path) -> None:
+    good = {"chosen": f"{HI} a", "rejected": f"{HI} b"}
+    source = write_rows("hh.jsonl", [good, good | {"weight": "heavy"}])
+    done = convert_file("hh-rlhf", str(source), tmp_path / "out.jsonl")
+    assert (done.pairs, [str(problem) for problem in done.problems]) == (
+        1,
+        [f"{source}:2: weight: is the string 'heavy' — must be a number"],
+    )
 
 
 def test_a_full_disk_leaves_nothing_half_written(write_rows: WriteRows, tmp_path: Path) -> None:
@@ -179,7 +207,7 @@ def test_a_full_disk_leaves_nothing_half_written(write_rows: WriteRows, tmp_path
 def test_hh_rlhf_full_file(tmp_path: Path) -> None:
     source = shared_file("hh_rlhf_harmless_test.jsonl.gz")
     done = convert_file("hh-rlhf", str(source), tmp_path / "hh.jsonl")
-    assert (done.rows_in, done.rows_out, len(done.problems)) == (2312, 2307, 5)
+    assert (done.rows_in, done.pairs, len(done.problems)) == (2312, 2307, 5)
     assert all("another prompt than chosen" in problem.reason for problem in done.problems)
     # Each dialogue can be put together again from its row: no text was lost but white space.
     with gzip.open(source, "rt", encoding="utf-8") as file:
@@ -200,5 +228,5 @@ def test_alpaca_eval_full_file(tmp_path: Path, pairing: str) -> None:
     done = convert_file("ranked", str(source), tmp_path / "pairs.jsonl", options={"pairing": pairing})
     assert (done.rows_in, done.problems) == (805, [])
     # 13 candidates beside the reference: 12 neighbours or 13 * 12 / 2 pairs a row, ties among them.
-    assert done.rows_out + done.n_ties == 805 * (12 if pairing == "adjacent" else 78)
+    assert done.pairs + done.left_out[TIED] == 805 * (12 if pairing == "adjacent" else 78)
     assert all(example.margins[0] > 0 for example in read_examples(tmp_path / "pairs.jsonl"))  # type: ignore[operator]

@@ -1,0 +1,167 @@
+"""What a format is: the layout of its rows, and the function that converts them.
+
+A `Layout` says which fields the rows of a published file have. A row that is laid out otherwise is refused
+with what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from polar_ft.data.records import Pairing, RowError, describe
+
+TIED = "of responses that are ranked the same"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What one row gives.
+
+    Attributes:
+        rows: Pair or ranked rows, as they are written.
+        left_out: How many pairs the row has that are not among them, by reason.
+    """
+
+    rows: list[dict[str, Any]]
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of a source are converted.
+
+    Attributes:
+        convert: Takes a row (with ``gather`` a list of rows) and returns what it gives, or raises `RowError`
+            where it cannot be used. Its keyword arguments are the options of the format.
+        summary: What is read, in a few words.
+        hub: Where the HuggingFace hub has the data, empty where it has not.
+        split: The split that is read where the user names none.
+        pairing: How its ranked rows are meant to be paired: "all" where answers are only right or wrong.
+        gather: A key; rows of the same key, wherever they stand, are converted together. All rows of such a
+            format are held in memory.
+    """
+
+    convert: Callable[..., Converted]
+    summary: str
+    hub: str = ""
+    split: str = "train"
+    pairing: Pairing = "adjacent"
+    gather: Callable[[Mapping[str, Any]], Hashable] | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the options."""
+        return list(inspect.signature(self.convert).parameters)[1:]
+
+
+AnyLayout = TypeVar("AnyLayout", bound="Layout")
+
+
+class Layout(BaseModel):
+    """A row of a published file; each field's description says what it holds.
+
+    Attributes:
+        LAYOUT: Name of the format in `polar_ft.data.converters.CONVERTERS`.
+        READ: Where the layout was read, and when.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    LAYOUT: ClassVar[str]
+    READ: ClassVar[str]
+
+    @classmethod
+    def of(cls: type[AnyLayout], row: Mapping[str, Any]) -> AnyLayout:
+        """The row, checked.
+
+        Raises:
+            RowError: The row is laid out otherwise.
+        """
+        try:
+            return cls.model_validate(row)
+        except ValidationError as error:
+            raise _layout_error(cls, row, error) from None
+
+    def rest(self, *without: str) -> dict[str, Any]:
+        """The fields that the layout does not name, but for those ``without``; null ones are left out."""
+        extra = self.model_extra or {}
+        return {key: value for key, value in extra.items() if value is not None and key not in without}
+
+
+class Turn(BaseModel):
+    """One message of a dialogue; what else it says (a language, say) is not kept."""
+
+    model_config = ConfigDict(strict=True)
+
+    role: str
+    content: str
+
+
+def messages(turns: list[Turn]) -> list[dict[str, str]]:
+    """Turns as the messages of a row.
+
+    >>> messages([Turn(role="user", content="Hi")])
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    return [turn.model_dump() for turn in turns]
+
+
+def described(description: str, **settings: Any) -> Any:
+    """A required field of a layout that says what it holds."""
+    return Field(description=description, **settings)
+
+
+def _layout_error(layout: type[Layout], row: Mapping[str, Any], error: ValidationError) -> RowError:
+    problems = error.errors(include_url=False, include_input=False)
+    fields = {field.alias or name: field for name, field in layout.model_fields.items()}
+    missing = [str(problem["loc"][0]) for problem in problems if problem["type"] == "missing"]
+    missing = [name for name in missing if name in fields and name not in row]
+    if missing:
+        has = ", ".join(list(row)[:12]) + (", …" if len(row) > 12 else "") if row else "no field"
+        needs = ", ".join(name for name, field in fields.items() if field.is_required())
+        return RowError(
+            "",
+            f"is not laid out as {layout.LAYOUT}: {', '.join(missing)} missing; expected {needs} "
+            f"({layout.READ}), found {has}",
+        )
+    name = str(problems[0]["loc"][0])
+    # A field that may be one of two things has a problem for each: the deepest is about what is meant.
+    problem = max((p for p in problems if p["loc"][0] == name), key=lambda p: len(p["loc"]))
+    path = problem["loc"]
+    at, value = name, row.get(name)
+    for key in path[1:]:  # as deep as the row goes; what follows are pydantic's own names
+        if isinstance(value, Mapping) and key in value:
+            at, value = f"{at}.{key}", value[key]  # type: ignore[index]
+        elif isinstance(value, list) and isinstance(key, int) and key < len(value):
+            at, value = f"{at}[{key}]", value[key]
+    expected = fields[name].description or "something else"
+    found = describe(value)
+    if problem["type"] == "missing":
+        found += f" without {path[-1]!r}"
+    return RowError(
+        at,
+        f"is {found}, but {name} is {expected} in {layout.LAYOUT} ({layout.READ}); has the layout changed?",
+    )
+
+
+def labelled_row(
+    common: dict[str, Any], responses: list[dict[str, Any]], reference: Literal["best", "none"]
+) -> dict[str, Any]:
+    """A ranked row of correct and wrong answers; its reference is empty, or the first correct answer.
+
+    Raises:
+        RowError: The first correct answer is to become the reference, and there is no other one.
+    """
+    if reference == "none":
+        return common | {"reference": "", "responses": responses}
+    first, *others = responses
+    if not any(response["correct"] for response in others):
+        raise RowError(
+            "chosen", "has one answer — a reference and a pair need two (or take --reference none)"
+        )
+    return common | {"reference": first["content"], "responses": others}

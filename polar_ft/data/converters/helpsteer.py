@@ -1,0 +1,100 @@
+"""The preference parts of NVIDIA's HelpSteer2 (arXiv 2410.01257) and HelpSteer3 (arXiv 2505.11475)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from polar_ft.data.converters.format import TIED, Converted, Layout, Turn, described, messages
+
+_STRENGTH = "a number from -3 (the first response is much better) to 3 (the second is)"
+_REMARKS = (
+    "preference_statement",
+    "preference_elaboration",
+    "three_most_similar_preferences",
+    "all_preferences_unprocessed",
+)
+# How HelpSteer2 writes a prompt of several turns into one string.
+_SPEAKER = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
+
+
+class HelpSteer2Row(Layout):
+    """A row of preference/preference.jsonl.gz of nvidia/HelpSteer2."""
+
+    LAYOUT = "helpsteer2"
+    READ = "card of nvidia/HelpSteer2, 2026-11-21"
+
+    prompt: str = described("a text")
+    response_1: str = described("a text")
+    response_2: str = described("a text")
+    preference_strength: float = described(_STRENGTH)
+
+
+class HelpSteer3Row(Layout):
+    """A row of the configuration preference of nvidia/HelpSteer3."""
+
+    LAYOUT = "helpsteer3"
+    READ = "card of nvidia/HelpSteer3, 2026-11-21"
+
+    context: list[Turn] = described("a list of messages")
+    response1: str = described("a text")
+    response2: str = described("a text")
+    overall_preference: float = described(_STRENGTH)
+    domain: str | None = described("a string", default=None)
+
+
+def helpsteer2(row: Mapping[str, Any]) -> Converted:
+    r"""A pair of HelpSteer2's preferences; the reference is empty, a strength of 0 is a tie and left out.
+
+    The strength is the margin; what the annotators wrote is not kept. Written from the data card; the file
+    itself was not at hand.
+
+    Raises:
+        RowError: The row is laid out otherwise.
+
+    >>> prompt = "Hi\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\n2+2?"
+    >>> row = {"prompt": prompt, "response_1": "4", "response_2": "5", "preference_strength": -2}
+    >>> pair = helpsteer2(row).rows[0]
+    >>> [turn["content"] for turn in pair["prompt"]], pair["chosen"], pair["margin"]
+    (['Hi', 'Hello!', '2+2?'], '4', 2.0)
+    """
+    pair = HelpSteer2Row.of(row)
+    first, *others = _SPEAKER.split(pair.prompt)
+    prompt = [{"role": "user", "content": first}] + [
+        {"role": speaker.lower(), "content": content}
+        for speaker, content in zip(others[::2], others[1::2], strict=True)
+    ]
+    return _pair(prompt, pair.response_1, pair.response_2, pair.preference_strength, pair.rest(*_REMARKS))
+
+
+def helpsteer3(row: Mapping[str, Any]) -> Converted:
+    """A pair of HelpSteer3's preferences; the reference is empty, a preference of 0 is a tie and left out.
+
+    The strength is the margin, the domain the subset; what the annotators wrote is not kept. Written from the
+    data card; the files themselves were not at hand.
+
+    Raises:
+        RowError: The row is laid out otherwise.
+
+    >>> row = {"context": [{"role": "user", "content": "2+2?"}], "response1": "5", "response2": "4",
+    ...        "overall_preference": 3, "domain": "stem", "language": "english"}
+    >>> pair = helpsteer3(row).rows[0]
+    >>> pair["chosen"], pair["subset"], pair["language"]
+    ('4', 'stem', 'english')
+    """
+    pair = HelpSteer3Row.of(row)
+    rest = pair.rest("individual_preference")
+    if pair.domain is not None:
+        rest["subset"] = pair.domain
+    return _pair(messages(pair.context), pair.response1, pair.response2, pair.overall_preference, rest)
+
+
+def _pair(
+    prompt: list[dict[str, str]], first: str, second: str, strength: float, rest: dict[str, Any]
+) -> Converted:
+    if strength == 0:
+        return Converted([], {TIED: 1})
+    chosen, rejected = (first, second) if strength < 0 else (second, first)
+    pair = {"prompt": prompt, "reference": "", "chosen": chosen, "rejected": rejected}
+    return Converted([pair | {"margin": abs(strength)} | rest])

@@ -1,0 +1,158 @@
+"""A row of each format, laid out as its data card or README says; texts are made up."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+def _dialogue(answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": answer}]
+
+
+def _rmb_answer(text: str, score: float | None = None) -> dict[str, Any]:
+    return {"llm_name": f"model-{text}", "answer": text} | ({} if score is None else {"score": score})
+
+
+_RMB_PROMPT = [{"content": "2 + 2?", "language": "English", "role": "user"}]
+
+_ROWS: dict[str, dict[str, Any]] = {
+    "ranked": {
+        "prompt": "2 + 2?",
+        "responses": [{"content": text, "score": score} for text, score in (("4", 3), ("four", 2), ("5", 1))],
+    },
+    "hh-rlhf": {
+        "chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4",
+        "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5",
+    },
+    "chat-pairs": {"chosen": _dialogue("4"), "rejected": _dialogue("5"), "source": "magpie_ultra"},
+    "ultrafeedback": {
+        "source": "flan_v2",
+        "instruction": "2 + 2?",
+        "models": ["a", "b", "c"],
+        "completions": [
+            {
+                "model": model,
+                "response": text,
+                "overall_score": overall,
+                "fine-grained_score": fine,
+                "annotations": {"helpfulness": {"Rating": "5", "Rationale": "Right."}},
+                "critique": "Good.",
+                "custom_system_prompt": "Be brief.",
+                "principle": "helpfulness",
+            }
+            for model, text, overall, fine in (
+                ("a", "5", 1.0, 4.0),
+                ("b", "4", 9.0, 4.5),
+                ("c", "four", 8.0, 5.0),
+            )
+        ],
+        "correct_answers": ["None"],
+        "incorrect_answers": ["None"],
+    },
+    "ultrafeedback-binarized": {
+        "prompt": "2 + 2?",
+        "prompt_id": "p1",
+        "chosen": _dialogue("4"),
+        "rejected": _dialogue("5"),
+        "messages": _dialogue("4"),
+        "score_chosen": 8.5,
+        "score_rejected": 2.0,
+    },
+    "helpsteer2": {
+        "split": "train",
+        "prompt": "2 + 2?",
+        "response_1": "4",
+        "response_2": "5",
+        "preference_strength": -3,
+        "preference_statement": "Response 1 is much better than Response 2",
+        "preference_elaboration": "It is right.",
+        "three_most_similar_preferences": [],
+        "all_preferences_unprocessed": [],
+    },
+    "helpsteer3": {
+        "domain": "stem",
+        "language": "english",
+        "context": [{"role": "user", "content": "2 + 2?"}],
+        "response1": "5",
+        "response2": "4",
+        "overall_preference": 2,
+        "individual_preference": [{"score": 2, "reasoning": "It is right."}],
+    },
+    "rewardbench": {
+        "prompt": "2 + 2?",
+        "chosen": "4",
+        "chosen_model": "human",
+        "rejected": "5",
+        "rejected_model": "gpt4",
+        "subset": "math-prm",
+        "id": 3,
+    },
+    "rewardbench-2": {
+        "id": "7",
+        "prompt": "2 + 2?",
+        "chosen": ["4"],
+        "rejected": ["3", "5", "22"],
+        "num_correct": 1,
+        "num_incorrect": 3,
+        "total_completions": 4,
+        "models": ["a", "b", "c", "d"],
+        "subset": "Math",
+        "additional_metadata": {"category": "arithmetic", "valid": 1.0},
+    },
+    "rm-bench": {
+        "id": "math-1",
+        "prompt": "2 + 2?",
+        "chosen": ["4", "It is 4, as 1 + 1 + 1 + 1.", "**4**, as 1 + 1 + 1 + 1."],
+        "rejected": ["5", "It is 5, as 1 + 1 + 1 + 1.", "**5**, as 1 + 1 + 1 + 1."],
+        "domain": "math",
+    },
+    "rmb": {
+        "pair_uid": "14587",
+        "conversation_input": _RMB_PROMPT,
+        "chosen": _rmb_answer("4", 4.5),
+        "reject": _rmb_answer("5", 2.5),
+        "category_path": "Pairwise_set/Helpfulness/Reasoning/Human Decision Making",
+    },
+    "rmb-bon": {
+        "conversation_input": _RMB_PROMPT,
+        "bon_best": _rmb_answer("4"),
+        "loser_list": [_rmb_answer("5"), _rmb_answer("22")],
+        "bon_uid": "1291",
+        "category_path": "BoN_set/Harmlessness/S1",
+    },
+    "judgebench": {
+        "pair_id": "81ec57f2",
+        "original_id": "10646",
+        "source": "mmlu-pro-computer science",
+        "question": "2 + 2?",
+        "response_model": "gpt-4o-2024-05-13",
+        "response_A": "5",
+        "response_B": "4",
+        "label": "B>A",
+    },
+}
+_ROWS["rmb-polar"] = _ROWS["rmb"]
+
+FORMATS = sorted(_ROWS)
+
+
+def published(name: str, **changes: Any) -> dict[str, Any]:
+    """A row of the format, with changes."""
+    return copy.deepcopy(_ROWS[name]) | changes
+
+
+def rmb_pairs(
+    pairs: list[tuple[str, str]], scores: dict[str, float], prompt: str = "2 + 2?"
+) -> list[dict[str, Any]]:
+    """Pairwise rows of RMB for one prompt: (chosen, reject) by text, with the score of each text."""
+    return [
+        published(
+            "rmb",
+            pair_uid=f"{prompt}-{number}",
+            conversation_input=[{"role": "user", "content": prompt, "language": "English"}],
+            chosen=_rmb_answer(chosen, scores[chosen]),
+            reject=_rmb_answer(rejected, scores[rejected]),
+        )
+        for number, (chosen, rejected) in enumerate(pairs)
+    ]

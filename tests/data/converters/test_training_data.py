@@ -1,0 +1,129 @@
+"""UltraFeedback, HelpSteer and pairs of dialogues: rows worked by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from polar_ft.data.converters.dialogues import chat_pairs
+from polar_ft.data.converters.format import TIED
+from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer3
+from polar_ft.data.converters.ultrafeedback import ultrafeedback
+from polar_ft.data.records import RowError
+from tests.data.converters.published import published
+
+USER, ANSWER, OTHER = (
+    {"role": role, "content": content}
+    for role, content in (("user", "Hi"), ("assistant", "A"), ("assistant", "B"))
+)
+
+
+def test_ultrafeedback_by_hand() -> None:
+    row = published("ultrafeedback")
+    del row["correct_answers"], row["incorrect_answers"]
+    assert ultrafeedback(row).rows == [
+        {
+            "subset": "flan_v2",
+            "prompt": "2 + 2?",
+            "responses": [
+                {"content": "5", "score": 1.0, "policy": "a"},
+                {"content": "4", "score": 9.0, "policy": "b"},
+                {"content": "four", "score": 8.0, "policy": "c"},
+            ],
+        }
+    ]
+    fine = ultrafeedback(row, score="fine-grained", reference="none").rows[0]
+    assert fine["reference"] == ""
+    assert [response["score"] for response in fine["responses"]] == [4.0, 4.5, 5.0]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_ultrafeedback_answers_without_a_score_are_left_out(missing: float | None) -> None:
+    row = published("ultrafeedback")
+    row["completions"][1]["overall_score"] = missing
+    with pytest.raises(
+        RowError, match="completions: has 2 answers with the score 'overall' — a reference and a"
+    ):
+        ultrafeedback(row)
+    (ranked,) = ultrafeedback(row, reference="none").rows
+    assert [response["content"] for response in ranked["responses"]] == ["5", "four"]
+    assert len(ultrafeedback(row, score="fine-grained").rows[0]["responses"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("strength", "gives"), [(-2, ("first", "second")), (1, ("second", "first")), (0, None)]
+)
+def test_helpsteer_strengths_say_which_is_better(strength: int, gives: tuple[str, str] | None) -> None:
+    rows = (
+        (helpsteer2, published("helpsteer2", response_1="first", response_2="second"), "preference_strength"),
+        (helpsteer3, published("helpsteer3", response1="first", response2="second"), "overall_preference"),
+    )
+    for convert, row, field in rows:
+        done = convert(row | {field: strength})
+        if gives is None:
+            assert (done.rows, done.left_out) == ([], {TIED: 1})
+        else:
+            (pair,) = done.rows
+            assert (pair["chosen"], pair["rejected"], pair["margin"]) == (*gives, abs(strength))
+            assert not any("Right" in str(value) or "It is right" in str(value) for value in pair.values())
+
+
+def test_chat_pairs_by_hand() -> None:
+    assert chat_pairs(published("ultrafeedback-binarized")).rows == [
+        {
+            "id": "p1",
+            "prompt": [{"role": "user", "content": "2 + 2?"}],
+            "reference": "",
+            "chosen": [{"role": "assistant", "content": "4"}],
+            "rejected": [{"role": "assistant", "content": "5"}],
+            "margin": 6.5,
+            "chosen_score": 8.5,
+            "rejected_score": 2.0,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Hi", "chosen": "A", "rejected": "B"},
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+        {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"prompt": "something else", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    ],
+)
+def test_chat_pairs_reads_the_forms_that_trl_documents(row: dict[str, Any]) -> None:
+    (pair,) = chat_pairs(row).rows
+    assert pair["prompt"] in ("Hi", [USER])
+    assert (pair["reference"], pair["chosen"], pair["rejected"]) == ("", [ANSWER], [OTHER])
+    assert chat_pairs(row | {"reference": "C"}).rows[0]["reference"] == "C"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": "A", "rejected": "B"}, "prompt: is missing, and chosen is an answer without its prompt"),
+        ({"chosen": [USER], "rejected": [USER]}, "chosen: does not end with a message of the assistant"),
+        (
+            {"chosen": [USER, ANSWER], "rejected": []},
+            "rejected: does not end with a message of the assistant",
+        ),
+        (
+            {"chosen": [USER, ANSWER], "rejected": [OTHER]},
+            "rejected: has another prompt than chosen from turn 1",
+        ),
+        (
+            {"chosen": [USER, ANSWER], "rejected": [USER, OTHER], "score_chosen": 1, "score_rejected": 2},
+            "score_rejected: is above score_chosen",
+        ),
+    ],
+)
+def test_chat_pairs_that_say_no_pair(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        chat_pairs(row)
+
+
+def test_equal_scores_are_a_tie() -> None:
+    row = published("ultrafeedback-binarized", score_chosen=2)
+    assert chat_pairs(row).left_out == {TIED: 1}
