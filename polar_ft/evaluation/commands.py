@@ -1,11 +1,10 @@
-"""`polar-ft eval`, which `tools/eval_preference.py` runs too."""
+"""`polar-ft eval` and `polar-ft eval compare`, which `tools/eval_preference.py` runs too."""
 
 from __future__ import annotations
 
-import hashlib
-import time
-from collections.abc import Sequence
-from dataclasses import replace
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,16 +12,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from polar_ft.data.reading import DataSource, expand, read_examples
-from polar_ft.data.records import Example, Pairing
+from polar_ft.data.records import Pairing
 from polar_ft.errors import PolarError
-from polar_ft.evaluation.evaluator import Scorer, count_tokens, score_all
-from polar_ft.evaluation.progress import scoring_progress
-from polar_ft.evaluation.references import shuffle_references
-from polar_ft.evaluation.report import DataFile, Report, RunInfo, build_report, write_report
-from polar_ft.evaluation.scores import ScoredPair, scored_pairs
-from polar_ft.evaluation.table import TABLE_WIDTH, metrics_table, notes, percent, percent_interval
+from polar_ft.evaluation.cache import DEFAULT_CACHE, ScoreCache, file_sha256, model_hash, setup_key
+from polar_ft.evaluation.evaluator import Scorer
+from polar_ft.evaluation.gates import GateResult
+from polar_ft.evaluation.references import Aggregation, ReferenceSettings
+from polar_ft.evaluation.scores import SCORES_FILE
 from polar_ft.template import resolve_folder
 
 DEFAULT_OUT = Path("work_dirs/eval")
@@ -33,19 +32,53 @@ _PACKAGES = ("polar-ft", "torch", "transformers", "tokenizers")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+class _RunUnlessNamed(TyperGroup):
+    """A group of commands whose first one needs no name: ``polar-ft eval HF_DIR DATA …``.
+
+    A model folder that is called like a command is named with its path: ``./compare``.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+eval_app = typer.Typer(
+    cls=_RunUnlessNamed,
+    help="Preference accuracy of a reward model on held-out pairs; `eval compare A B` compares runs.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@eval_app.command("run")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")
+    ] = None,
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
-            metavar="DATA",
+            metavar="DATA…",
             help="Held-out pairs or ranked rows: .jsonl, .jsonl.gz, .parquet, a folder of those, or a "
             "HuggingFace data-set id. With several, rows without a subset count to a subset of their file.",
         ),
-    ],
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help=f"Where metrics.json and scores.jsonl go; default {DEFAULT_OUT}/<model name>."),
+        typer.Option(
+            help=f"Where the scores, figures and the report go; default {DEFAULT_OUT}/<model name>. A run "
+            "that was broken off goes on with the same command."
+        ),
+    ] = None,
+    from_scores: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Figures and report of saved scores, without a model: a run's folder or scores.jsonl, or "
+            "JSON lines or CSV with chosen_score and rejected_score. Needs --out.",
+        ),
     ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in one forward pass; lower it when memory runs out.")
@@ -63,6 +96,17 @@ def evaluate(
     ] = None,
     pairing: Annotated[Pairing, typer.Option(help="How ranked rows become pairs.")] = "adjacent",
     split: Annotated[str, typer.Option(help="Split of a HuggingFace data set.")] = "test",
+    subset_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Also figures by the values of this field of the rows, e.g. language or meta.source; may be "
+            "repeated.",
+        ),
+    ] = None,
+    reference_aggregation: Annotated[
+        Aggregation, typer.Option(help="The score of a candidate where its row has several references.")
+    ] = "mean",
     shuffle_references: Annotated[
         int | None,
         typer.Option(
@@ -70,12 +114,61 @@ def evaluate(
             help="Score once more with references shuffled between rows: is the reference read?",
         ),
     ] = None,
+    empty_references: Annotated[
+        bool, typer.Option("--empty-references", help="Score once more with empty references.")
+    ] = False,
+    no_gates: Annotated[
+        bool, typer.Option("--no-gates", help="Leave out the checks of the scorer on a sample of the pairs.")
+    ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Score anew what earlier runs have scored, and keep nothing.")
+    ] = False,
+    cache_dir: Annotated[
+        Path, typer.Option(envvar="POLAR_FT_CACHE", help="Where scores are cached.")
+    ] = DEFAULT_CACHE,
     allow_tokenizer_code: Annotated[
         list[str] | None,
         typer.Option(help="A tokenizer class of the folder whose code may be run; may be repeated."),
     ] = None,
 ) -> None:
-    """Preference accuracy of a reward model on held-out pairs, with a 95 % interval, per subset."""
+    """Preference accuracy of a reward model on held-out pairs, with 95 % intervals, and a report.
+
+    polar-ft eval HF_DIR DATA…: score and report. polar-ft eval --from-scores FILE --out DIR: report alone.
+    polar-ft eval compare A B: which of two runs is better.
+    """
+    # Imported here: `--help` needs none of it.
+    from polar_ft.evaluation.report.report import DataFile, RunInfo
+    from polar_ft.evaluation.reporting import report_scores
+    from polar_ft.evaluation.run import score_into
+    from polar_ft.evaluation.scores_file import find_scores
+
+    subsets = tuple(subset_by or ())
+    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if from_scores is not None:
+        if model is not None or data:
+            raise PolarError("--from-scores needs no model and no data; leave HF_DIR and DATA out")
+        if out is None:
+            raise PolarError("--from-scores needs --out DIR: where the figures and the report go")
+        saved = str(find_scores(from_scores))
+        _prepare(out)
+        report_scores(
+            from_scores,
+            out,
+            subsets,
+            RunInfo(
+                model=None,
+                data=[DataFile(path=saved, sha256=_sha256(saved))],
+                created=created,
+                versions=_versions(),
+                n_rows=0,
+            ),
+        )
+        return
+    if model is None or not data:
+        raise PolarError(
+            "name a model folder and held-out data: polar-ft eval HF_DIR DATA… (or --from-scores)"
+        )
+
     stderr = Console(stderr=True)
     out_dir = out or DEFAULT_OUT / Path(model).resolve().name
     folder = resolve_folder(model)
@@ -95,33 +188,87 @@ def evaluate(
     given = {name: value for name, value in settings.items() if value is not None}
     stderr.print(f"loading {folder}", highlight=False, markup=False, soft_wrap=True)
     scorer = load_scorer(folder, device=device, dtype=dtype, **given)
-    rows, seconds = score_pairs(scorer, examples, shuffle_seed=shuffle_references, console=stderr)
-    passes = 1 if shuffle_references is None else 2
-    run = RunInfo(
-        model=model,
-        data=[DataFile(path=file, sha256=_sha256(file)) for path in data for file in expand(path)],
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions={package: found for package in _PACKAGES if (found := _version(package))},
-        dtype=str(scorer.dtype).removeprefix("torch."),
-        device=str(scorer.device),
-        max_length=scorer.template.max_length,
-        max_response_length=scorer.template.max_response_length,
-        template_fingerprint=scorer.template.fingerprint,
-        pairing=pairing,
-        n_rows=n_rows,
-        n_ties_in_data=n_ties,
-        shuffle_seed=shuffle_references,
-        seconds=round(seconds, 3),
-        pairs_per_second=round(passes * len(rows) / seconds, 3),
-    )
-    report = build_report(rows, run)
-    metrics_file, scores_file = write_report(report, rows, out_dir)
-    _show(report, (metrics_file, scores_file))
-    if report.metrics.overall.n_scored == 0:
-        raise PolarError(
-            f"{model}: not one of {len(rows)} pairs has finite scores, so there is no accuracy; see "
-            f"{scores_file}. The weights may hold NaN, or the dtype be too narrow: try --dtype float32"
+    references = ReferenceSettings(reference_aggregation, shuffle_references, empty_references)
+    with _opened_cache(None if no_cache else cache_dir, stderr) as cache:
+        weights = model_hash(folder, cache)
+        computes_in = str(scorer.dtype).removeprefix("torch.")
+        setup = setup_key(
+            (
+                weights or str(folder.resolve()),
+                computes_in,
+                str(scorer.device).partition(":")[0],
+                scorer.template.fingerprint,
+            )
         )
+        run = score_into(
+            out_dir,
+            scorer,
+            examples,
+            references,
+            setup=setup,
+            # Without weights there is nothing by which a changed model would be noticed.
+            cache=cache if weights is not None else None,
+            gates=not no_gates,
+            console=stderr,
+        )
+    passes = 1 + (shuffle_references is not None) + empty_references
+    report = report_scores(
+        out_dir,
+        out_dir,
+        subsets,
+        RunInfo(
+            model=model,
+            model_sha256=weights,
+            engine=f"{type(scorer).__module__}.{type(scorer).__qualname__}",
+            data=[DataFile(path=file, sha256=_sha256(file)) for path in data for file in expand(path)],
+            created=created,
+            versions=_versions(),
+            dtype=computes_in,
+            device=str(scorer.device),
+            max_length=scorer.template.max_length,
+            max_response_length=scorer.template.max_response_length,
+            template_fingerprint=scorer.template.fingerprint,
+            pairing=pairing,
+            reference_aggregation=reference_aggregation,
+            n_rows=n_rows,
+            n_ties_in_data=n_ties,
+            shuffle_seed=shuffle_references,
+            n_from_cache=run.n_from_cache,
+            seconds=round(run.seconds, 3),
+            pairs_per_second=round(passes * run.n_pairs_scored / run.seconds, 3) if run.seconds else None,
+        ),
+        gates=run.gates,
+        examples=examples,
+        template=scorer.template,
+    )
+    overall = report.metrics.overall
+    if overall.n_scored == 0:
+        raise PolarError(
+            f"{model}: not one of {overall.n_pairs} pairs has finite scores, so there is no accuracy; see "
+            f"{out_dir / SCORES_FILE}. The weights may hold NaN, or the dtype be too narrow: try "
+            f"--dtype float32"
+        )
+    _fail_on_gates(run.gates)
+
+
+@eval_app.command("compare")
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="A B…", help="Folders of runs, or files of scores. A is what the others are held against."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder in which compare.json goes.")] = DEFAULT_OUT,
+    subset_by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="Also by the values of this field of A's rows; may be repeated."),
+    ] = None,
+) -> None:
+    """Which of two runs is better on the same pairs? Difference of accuracy with interval and p-value."""
+    from polar_ft.evaluation.comparing import compare_runs
+
+    compare_runs(runs, out, tuple(subset_by or ()))
 
 
 def load_scorer(folder: Path, *, device: str | None, dtype: Dtype, **settings: Any) -> Scorer:
@@ -153,42 +300,35 @@ def load_scorer(folder: Path, *, device: str | None, dtype: Dtype, **settings: A
     )
 
 
-def score_pairs(
-    scorer: Scorer, examples: Sequence[Example], *, shuffle_seed: int | None, console: Console
-) -> tuple[list[ScoredPair], float]:
-    """Scores examples, and once more with shuffled references where a seed is given.
+@contextmanager
+def _opened_cache(folder: Path | None, console: Console) -> Iterator[ScoreCache | None]:
+    """The cache; None where none is wanted or it cannot be used, which is no reason to score nothing."""
+    if folder is None:
+        yield None
+        return
+    try:
+        cache = ScoreCache(folder.expanduser())
+    except (OSError, sqlite3.Error) as error:
+        console.print(
+            f"no cache of scores: {folder} cannot be used ({error}); --cache-dir names another folder",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        yield None
+        return
+    with cache:
+        yield cache
 
-    Args:
-        scorer: Gives the rewards.
-        examples: What to score.
-        shuffle_seed: Of the shuffled references; None leaves that pass out.
-        console: Where progress is shown.
 
-    Returns:
-        The scored pairs in the order of the data, and the seconds that scoring took.
-
-    Raises:
-        PolarError: A row does not fit the model's limits; the message names it.
-    """
-    with scoring_progress("tokenizing", examples, console) as on_chunk:
-        tokens = count_tokens(scorer.template, examples, on_chunk=on_chunk)
-    start = time.perf_counter()
-    with scoring_progress("scoring", examples, console) as on_chunk:
-        scores = score_all(scorer, examples, on_chunk=on_chunk)
-    reference_sources, shuffled_scores = None, None
-    if shuffle_seed is not None:
-        reference_sources = shuffle_references([example.reference for example in examples], shuffle_seed)
-        shuffled = [
-            replace(example, reference=examples[other].reference)
-            for example, other in zip(examples, reference_sources, strict=True)
-        ]
-        with scoring_progress("scoring with shuffled references", shuffled, console) as on_chunk:
-            shuffled_scores = score_all(scorer, shuffled, on_chunk=on_chunk)
-    seconds = time.perf_counter() - start
-    rows = scored_pairs(
-        examples, scores, tokens, shuffled_scores=shuffled_scores, reference_sources=reference_sources
-    )
-    return list(rows), seconds
+def _fail_on_gates(gates: Sequence[GateResult]) -> None:
+    failed = [gate for gate in gates if gate.status == "failed"]
+    if failed:
+        found = " ".join(f"{gate.name}: {gate.text}" for gate in failed)
+        raise PolarError(
+            f"the scores failed a check of their own, so do not trust the figures (the files are written, to "
+            f"look at). {found}"
+        )
 
 
 def _sources(data: Sequence[str], split: str) -> list[DataSource]:
@@ -209,35 +349,12 @@ def _prepare(out_dir: Path) -> None:
         ) from error
 
 
-def _show(report: Report, files: Sequence[Path]) -> None:
-    console = Console()
-    # A pipe has no width of its own, and rich would take 80 columns.
-    console.width = min(console.width, TABLE_WIDTH) if console.is_terminal else TABLE_WIDTH
-    overall = report.metrics.overall
-    console.print(f"\n{report.run.model}", style="bold", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"accuracy {percent(overall.accuracy)} %, 95 % interval {percent_interval(overall.accuracy_ci95)}, "
-        f"on {overall.n_pairs} held-out pairs\n",
-        style="bold",
-        highlight=False,
-    )
-    console.print(metrics_table(report))
-    console.print()
-    for note in notes(report):
-        console.print(note, highlight=False, markup=False)
-    for file in files:
-        console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
-
-
 def _sha256(file: str) -> str | None:
-    path = Path(file)
-    if not path.is_file():
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_sha256(Path(file)) if Path(file).is_file() else None
+
+
+def _versions() -> dict[str, str]:
+    return {package: found for package in _PACKAGES if (found := _version(package))}
 
 
 def _version(package: str) -> str | None:

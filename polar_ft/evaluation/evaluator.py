@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from polar_ft.data.records import Example
@@ -53,21 +53,32 @@ def example_chars(example: Example) -> int:
     return 2 * len(example.prompt) + len(example.reference) + sum(map(len, example.candidates))
 
 
-def score_all(
-    scorer: Scorer, examples: Sequence[Example], *, on_chunk: OnChunk | None = None
-) -> list[list[float]]:
-    """Scores every candidate of every example.
+def score_references(
+    scorer: Scorer, examples: Sequence[Example], references: Sequence[Sequence[str]]
+) -> list[dict[str, list[float]]]:
+    """Scores every candidate of every example against several references, in one call of the scorer.
 
     Args:
         scorer: Gives the rewards.
-        examples: What to score, in any order: the longest are scored first, so that a batch holds texts of
-            like length and running out of memory happens at the start.
-        on_chunk: Called with the examples of each chunk once they are scored.
+        examples: What to score; their own references are of no effect.
+        references: Of each example the references to score it against, `[examples][references]`.
 
     Returns:
-        A reward for each candidate, `[examples][candidates]`, in the order of `examples`.
+        For each example reference → a reward for each candidate.
+
+    Raises:
+        ValueError: The scorer lost rows.
     """
-    return _by_chunks(scorer.score_examples, examples, on_chunk)
+    requests = [
+        replace(example, reference=text, more_references=())
+        for example, texts in zip(examples, references, strict=True)
+        for text in texts
+    ]
+    scores = scorer.score_examples(requests)
+    if len(scores) != len(requests):
+        raise ValueError(f"the scorer gave rewards for {len(scores)} of {len(requests)} rows")
+    rest = iter(scores)
+    return [{text: next(rest) for text in texts} for texts in references]
 
 
 def count_tokens(
@@ -80,7 +91,7 @@ def count_tokens(
 
     Args:
         template: The scorer's template.
-        examples: What is to be scored.
+        examples: What is to be scored; of several references of a row the longest counts.
         on_chunk: Called with the examples of each chunk once they are counted.
 
     Returns:
@@ -91,22 +102,57 @@ def count_tokens(
     """
 
     def count(chunk: list[Example]) -> list[FieldTokens]:
-        return [_field_tokens(encoded) for encoded in _encode(template, chunk)]
+        each = [replace(e, reference=text) for e in chunk for text in (e.reference, *e.more_references)]
+        counts = map(_field_tokens, encode_examples(template, each, measure=True))
+        return [_longest([next(counts) for _ in range(1 + len(e.more_references))]) for e in chunk]
 
     return _by_chunks(count, examples, on_chunk)
 
 
-def _encode(template: PolarTemplate, chunk: list[Example]) -> list[Encoded]:
+def encode_examples(
+    template: PolarTemplate, examples: Sequence[Example], *, measure: bool = False
+) -> list[Encoded]:
+    """The examples as the model sees them.
+
+    Args:
+        template: The model's template.
+        examples: What is to be scored.
+        measure: Also count the tokens of each field before cutting.
+
+    Raises:
+        PolarError: A row does not fit the model's limits; the message names it.
+    """
     try:
         return template.encode_batch(
-            [(example.prompt, example.reference, example.candidates, example.wrapper) for example in chunk],
-            measure=True,
+            [
+                (example.prompt, example.reference, example.candidates, example.wrapper)
+                for example in examples
+            ],
+            measure=measure,
         )
     except PolarError as error:
-        if len(chunk) == 1:
-            raise PolarError(f"{chunk[0].source}: {error}") from error
+        if len(examples) == 1:
+            raise PolarError(f"{examples[0].source}: {error}") from error
         # The template knows texts, not rows: one by one shows which row it is.
-        return [encoded for example in chunk for encoded in _encode(template, [example])]
+        return [
+            encoded
+            for example in examples
+            for encoded in encode_examples(template, [example], measure=measure)
+        ]
+
+
+def _longest(counts: Sequence[FieldTokens]) -> FieldTokens:
+    """Of the counts of one row with several references those of the longest, and the most that was cut."""
+    first = counts[0]
+    return FieldTokens(
+        replace(first.lengths, reference=max(count.lengths.reference for count in counts)),
+        replace(
+            first.cut,
+            prompt=max(count.cut.prompt for count in counts),
+            reference=max(count.cut.reference for count in counts),
+            candidates=tuple(map(max, zip(*(count.cut.candidates for count in counts), strict=True))),
+        ),
+    )
 
 
 def _field_tokens(encoded: Encoded) -> FieldTokens:
@@ -119,7 +165,7 @@ def _by_chunks(
 ) -> list[Result]:
     """Applies `work` to chunks of the examples, longest first; results in the order of `examples`."""
     by_row: dict[int, Result] = {}
-    for rows in _chunks(examples):
+    for rows in chunks(examples):
         chunk = [examples[row] for row in rows]
         by_row.update(zip(rows, work(chunk), strict=True))
         if on_chunk is not None:
@@ -127,7 +173,8 @@ def _by_chunks(
     return [by_row[row] for row in range(len(examples))]
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[list[int]]:
+def chunks(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Row numbers of the examples, the longest first, cut into chunks of about `CHUNK_CHARS` characters."""
     chars = [example_chars(example) for example in examples]
     rows: list[int] = []
     size = 0

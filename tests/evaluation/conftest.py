@@ -43,6 +43,14 @@ class FakeScorer:
         return [[self.score(example, candidate) for candidate in example.candidates] for example in examples]
 
 
+@pytest.fixture(autouse=True)
+def score_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test has a cache of scores of its own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("POLAR_FT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def template() -> PolarTemplate:
     return PolarTemplate(byte_tokenizer().to_str(), max_length=400, max_response_length=64)

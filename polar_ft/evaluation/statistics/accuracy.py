@@ -1,4 +1,4 @@
-"""Figures over scored pairs, in numpy alone: they need neither a model nor the texts.
+"""Accuracy, ties, margin and log-loss of scored pairs, with intervals: of all, of subsets, and their mean.
 
 What each of `n` pairs can be, and which figure counts it::
 
@@ -13,13 +13,14 @@ Every pair counts once, whatever its weight in training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
 
-Interval = tuple[float, float]
+from polar_ft.evaluation.pairs import Categories, Floats, Ints
+from polar_ft.evaluation.statistics.resampling import SAMPLES, SEED, Interval, bootstrap_ratio, prompt_numbers
 
 # The 97.5 % quantile of the standard normal distribution, for two-sided 95 % intervals.
 Z_95 = 1.959963984540054
@@ -39,6 +40,10 @@ class PairMetrics(BaseModel):
         accuracy_ties_half: The same with a tie counted as half a correct pair.
         mean_margin: Mean of chosen minus rejected score.
         log_loss: Mean Bradley–Terry loss, −log σ(margin), in nats; log 2 = 0.693 knows nothing.
+        n_prompts: Prompts of the scored pairs; None where prompts are not known.
+        accuracy_ci95_by_prompt: 95 % interval of `accuracy` that knows which pairs share a prompt: bootstrap
+            over prompts. None where prompts are not known or each has one pair, for which `accuracy_ci95`
+            is right; where it is there, it is the one to quote.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +58,13 @@ class PairMetrics(BaseModel):
     accuracy_ties_half: float | None
     mean_margin: float | None
     log_loss: float | None
+    n_prompts: int | None = None
+    accuracy_ci95_by_prompt: Interval | None = None
+
+    @property
+    def interval(self) -> Interval | None:
+        """The interval of the accuracy to quote: by prompt where there is one, else Wilson's."""
+        return self.accuracy_ci95_by_prompt or self.accuracy_ci95
 
 
 class MacroMetrics(BaseModel):
@@ -66,6 +78,8 @@ class MacroMetrics(BaseModel):
         accuracy_ties_half: Mean of the subsets' accuracies with ties as half.
         mean_margin: Mean of the subsets' mean margins.
         log_loss: Mean of the subsets' log-losses.
+        accuracy_ci95_by_prompt: The same interval from the subsets' intervals by prompt; None where no subset
+            has one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,16 +91,12 @@ class MacroMetrics(BaseModel):
     accuracy_ties_half: float | None
     mean_margin: float | None
     log_loss: float | None
+    accuracy_ci95_by_prompt: Interval | None = None
 
-
-class Summary(BaseModel):
-    """`PairMetrics` of all pairs and of each subset, and the mean over subsets (None without subsets)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    overall: PairMetrics
-    macro: MacroMetrics | None
-    subsets: dict[str, PairMetrics]
+    @property
+    def interval(self) -> Interval | None:
+        """The interval of the accuracy to quote: by prompt where there is one, else from Wilson's."""
+        return self.accuracy_ci95_by_prompt or self.accuracy_ci95
 
 
 def wilson_interval(successes: float, n: int, z: float = Z_95) -> Interval:
@@ -122,38 +132,25 @@ def wilson_interval(successes: float, n: int, z: float = Z_95) -> Interval:
     return low, high
 
 
-def margins(chosen: ArrayLike, rejected: ArrayLike) -> NDArray[np.float64]:
-    """Chosen minus rejected score, `[pairs]`, in float64; not finite where a score is not.
-
-    >>> margins([2.0, 1.0, float("inf")], [0.5, 1.0, float("inf")])
-    array([1.5, 0. , nan])
-    """
-    chosen_scores = np.asarray(chosen, dtype=np.float64)
-    rejected_scores = np.asarray(rejected, dtype=np.float64)
-    if chosen_scores.ndim != 1 or chosen_scores.shape != rejected_scores.shape:
-        raise ValueError(
-            f"chosen and rejected must be of one shape [pairs], got {chosen_scores.shape} and "
-            f"{rejected_scores.shape}"
-        )
-    with np.errstate(invalid="ignore", over="ignore"):
-        return chosen_scores - rejected_scores
-
-
-def pair_metrics(chosen: ArrayLike, rejected: ArrayLike) -> PairMetrics:
+def margin_metrics(
+    margin: Floats, prompts: Ints | None = None, *, samples: int = SAMPLES, seed: int = SEED
+) -> PairMetrics:
     """Accuracy, margin and log-loss of scored pairs.
 
     Args:
-        chosen: Scores of the chosen candidates, `[pairs]`; may hold NaN and infinities.
-        rejected: Scores of the rejected candidates, `[pairs]`.
+        margin: Chosen − rejected score, `[pairs]`; not finite where a score is not.
+        prompts: Number of the prompt of each pair, `[pairs]`; None where it is not known.
+        samples: Samples of the bootstrap over prompts.
+        seed: Of the bootstrap.
 
     Raises:
-        ValueError: The two are not of one shape `[pairs]`.
+        ValueError: Not every margin has a prompt.
 
     One pair right (margin 2), one wrong (−1), one tied, one without a finite score. Over the three scored:
     accuracy 1/3, with the tie as half 1.5/3, mean margin (2 − 1 + 0) / 3, log-loss
     (log(1 + e⁻²) + log(1 + e¹) + log 2) / 3 = (0.1269 + 1.3133 + 0.6931) / 3:
 
-    >>> metrics = pair_metrics([3.0, 0.0, 1.0, float("nan")], [1.0, 1.0, 1.0, 0.0])
+    >>> metrics = margin_metrics(np.array([2.0, -1.0, 0.0, np.nan]))
     >>> metrics.n_scored, metrics.n_correct, metrics.n_ties, metrics.n_nonfinite
     (3, 1, 1, 1)
     >>> round(metrics.accuracy, 4), metrics.accuracy_ties_half
@@ -161,13 +158,17 @@ def pair_metrics(chosen: ArrayLike, rejected: ArrayLike) -> PairMetrics:
     >>> round(metrics.mean_margin, 4), round(metrics.log_loss, 4)
     (0.3333, 0.7111)
     """
-    margin = margins(chosen, rejected)
-    # A finite pair can only fail this when its margin overflows float64, which no model's scores do.
-    scored = margin[np.isfinite(margin)]
+    if prompts is not None and len(prompts) != len(margin):
+        raise ValueError(f"{len(prompts)} prompts for {len(margin)} pairs")
+    finite = np.isfinite(margin)
+    scored = margin[finite]
     n_scored = len(scored)
     n_correct = int(np.count_nonzero(scored > 0))
     n_ties = int(np.count_nonzero(scored == 0))
     any_scored = n_scored > 0
+    n_prompts, by_prompt = None, None
+    if prompts is not None:
+        n_prompts, by_prompt = interval_by_prompt(scored > 0, prompts[finite], samples=samples, seed=seed)
     return PairMetrics(
         n_pairs=len(margin),
         n_scored=n_scored,
@@ -180,7 +181,42 @@ def pair_metrics(chosen: ArrayLike, rejected: ArrayLike) -> PairMetrics:
         mean_margin=float(scored.mean()) if any_scored else None,
         # logaddexp(0, −m) = log(1 + e⁻ᵐ) = −log σ(m), without overflow for very wrong pairs.
         log_loss=float(np.logaddexp(0.0, -scored).mean()) if any_scored else None,
+        n_prompts=n_prompts,
+        accuracy_ci95_by_prompt=by_prompt,
     )
+
+
+def interval_by_prompt(
+    credit: ArrayLike, prompts: Ints, *, samples: int = SAMPLES, seed: int = SEED
+) -> tuple[int, Interval | None]:
+    """Number of prompts, and the 95 % interval of the mean credit that knows which pairs share one.
+
+    Where all prompts have the same mean credit, as when every pair is right, the bootstrap has nothing to
+    vary. The prompts themselves are then the sample, and Wilson's interval of so many trials is given.
+
+    Args:
+        credit: Of each pair, 0 to 1, `[pairs]`.
+        prompts: Number of the prompt of each pair, `[pairs]`.
+        samples: Samples of the bootstrap.
+        seed: Of the bootstrap.
+
+    Returns:
+        The prompts, and the interval; None where each prompt has one pair.
+
+    Two prompts of two pairs, all right; Wilson's interval of 2 of 2 prompts:
+
+    >>> n_prompts, (low, high) = interval_by_prompt([1, 1, 1, 1], np.array([7, 7, 8, 8]))
+    >>> n_prompts, round(low, 3), high
+    (2, 0.342, 1.0)
+    """
+    numbers = prompt_numbers(prompts)
+    n_prompts = int(numbers.max(initial=-1)) + 1
+    if n_prompts == len(prompts):
+        return n_prompts, None
+    boot = bootstrap_ratio(credit, np.ones(len(prompts)), numbers, samples=samples, seed=seed)
+    if not boot.has_spread:
+        return n_prompts, wilson_interval(boot.estimate * n_prompts, n_prompts)
+    return n_prompts, boot.interval()
 
 
 def macro_metrics(subsets: Mapping[str, PairMetrics]) -> MacroMetrics:
@@ -192,10 +228,11 @@ def macro_metrics(subsets: Mapping[str, PairMetrics]) -> MacroMetrics:
 
         mean(p) − √Σ(p − l)² / subsets   to   mean(p) + √Σ(u − p)² / subsets
 
-    which for one subset is its Wilson interval, and needs no large subset.
+    which for one subset is its Wilson interval, and needs no large subset. The interval by prompt combines
+    the subsets' intervals by prompt in the same way. Both take subsets as independent: a prompt that has
+    pairs in several subsets is not accounted for.
 
-    >>> easy = pair_metrics([1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0])
-    >>> hard = pair_metrics([1.0, 0.0], [0.0, 1.0])
+    >>> easy, hard = margin_metrics(np.array([1.0, 1.0, 1.0, 1.0])), margin_metrics(np.array([1.0, -1.0]))
     >>> macro_metrics({"easy": easy, "hard": hard}).accuracy  # (4/4 + 1/2) / 2, where overall is 5/6
     0.75
     """
@@ -212,9 +249,13 @@ def macro_metrics(subsets: Mapping[str, PairMetrics]) -> MacroMetrics:
             log_loss=None,
         )
     accuracy = np.array([metrics.accuracy for metrics in scored], dtype=np.float64)
-    intervals = np.array([metrics.accuracy_ci95 for metrics in scored], dtype=np.float64)  # [subsets, 2]
-    low, high = np.linalg.norm(intervals - accuracy[:, None], axis=0) / len(scored)
     mean = float(accuracy.mean())
+
+    def square_and_add(intervals: list[Interval | None]) -> Interval:
+        bounds = np.array(intervals, dtype=np.float64)  # [subsets, 2]
+        low, high = np.linalg.norm(bounds - accuracy[:, None], axis=0) / len(scored)
+        # The limits cannot leave [0, 1] but by rounding: √Σx² ≤ Σx.
+        return max(0.0, mean - float(low)), min(1.0, mean + float(high))
 
     def mean_of(figure: str) -> float:
         return float(np.mean([getattr(metrics, figure) for metrics in scored]))
@@ -223,51 +264,35 @@ def macro_metrics(subsets: Mapping[str, PairMetrics]) -> MacroMetrics:
         n_subsets=len(scored),
         n_subsets_left_out=left_out,
         accuracy=mean,
-        # The limits cannot leave [0, 1] but by rounding: √Σx² ≤ Σx.
-        accuracy_ci95=(max(0.0, mean - float(low)), min(1.0, mean + float(high))),
+        accuracy_ci95=square_and_add([metrics.accuracy_ci95 for metrics in scored]),
         accuracy_ties_half=mean_of("accuracy_ties_half"),
         mean_margin=mean_of("mean_margin"),
         log_loss=mean_of("log_loss"),
+        accuracy_ci95_by_prompt=(
+            square_and_add([metrics.interval for metrics in scored])
+            if any(metrics.accuracy_ci95_by_prompt for metrics in scored)
+            else None
+        ),
     )
 
 
-def summarize(chosen: ArrayLike, rejected: ArrayLike, subsets: Sequence[str] | None = None) -> Summary:
-    """`PairMetrics` of all pairs, of each subset in alphabetical order, and the mean over subsets.
+def subset_metrics(
+    margin: Floats,
+    subsets: Categories,
+    prompts: Ints | None = None,
+    *,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+) -> dict[str, PairMetrics]:
+    """`margin_metrics` of each subset that has a pair, in the order of `subsets.names`.
 
-    Args:
-        chosen: Scores of the chosen candidates, `[pairs]`.
-        rejected: Scores of the rejected candidates, `[pairs]`.
-        subsets: The subset of each pair, `[pairs]`; None for data without subsets.
-
-    Raises:
-        ValueError: The three are not of one length.
-
-    >>> summary = summarize([2, 1, 0], [1, 0, 1], ["chat", "code", "code"])
-    >>> {name: metrics.accuracy for name, metrics in summary.subsets.items()}, summary.macro.accuracy
-    ({'chat': 1.0, 'code': 0.5}, 0.75)
+    >>> by_subset = subset_metrics(np.array([1.0, 2.0, -1.0]), Categories.from_values(["b", "a", "b"]))
+    >>> {name: metrics.accuracy for name, metrics in by_subset.items()}
+    {'a': 1.0, 'b': 0.5}
     """
-    overall = pair_metrics(chosen, rejected)
-    if subsets is None:
-        return Summary(overall=overall, macro=None, subsets={})
-    if len(subsets) != overall.n_pairs:
-        raise ValueError(f"{len(subsets)} subset names for {overall.n_pairs} pairs")
-    chosen_scores, rejected_scores = np.asarray(chosen), np.asarray(rejected)
-    by_subset = {
-        name: pair_metrics(chosen_scores[rows], rejected_scores[rows])
-        for name, rows in rows_by_subset(subsets).items()
+    return {
+        name: margin_metrics(
+            margin[rows], None if prompts is None else prompts[rows], samples=samples, seed=seed
+        )
+        for name, rows in subsets.rows().items()
     }
-    return Summary(overall=overall, macro=macro_metrics(by_subset), subsets=by_subset)
-
-
-def rows_by_subset(subsets: Sequence[str]) -> dict[str, NDArray[np.intp]]:
-    """Row numbers of each subset, subsets in alphabetical order.
-
-    >>> rows_by_subset(["b", "a", "b"])
-    {'a': array([1]), 'b': array([0, 2])}
-    """
-    if not len(subsets):
-        return {}
-    names, codes = np.unique(np.asarray(subsets, dtype=object), return_inverse=True)
-    order = np.argsort(codes, kind="stable")
-    groups = np.split(order, np.cumsum(np.bincount(codes))[:-1])
-    return dict(zip(names.tolist(), groups, strict=True))

@@ -9,13 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy import stats
 
-from polar_ft.evaluation.metrics import (
+from polar_ft.evaluation.pairs import Categories, margins
+from polar_ft.evaluation.statistics.accuracy import (
+    interval_by_prompt,
     macro_metrics,
-    pair_metrics,
-    rows_by_subset,
-    summarize,
+    margin_metrics,
+    subset_metrics,
     wilson_interval,
 )
+
+
+def pair_metrics(chosen, rejected, prompts=None):
+    return margin_metrics(margins(chosen, rejected), prompts)
+
 
 # Few distinct values, so that ties are common, and every kind that is not finite.
 scores = st.one_of(
@@ -88,12 +94,6 @@ def test_scores_that_differ_by_one_ulp_are_no_tie():
     assert (metrics.n_correct, metrics.n_ties) == (1, 0)
 
 
-@pytest.mark.parametrize(("chosen", "rejected"), [([1.0], [1.0, 2.0]), ([[1.0]], [[2.0]])])
-def test_shapes_that_do_not_fit(chosen, rejected):
-    with pytest.raises(ValueError, match="one shape"):
-        pair_metrics(chosen, rejected)
-
-
 @given(scored_pairs())
 def test_label_swap_gives_one_minus_accuracy_minus_ties(pairs):
     chosen, rejected = pairs
@@ -110,16 +110,22 @@ def test_label_swap_gives_one_minus_accuracy_minus_ties(pairs):
 
 
 @given(scored_pairs(min_pairs=1), st.randoms(use_true_random=False))
-def test_order_of_the_pairs_changes_nothing(pairs, random):
-    chosen, rejected = pairs
-    subsets = [random.choice("abc") for _ in chosen]
-    order = list(range(len(chosen)))
+def test_order_of_the_pairs_and_names_of_the_prompts_change_nothing(pairs, random):
+    margin = margins(*pairs)
+    subsets = [random.choice("abc") for _ in margin]
+    prompts = np.array([random.randrange(8) for _ in margin])
+    order = list(range(len(margin)))
     random.shuffle(order)
-    before = summarize(chosen, rejected, subsets)
-    after = summarize(chosen[order], rejected[order], [subsets[i] for i in order])
-    assert before.subsets.keys() == after.subsets.keys()
-    for one, other in [(before.overall, after.overall), (before.macro, after.macro)] + [
-        (before.subsets[name], after.subsets[name]) for name in before.subsets
+    other_names = np.array(random.sample(range(100), 8))
+    before = subset_metrics(margin, Categories.from_values(subsets), prompts)
+    after = subset_metrics(
+        margin[order], Categories.from_values([subsets[i] for i in order]), other_names[prompts[order]]
+    )
+    assert list(before) == list(after)
+    for one, other in [
+        *((before[name], after[name]) for name in before),
+        (macro_metrics(before), macro_metrics(after)),
+        (margin_metrics(margin, prompts), margin_metrics(margin[order], other_names[prompts[order]])),
     ]:
         for figure, value in one.model_dump().items():
             # Sums of floats depend on their order in the last digits.
@@ -147,14 +153,55 @@ def test_pairs_are_of_exactly_one_kind(pairs):
     assert metrics.n_scored + metrics.n_nonfinite == metrics.n_pairs
 
 
+@given(scored_pairs(min_pairs=1), st.integers(2, 4), st.randoms(use_true_random=False))
+def test_pairs_copied_within_their_prompts_change_no_figure_by_prompt(pairs, times, random):
+    margin = margins(*pairs)
+    prompts = np.array([random.randrange(6) for _ in margin])
+    once = margin_metrics(margin, prompts)
+    more = margin_metrics(np.repeat(margin, times), np.repeat(prompts, times))
+    assert more.n_prompts == once.n_prompts
+    if once.accuracy_ci95_by_prompt is not None:
+        assert more.accuracy_ci95_by_prompt == pytest.approx(once.accuracy_ci95_by_prompt)
+    assert (more.accuracy_ci95_by_prompt is None) == (once.n_scored == 0)
+
+
+def test_by_prompt_only_where_prompts_have_several_pairs():
+    margin = np.array([1.0, -1.0, 2.0, np.nan])
+    assert margin_metrics(margin).n_prompts is None
+    # Prompt 0 has two pairs, but one of them is not scored.
+    alone = margin_metrics(margin, np.array([0, 1, 2, 0]))
+    assert (alone.n_prompts, alone.accuracy_ci95_by_prompt) == (3, None)
+    assert alone.interval == alone.accuracy_ci95
+    shared = margin_metrics(margin, np.array([0, 0, 2, 0]))
+    assert shared.n_prompts == 2
+    assert shared.interval == shared.accuracy_ci95_by_prompt != shared.accuracy_ci95
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_prompts_that_all_agree_are_as_many_trials(share):
+    credit = np.tile([share >= 0.5, share == 1.0], 10)  # ten prompts of two pairs
+    n_prompts, interval = interval_by_prompt(credit, np.repeat(np.arange(10), 2))
+    assert n_prompts == 10
+    assert interval == wilson_interval(10 * share, 10)
+
+
+def test_one_prompt_is_one_trial():
+    # Three of four pairs of the only prompt.
+    assert interval_by_prompt([1, 1, 1, 0], np.zeros(4, int)) == (1, wilson_interval(0.75, 1))
+
+
+def test_prompts_of_another_length():
+    with pytest.raises(ValueError, match="2 prompts for 1 pairs"):
+        margin_metrics(np.ones(1), np.zeros(2, int))
+
+
 def test_macro_by_hand():
     #  a: 2 of 2, b: 1 of 4, c: nothing finite
-    chosen = [1, 1, 1, 0, 0, 0, math.nan]
-    rejected = [0, 0, 0, 1, 1, 1, 0]
-    summary = summarize(chosen, rejected, ["a", "a", "b", "b", "b", "b", "c"])
-    assert summary.overall.accuracy == 3 / 6
-    assert list(summary.subsets) == ["a", "b", "c"]
-    macro = summary.macro
+    margin = np.array([1, 1, 1, -1, -1, -1, math.nan])
+    subsets = subset_metrics(margin, Categories.from_values(list("aabbbbc")))
+    assert list(subsets) == ["a", "b", "c"]
+    assert [subset.n_pairs for subset in subsets.values()] == [2, 4, 1]
+    macro = macro_metrics(subsets)
     assert macro.accuracy == (1 + 1 / 4) / 2
     assert (macro.n_subsets, macro.n_subsets_left_out) == (2, 1)
     # Square-and-add of the two Wilson intervals around 1 and 1/4.
@@ -162,11 +209,30 @@ def test_macro_by_hand():
     low = 0.625 - math.hypot(1 - low_a, 0.25 - low_b) / 2
     high = 0.625 + math.hypot(high_a - 1, high_b - 0.25) / 2
     assert macro.accuracy_ci95 == pytest.approx((low, high))
+    assert macro.accuracy_ci95_by_prompt is None
+    assert macro.interval == macro.accuracy_ci95
     assert macro.mean_margin == pytest.approx((1 - 0.5) / 2)
 
 
+def test_macro_by_prompt_takes_each_subsets_own_interval():
+    # a: two prompts of two pairs; b: a prompt a pair, for which Wilson's interval stands.
+    margin, prompts = np.array([1, 1, 1, -1, 1, -1, -1.0]), np.array([0, 0, 1, 1, 2, 3, 4])
+    subsets = subset_metrics(margin, Categories.from_values(list("aaaabbb")), prompts)
+    low_a, high_a = subsets["a"].accuracy_ci95_by_prompt
+    low_b, high_b = wilson_interval(1, 3)
+    mean = (3 / 4 + 1 / 3) / 2
+    low = mean - math.hypot(3 / 4 - low_a, 1 / 3 - low_b) / 2
+    high = mean + math.hypot(high_a - 3 / 4, high_b - 1 / 3) / 2
+    assert macro_metrics(subsets).interval == pytest.approx((low, high))
+
+
+def test_macro_without_a_scored_subset():
+    macro = macro_metrics(subset_metrics(np.array([np.nan]), Categories.from_values(["a"])))
+    assert (macro.n_subsets, macro.n_subsets_left_out, macro.accuracy, macro.interval) == (0, 1, None, None)
+
+
 def test_macro_of_one_subset_is_that_subset():
-    metrics = pair_metrics([1, 1, 0, 1], [0, 0, 1, 1])
+    metrics = margin_metrics(np.array([1.0, 1.0, -1.0, 0.0]))
     macro = macro_metrics({"only": metrics})
     assert macro.accuracy_ci95 == pytest.approx(metrics.accuracy_ci95)
     for figure in ("accuracy", "accuracy_ties_half", "mean_margin", "log_loss"):
@@ -181,23 +247,7 @@ def test_macro_interval_covers_95_percent():
     for _ in range(4000):
         subsets = {}
         for name, n, p in zip("abc", sizes, truth, strict=True):
-            right = rng.random(n) < p
-            subsets[name] = pair_metrics(right, ~right)
+            subsets[name] = margin_metrics(np.where(rng.random(n) < p, 1.0, -1.0))
         low, high = macro_metrics(subsets).accuracy_ci95
         covered += low <= np.mean(truth) <= high
     assert 0.93 <= covered / 4000 <= 0.97
-
-
-def test_summary_without_subsets():
-    summary = summarize([1.0], [0.0])
-    assert summary.macro is None
-    assert summary.subsets == {}
-
-
-def test_subset_names_of_another_length():
-    with pytest.raises(ValueError, match="2 subset names for 1 pairs"):
-        summarize([1.0], [0.0], ["a", "b"])
-
-
-def test_no_rows_no_subsets():
-    assert rows_by_subset([]) == {}
