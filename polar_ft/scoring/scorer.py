@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,13 @@ from polar_ft.errors import PolarError
 from polar_ft.model.attention import Backend
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 from polar_ft.model.weights import load_backbone
-from polar_ft.template import Encoded, PolarTemplate
+from polar_ft.reward_scale import RewardScale
+from polar_ft.scoring.rows import groups_of, parse_score_rows, windows
+from polar_ft.template import Encoded, PolarTemplate, resolve_folder
+
+# Batches that `RewardScorer.score` looks at together, to find what belongs together and is of like length.
+_BATCHES_AT_ONCE = 16
+_CHARS_PER_TOKEN = 4
 
 
 class RewardScorer:
@@ -27,6 +34,7 @@ class RewardScorer:
         tokens_per_batch: Tokens that one forward computes at most; a group longer than that is cut into
             several forwards. Does not change the rewards.
         attention: Attention backend.
+        folder: Where the model is; its reward scale is read from there.
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class RewardScorer:
         *,
         tokens_per_batch: int = 16384,
         attention: Backend | Literal["auto"] = "auto",
+        folder: Path | None = None,
     ) -> None:
         use_packed_attention(decoder)
         self.decoder = decoder.eval()
@@ -44,6 +53,7 @@ class RewardScorer:
         self.template = template
         self.tokens_per_batch = tokens_per_batch
         self.attention: Backend | Literal["auto"] = attention
+        self.folder = folder
 
     @classmethod
     def from_pretrained(
@@ -67,9 +77,14 @@ class RewardScorer:
             **template_settings: Of `PolarTemplate.from_pretrained`; by default what the folder says.
 
         Raises:
-            PolarError: No such folder, or no reward head in it.
+            PolarError: No such folder, no reward head in it, or no such device.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        folder = resolve_folder(folder)
+        try:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+            raise PolarError(f"device {device}: {str(error).splitlines()[0]}") from error
         if dtype == "auto" and device.type == "cpu":
             dtype = torch.float32
         template = PolarTemplate.from_pretrained(folder, **template_settings)
@@ -88,6 +103,7 @@ class RewardScorer:
             template,
             tokens_per_batch=tokens_per_batch,
             attention=attention,
+            folder=folder,
         )
 
     @property
@@ -99,6 +115,47 @@ class RewardScorer:
     def dtype(self) -> torch.dtype:
         """In which dtype the decoder computes; the head always computes in float32."""
         return self.decoder.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.decoder.config.vocab_size
+
+    def score(
+        self, data: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, scale: bool = False
+    ) -> list[float]:
+        """A reward for each row, in their order; rows of one (prompt, reference) share its computation.
+
+        Args:
+            data: Dicts as in the published quick start, or one: ``prompt``, ``reference`` and ``output``,
+                each a string or a list of messages, and perhaps ``wrapper``. Any iterable: few rows are held
+                at a time.
+            scale: Apply the reward scale that ``polar-ft calibrate`` wrote beside the model.
+
+        Raises:
+            PolarError: A row cannot be scored, or there is no scale.
+        """
+        measured = self.reward_scale() if scale else None
+        rows = parse_score_rows([data] if isinstance(data, Mapping) else data)
+        rewards: list[float] = []
+        for window in windows(rows, _BATCHES_AT_ONCE * _CHARS_PER_TOKEN * self.tokens_per_batch):
+            fields, members = groups_of(window)
+            scored = self.score_encoded(self.template.encode_batch(fields))
+            placed = dict.fromkeys(range(len(window)), 0.0)
+            for indices, values in zip(members, scored, strict=True):
+                placed.update(zip(indices, values, strict=True))
+            rewards += placed.values()
+        return rewards if measured is None else measured.apply(rewards)
+
+    def reward_scale(self) -> RewardScale:
+        """What ``polar-ft calibrate`` measured.
+
+        Raises:
+            PolarError: It has not been run for this model.
+        """
+        if self.folder is None:
+            raise PolarError("this model was not read from a folder, so no reward scale lies beside it")
+        return RewardScale.load(self.folder)
 
     def score_examples(
         self, examples: Sequence[Example], on_scored: Callable[[int], None] | None = None
@@ -119,46 +176,61 @@ class RewardScorer:
     ) -> list[list[float]]:
         """A reward for each sequence of each `Encoded`, in their order."""
         rewards: list[list[float]] = [[] for _ in encoded]
-        for batch in self._batches(encoded):
-            pack = build_pack([group for _, group in batch]).to(self.device)
-            with torch.inference_mode():
-                scores = packed_rewards(self.decoder, self.head, pack, backend=self.attention)
-            values = iter(scores.tolist())
-            for index, group in batch:
-                rewards[index] += [next(values) for _ in group.branches]
+        for batch in forward_batches(encoded, self.tokens_per_batch):
+            values = self.score_groups([group for _, group in batch])
+            for (index, _), group_rewards in zip(batch, values, strict=True):
+                rewards[index] += group_rewards
             if on_scored is not None:
                 done = sum(len(rewards[i]) == len(encoded[i].sequences) for i in {i for i, _ in batch})
                 on_scored(done)
         return rewards
 
-    def _batches(self, encoded: Sequence[Encoded]) -> Iterable[list[tuple[int, Group]]]:
-        """Groups of about the same length together, at most ``tokens_per_batch`` a batch where possible.
+    def score_groups(self, groups: Sequence[Group]) -> list[list[float]]:
+        """A reward for each branch of each group, all in one forward, whatever their number."""
+        pack = build_pack(groups).to(self.device)
+        with torch.inference_mode():
+            scores = packed_rewards(self.decoder, self.head, pack, backend=self.attention)
+        values = iter(scores.tolist())
+        return [[next(values) for _ in group.branches] for group in groups]
 
-        Pieces of one example come in the order of its candidates.
-        """
-        pieces = [(index, piece) for index, item in enumerate(encoded) for piece in self._pieces(item)]
-        pieces.sort(key=lambda piece: -len(encoded[piece[0]].sequences[0]))
-        batch: list[tuple[int, Group]] = []
-        tokens = 0
-        for index, group in pieces:
-            size = group.tree_tokens()
-            if batch and tokens + size > self.tokens_per_batch:
-                yield batch
-                batch, tokens = [], 0
-            batch.append((index, group))
-            tokens += size
-        if batch:
+
+def forward_batches(encoded: Sequence[Encoded], tokens_per_batch: int) -> Iterable[list[tuple[int, Group]]]:
+    """What each forward computes: groups of like length, at most ``tokens_per_batch`` tokens where possible.
+
+    Args:
+        encoded: What to score.
+        tokens_per_batch: Tokens of a batch. A group longer than that is cut into several.
+
+    Yields:
+        The groups of a batch, each with the index of its `Encoded`; pieces of one `Encoded` come in the order
+        of its sequences.
+    """
+    pieces = [
+        (index, piece) for index, item in enumerate(encoded) for piece in _pieces(item, tokens_per_batch)
+    ]
+    pieces.sort(key=lambda piece: -len(encoded[piece[0]].sequences[0]))
+    batch: list[tuple[int, Group]] = []
+    tokens = 0
+    for index, group in pieces:
+        size = group.tree_tokens()
+        if batch and tokens + size > tokens_per_batch:
             yield batch
+            batch, tokens = [], 0
+        batch.append((index, group))
+        tokens += size
+    if batch:
+        yield batch
 
-    def _pieces(self, encoded: Encoded) -> Iterable[Group]:
-        prefix = encoded.prefix_length
-        piece: list[list[int]] = []
-        tokens = prefix
-        for ids in encoded.sequences:
-            if piece and tokens + len(ids) - prefix > self.tokens_per_batch:
-                yield Group.of_sequences(piece, prefix)
-                piece, tokens = [], prefix
-            piece.append(ids)
-            tokens += len(ids) - prefix
-        if piece:
+
+def _pieces(encoded: Encoded, tokens_per_batch: int) -> Iterable[Group]:
+    prefix = encoded.prefix_length
+    piece: list[list[int]] = []
+    tokens = prefix
+    for ids in encoded.sequences:
+        if piece and tokens + len(ids) - prefix > tokens_per_batch:
             yield Group.of_sequences(piece, prefix)
+            piece, tokens = [], prefix
+        piece.append(ids)
+        tokens += len(ids) - prefix
+    if piece:
+        yield Group.of_sequences(piece, prefix)

@@ -1,0 +1,177 @@
+"""``polar-ft serve``."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from polar_ft.errors import PolarError
+
+if TYPE_CHECKING:
+    from polar_ft.scoring.scorer import RewardScorer
+
+KEY_VARIABLE = "POLAR_API_KEY"
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 30000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help=f"File with the API key that clients must send; or set {KEY_VARIABLE}."),
+    ] = None,
+    allow_unauthenticated: Annotated[
+        bool, typer.Option("--allow-unauthenticated", help="Listen beyond this machine without an API key.")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name for clients; default: its folder's.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if any.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="auto: what the folder has on a GPU, float32 on a CPU."),
+    ] = "auto",
+    batch_tokens: Annotated[
+        int,
+        typer.Option(min=1, help="Tokens in one forward pass; fewer keep short requests from waiting."),
+    ] = 16384,
+    max_length: Annotated[int | None, typer.Option(help="Limit of a whole sequence in tokens.")] = None,
+    max_response_length: Annotated[
+        int | None, typer.Option(help="Limit of the reference and of each candidate in tokens.")
+    ] = None,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; more get status 429.")] = 1024,
+    max_queue_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that may wait; more get status 429, or 413 in one request.")
+    ] = 2**22,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Size of a request's body.")] = 64,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds in which a request is answered, or 504.")
+    ] = 600,
+    pooling_format: Annotated[
+        Literal["vllm", "lmdeploy"], typer.Option(help="Shape of /pooling where a request does not tell.")
+    ] = "vllm",
+    allow_tokenizer_code: Annotated[
+        list[str] | None,
+        typer.Option(help="A tokenizer class of the folder whose code may be run; may be repeated."),
+    ] = None,
+) -> None:
+    """Serve a reward model over HTTP, with the formats of SGLang, vLLM and LMDeploy, and a page to try it."""
+    key = _api_key(api_key_file)
+    listening = _listen(host, port, protected=key is not None or allow_unauthenticated)
+    try:
+        import uvicorn
+
+        from polar_ft.serving.app import create_app
+        from polar_ft.serving.guard import Limits
+        from polar_ft.serving.telemetry import log_as_json, note
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
+            raise
+        raise PolarError(f"serving needs {error.name}: pip install 'polar-ft[train,serve]'") from error
+
+    settings = {
+        "tokens_per_batch": batch_tokens,
+        "max_length": max_length,
+        "max_response_length": max_response_length,
+        "allow_tokenizer_code": tuple(allow_tokenizer_code or ()),
+    }
+    scorer = _load(model, device, dtype, {key: value for key, value in settings.items() if value is not None})
+    # The first forward allocates and compiles; no client should wait for it.
+    scorer.score({"prompt": "warm", "reference": "up", "output": "."})
+
+    app = create_app(
+        scorer,
+        name=name or Path(model).resolve().name,
+        limits=Limits(int(max_body_mb * 2**20), max_requests, max_queue_tokens, timeout),
+        api_key=key,
+        loopback_only=_is_loopback(listening.getsockname()[0]) and key is None and not allow_unauthenticated,
+        pooling_format=pooling_format,
+    )
+    log_as_json()
+    address = _address(listening)
+    typer.echo(f"serving {model} at {address} (a page to try it; Ctrl-C ends it)")
+    note("ready", address=address, device=str(scorer.device), dtype=str(scorer.dtype).removeprefix("torch."))
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,  # longer than clients keep idle connections, who else would meet a closed one
+        timeout_graceful_shutdown=int(timeout) + 1,
+    )
+    # uvicorn raises the signal again once it has answered everything: that is a normal end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _api_key(file: Path | None) -> str | None:
+    """The key of the file, else of the environment; never of the command line, which others can see."""
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE)
+        source = f"the environment variable {KEY_VARIABLE}"
+        if key is None:
+            return None
+    else:
+        source = f"--api-key-file {file}"
+        try:
+            key = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolarError(f"{source}: cannot be read ({error})") from error
+    key = key.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise PolarError(f"{source}: a key is one word of printable ASCII characters")
+    return key
+
+
+def _listen(host: str, port: int, *, protected: bool) -> socket.socket:
+    """A listening socket, before minutes are spent on loading the model."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        if not protected and not _is_loopback(str(address[0])):
+            raise PolarError(
+                f"--host {host}: others than this machine could reach the server, and no API key is set; "
+                f"give --api-key-file FILE, set {KEY_VARIABLE}, or say --allow-unauthenticated"
+            )
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        raise PolarError(
+            f"--host {host} --port {port}: {error.strerror or error}; name another one, or --port 0 for any "
+            f"free port"
+        ) from error
+    return listening
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _load(model: str, device: str | None, dtype: str, settings: dict) -> RewardScorer:
+    import torch
+
+    from polar_ft.scoring.scorer import RewardScorer
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise PolarError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return RewardScorer.from_pretrained(
+        model, device=device, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **settings
+    )

@@ -1,0 +1,137 @@
+"""From the body of a request to candidates: texts by the template, spelled-out texts, and token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from polar_ft.errors import PolarError
+from polar_ft.serving.batching import Candidate
+from polar_ft.template import Cut, Fields, PolarTemplate
+
+
+class InputError(PolarError):
+    """A request that cannot be scored as it is; the message is for the client."""
+
+
+class InputReader:
+    """Makes candidates of what clients send.
+
+    Args:
+        template: The model's.
+        vocab_size: Rows of the model's embeddings; ids are below it.
+    """
+
+    def __init__(self, template: PolarTemplate, vocab_size: int) -> None:
+        self.template = template
+        self.vocab_size = vocab_size
+        # Takes the two sides of a spelled-out text as they are: with an empty prompt and the wrapper that
+        # adds nothing they are "reference" and "candidate". What it would have to cut is refused.
+        self._sides = PolarTemplate(
+            template.tokenizer_json,
+            separator=template.separator,
+            reward_token=template.reward_token,
+            max_length=3 * template.max_length,
+            max_response_length=template.max_length,
+            name=template.name,
+        )
+
+    def from_fields(self, fields: Sequence[Fields]) -> tuple[list[list[Candidate]], list[Cut]]:
+        """Candidates of each (prompt, reference), and what was cut off.
+
+        Raises:
+            PolarError: A reference leaves no room for the prompt.
+        """
+        parts = self.template.encode_parts(fields)
+        return [[Candidate(part.head, tail) for tail in part.tails] for part in parts], [p.cut for p in parts]
+
+    def from_texts(self, texts: Sequence[str]) -> list[Candidate]:
+        """Candidates of texts in which the published client has spelled the control tokens out; see `split`.
+
+        Raises:
+            InputError: Not such a text, or longer than the model's limit.
+        """
+        sides = [self.split(text, index) for index, text in enumerate(texts)]
+        parts = self._sides.encode_parts([("", left, [right], "pretrain") for left, right in sides])
+        candidates = []
+        for index, part in enumerate(parts):
+            tokens = len(part.head) + len(part.tails[0]) + part.cut.reference + sum(part.cut.candidates)
+            self._check_length(tokens, f"text {index}")
+            candidates.append(Candidate(part.head, part.tails[0]))
+        return candidates
+
+    def from_ids(self, sequences: Sequence[Sequence[int]]) -> list[Candidate]:
+        """Candidates of token ids that a client has encoded.
+
+        Raises:
+            InputError: No ids, ids that the vocabulary does not have, too many, or another id than the reward
+                token's at the end.
+        """
+        return [self._from_ids(ids, f"input {index}") for index, ids in enumerate(sequences)]
+
+    def split(self, text: str, index: int = 0) -> tuple[str, str]:
+        """What stands before and after the separator of a spelled-out text.
+
+        Control tokens are read in two places only, where the published client puts them: the reward token at
+        the very end, and the first separator. Whatever else spells one is text. So a candidate, which comes
+        from a policy, cannot move the separator; and where prompt or reference spell one, so that the first
+        is not the real one, the two sides do not begin with the same prompt, and the text is refused.
+
+        Raises:
+            InputError: The text has no reward token or separator in its place.
+        """
+        separator, reward = self.template.separator, self.template.reward_token
+        if not text.endswith(reward):
+            raise InputError(
+                f"text {index} does not end with {reward!r}, whose reward is asked for: send what "
+                f"RewardModelClient.encode gives, or texts to /v1/rewards"
+            )
+        left, found, right = text[: -len(reward)].partition(separator)
+        if not found:
+            raise InputError(
+                f"text {index} has no {separator!r} between reference and candidate: send what "
+                f"RewardModelClient.encode gives, or texts to /v1/rewards"
+            )
+        if separator in right and not _begin_with_the_same_line(left, right):
+            raise InputError(
+                f"text {index} spells {separator!r} more than once, and which one is meant cannot be told: "
+                f"send token ids, or texts to /v1/rewards"
+            )
+        return left, right
+
+    def _from_ids(self, ids: Sequence[int], name: str) -> Candidate:
+        self._check_length(len(ids), name)
+        if not ids:
+            raise InputError(f"{name} has no token ids")
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise InputError(f"{name} holds the id {wrong}; the vocabulary has 0 to {self.vocab_size - 1}")
+        if ids[-1] != self.template.reward_token_id:
+            raise InputError(
+                f"{name} ends with id {ids[-1]}, not with {self.template.reward_token_id} "
+                f"({self.template.reward_token!r}), whose reward is asked for"
+            )
+        array = np.array(ids, dtype=np.int32)
+        (separators,) = np.nonzero(array[:-1] == self.template.separator_id)
+        cut = int(separators[0]) + 1 if len(separators) else 0
+        return Candidate(array[:cut], array[cut:])
+
+    def _check_length(self, tokens: int, name: str) -> None:
+        if tokens > self.template.max_length:
+            raise InputError(
+                f"{name} has {tokens} tokens, more than the model's limit of {self.template.max_length}: cut "
+                f"it with RewardModelClient or send texts to /v1/rewards, which cut as training does"
+            )
+
+
+def _begin_with_the_same_line(left: str, right: str) -> bool:
+    """Whether both sides begin with a prompt and the ⏎ after it.
+
+    >>> _begin_with_the_same_line("2 + 2?\\n4", "2 + 2?\\nfour <|reward|>")
+    True
+    >>> _begin_with_the_same_line("Is ", " a token?\\nYes<|reward|>Is <|reward|> a token?\\nNo")
+    False
+    """
+    line, end, _ = left.partition("\n")
+    return bool(end) and right.startswith(f"{line}\n")

@@ -1,0 +1,100 @@
+"""What the server tells its operator: JSON logs and Prometheus metrics. No text of a user is in either."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from polar_ft.serving.batching import BatchInfo
+
+log = logging.getLogger("polar_ft.serving")
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKENS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own.
+
+    Args:
+        waiting_tokens: Gives the tokens in the queue.
+        in_flight: Gives the requests that are being read or answered.
+    """
+
+    def __init__(self, waiting_tokens: Callable[[], int], in_flight: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        make: dict[str, Any] = {"registry": self.registry, "namespace": "polar_ft"}
+        self.requests = Counter(
+            "requests", "Requests answered; 499: the client went away.", ["route", "status"], **make
+        )
+        self.seconds = Histogram(
+            "request_seconds",
+            "From the first byte of a request to its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            **make,
+        )
+        self.candidates = Counter("candidates", "Candidates scored.", **make)
+        self.tokens = Counter("computed_tokens", "Tokens computed; what sequences share counts once.", **make)
+        self.sequence_tokens = Counter("sequence_tokens", "Tokens of all sequences, shared or not.", **make)
+        self.batch_tokens = Histogram(
+            "batch_tokens", "Tokens computed in a forward.", buckets=_TOKENS, **make
+        )
+        self.batch_requests = Histogram("batch_requests", "Requests in a forward.", buckets=_COUNTS, **make)
+        self.batch_seconds = Histogram("batch_seconds", "Seconds of a forward.", buckets=_SECONDS, **make)
+        Gauge("queue_tokens", "Tokens of requests not answered yet.", **make).set_function(waiting_tokens)
+        Gauge("requests_in_flight", "Requests being read or answered.", **make).set_function(in_flight)
+
+    def note_batch(self, info: BatchInfo) -> None:
+        """Counts a forward."""
+        self.candidates.inc(info.candidates)
+        self.tokens.inc(info.tokens)
+        self.sequence_tokens.inc(info.sequence_tokens)
+        self.batch_tokens.observe(info.tokens)
+        self.batch_requests.observe(info.jobs)
+        self.batch_seconds.observe(info.seconds)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, event, and the fields that come with it.
+
+    Of an exception its type and where it was raised, not its message, which may hold what a user sent.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
+        line.update(getattr(record, "fields", {}))
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            line["error"] = type(error).__name__
+            line["at"] = [
+                f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+                for frame in traceback.extract_tb(error.__traceback__)[-8:]
+            ]
+        return json.dumps(line, ensure_ascii=False)
+
+
+def log_as_json() -> None:
+    """Sends all logs to stderr as JSON: what this server and uvicorn do, and warnings of others."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+    for name in ("polar_ft", "uvicorn"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def note(event: str, **fields: Any) -> None:
+    """Logs an event with its fields."""
+    log.info(event, extra={"fields": fields})

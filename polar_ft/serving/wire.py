@@ -1,0 +1,271 @@
+"""What goes over the wire: the server's own format and those of SGLang, vLLM and LMDeploy."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
+
+from polar_ft.data.records import PlainText, Text, Wrapper, text_of
+from polar_ft.template import Cut, Fields
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Engine(BaseModel):
+    # What engines know beside (model, user, priority, …) is let through, as they do.
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+# ---- the server's own: POST /v1/rewards
+
+
+class RewardInput(_Strict):
+    """Candidates of one (prompt, reference), as texts; the server applies the template."""
+
+    prompt: Text
+    reference: Text = Field(description="May be empty.")
+    candidates: list[Text] = Field(min_length=1)
+    wrapper: Wrapper = Field(
+        default="sft", description='How prompt and response are joined: "sft" with a line break.'
+    )
+
+    def fields(self) -> Fields:
+        """As the template takes them."""
+        return (
+            text_of(self.prompt),
+            text_of(self.reference),
+            [text_of(candidate) for candidate in self.candidates],
+            self.wrapper,
+        )
+
+
+class _Asked(_Strict):
+    model: PlainText | None = Field(default=None, description="Not looked at: there is one model.")
+    scale: bool = Field(
+        default=False, description="Give (reward - centre) / spread, as polar-ft calibrate measured them."
+    )
+
+
+class RewardRequest(RewardInput, _Asked):
+    """One (prompt, reference)."""
+
+
+class RewardsRequest(_Asked):
+    """Several (prompt, reference)."""
+
+    inputs: list[RewardInput] = Field(min_length=1)
+
+
+def _rewards_form(value: Any) -> str:
+    several = "inputs" in value if isinstance(value, dict) else isinstance(value, RewardsRequest)
+    return "several" if several else "one"
+
+
+AnyRewardRequest = Annotated[
+    Annotated[RewardRequest, Tag("one")] | Annotated[RewardsRequest, Tag("several")],
+    Discriminator(_rewards_form),
+]
+
+
+class CutTokens(BaseModel):
+    """Tokens that were cut off each field, as training cuts them; 0 where it is whole."""
+
+    prompt: int
+    reference: int
+    candidates: list[int]
+
+    @classmethod
+    def of(cls, cut: Cut) -> CutTokens:
+        """The same for the wire."""
+        return cls(prompt=cut.prompt, reference=cut.reference, candidates=list(cut.candidates))
+
+
+class Usage(BaseModel):
+    """Tokens of all sequences; what they share is computed once, and counted each time."""
+
+    tokens: int
+
+
+class RewardResponse(BaseModel):
+    """Rewards in the order of the candidates."""
+
+    model: str
+    rewards: list[float]
+    cut: CutTokens
+    usage: Usage
+
+
+class RewardsResponse(BaseModel):
+    """Rewards in the order of the inputs and of their candidates."""
+
+    model: str
+    rewards: list[list[float]]
+    cut: list[CutTokens]
+    usage: Usage
+
+
+# ---- the engines
+
+
+def _input_form(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "text"
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, str):
+        return "texts"
+    if isinstance(first, list):
+        return "ids of several"
+    return "ids" if isinstance(first, int) else None
+
+
+_TextArm = Annotated[PlainText, Tag("text")]
+_TextsArm = Annotated[list[PlainText], Tag("texts")]
+_IdsArm = Annotated[list[StrictInt], Tag("ids")]
+_SeveralArm = Annotated[list[list[StrictInt]], Tag("ids of several")]
+
+
+def _form(must_be: str) -> Discriminator:
+    """Which arm a value is for, told by its first element: one error, of that arm alone."""
+    return Discriminator(
+        _input_form, custom_error_type="input_form", custom_error_message=f"must be {must_be}"
+    )
+
+
+class ClassifyRequest(_Engine):
+    """SGLang's: either ``text`` or ``input_ids``."""
+
+    text: Annotated[_TextArm | _TextsArm, _form("a text or a list of texts")] | None = None
+    input_ids: Annotated[_IdsArm | _SeveralArm, _form("token ids or a list of those")] | None = None
+
+    @model_validator(mode="after")
+    def _has_one(self) -> ClassifyRequest:
+        if (self.text is None) == (self.input_ids is None):
+            raise ValueError('must have either "text" or "input_ids"')
+        return self
+
+    @property
+    def input(self) -> Any:
+        """What to score, in one of the four forms."""
+        return self.text if self.text is not None else self.input_ids
+
+
+class ClassifyMeta(BaseModel):
+    """What SGLang says of a sequence."""
+
+    prompt_tokens: int
+
+
+class ClassifyResult(BaseModel):
+    """One reward as SGLang gives it."""
+
+    embedding: list[float]
+    meta_info: ClassifyMeta
+
+
+class PoolingRequest(_Engine):
+    """vLLM's and LMDeploy's."""
+
+    input: Annotated[
+        _TextArm | _TextsArm | _IdsArm | _SeveralArm,
+        _form("a text, a list of texts, token ids or a list of those"),
+    ]
+    use_activation: bool | None = Field(
+        default=None,
+        description="Of vLLM: true gives sigmoid(reward). Left out or false, the reward itself.",
+    )
+    encoding_format: Literal["float"] = "float"
+    truncate_prompt_tokens: None = Field(default=None, description="Not supported: nothing is cut here.")
+
+
+class PoolingUsage(BaseModel):
+    """As vLLM counts."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class VllmPooling(BaseModel):
+    """One input: a row for each token that was pooled, here the last one alone."""
+
+    index: int
+    object: Literal["pooling"] = "pooling"
+    data: list[list[float]]
+
+
+class LmdeployPooling(BaseModel):
+    """One input: the reward."""
+
+    index: int
+    object: Literal["pooling"] = "pooling"
+    data: float
+
+
+class PoolingResponse(BaseModel):
+    """What both engines answer, but for ``data[i].data``."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[VllmPooling] | list[LmdeployPooling]
+    usage: PoolingUsage
+
+
+# ---- all
+
+
+class ModelCard(BaseModel):
+    """The model that is served.
+
+    Attributes:
+        root: Where the model was read from, as vLLM and SGLang give it; None of a model that was made here.
+        version: Of polar_ft.
+        max_model_len: Limit of a whole sequence in tokens.
+        max_response_length: To which texts sent to /v1/rewards are cut.
+        template: Fingerprint of tokenizer, control tokens and limits.
+        has_scale: Whether polar-ft calibrate has been run for it.
+    """
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["polar_ft"] = "polar_ft"
+    root: str | None = None
+    version: str
+    max_model_len: int
+    max_response_length: int
+    vocab_size: int
+    dtype: str
+    device: str
+    template: str
+    has_scale: bool
+
+
+class ModelList(BaseModel):
+    """As OpenAI's and vLLM's."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Status(BaseModel):
+    """Of /health and /ready."""
+
+    status: str
+
+
+class ErrorBody(BaseModel):
+    """What is wrong and what to do."""
+
+    message: str
+    type: str
+    code: int
+
+
+class ErrorResponse(BaseModel):
+    """Every answer but those of status 200."""
+
+    error: ErrorBody
