@@ -1,0 +1,1 @@
+"""`polar-ft score`: the rewards of a data set of any size."""

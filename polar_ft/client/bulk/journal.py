@@ -1,0 +1,198 @@
+"""The journal of a scoring run: rewards as they come, so that a killed run goes on where it was.
+
+A file of JSON lines beside the output. The first says what the run is, each further one holds the rewards of
+some rows::
+
+    {"version": 1, "rows": 5000, "data": "9f2c…", "template": "03ab…", "scale": false, "known": [-0.5, …]}
+    {"rewards": [[17, [-0.5, -11.0]], [18, [-3.25, -4.0]]], "cut": 0}
+
+Rows come in any order, but never far from it: what is under way at a time is bounded. So neither going on nor
+putting the rewards in order needs more memory for more rows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from polar_ft.errors import PolarError
+
+Rewards = Sequence[tuple[int, Sequence[float]]]
+
+
+# The model's scores of the known inputs: never exactly the same, so whoever opens a journal compares them.
+NOT_COMPARED = "known"
+
+
+class DoneRows:
+    """Numbers of the rows that are scored; memory for those only that are ahead of a gap.
+
+    >>> done = DoneRows()
+    >>> for number in (0, 2, 1, 4):
+    ...     done.add(number)
+    >>> [number for number in range(6) if number not in done], len(done)
+    ([3, 5], 4)
+    """
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._ahead: set[int] = set()
+
+    def add(self, number: int) -> None:
+        """The row is scored."""
+        self._ahead.add(number)
+        while self._next in self._ahead:
+            self._ahead.remove(self._next)
+            self._next += 1
+
+    def __contains__(self, number: int) -> bool:
+        return number < self._next or number in self._ahead
+
+    def __len__(self) -> int:
+        return self._next + len(self._ahead)
+
+
+class Journal:
+    """An open journal; made by `open_journal`.
+
+    Attributes:
+        path: Where it is.
+        header: What the run is, as it was begun.
+        done: The rows that are in it.
+        n_cut: Rows of which something was cut.
+    """
+
+    def __init__(self, path: Path, stream: Any) -> None:
+        self.path = path
+        self.header: Mapping[str, Any] = {}
+        self.done = DoneRows()
+        self.n_cut = 0
+        self._stream = stream
+
+    def add(self, rewards: Rewards, n_cut: int = 0) -> None:
+        """Keeps the rewards of some rows.
+
+        Args:
+            rewards: For each row its number and the rewards of its candidates.
+            n_cut: Of how many of them something was cut.
+
+        Raises:
+            PolarError: The disk is full or fails.
+        """
+        self._write({"rewards": rewards, "cut": n_cut})
+        self._count(rewards, n_cut)
+
+    def in_order(self) -> Iterator[Sequence[float]]:
+        """The rewards of row 0, 1, 2, …, read from the file."""
+        waiting: dict[int, Sequence[float]] = {}
+        number = 0
+        with self.path.open("rb") as stream:
+            next(stream)
+            for line in stream:
+                waiting.update((n, rewards) for n, rewards in json.loads(line)["rewards"])
+                while number in waiting:
+                    yield waiting.pop(number)
+                    number += 1
+
+    def begin_or_resume(self, header: Mapping[str, Any]) -> None:
+        """Reads what an earlier run left, or begins.
+
+        Raises:
+            PolarError: The earlier run was another one.
+        """
+        self._stream.seek(0)
+        whole = 0
+        for line in self._stream:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if entry is None or not line.endswith(b"\n"):
+                break  # the run was killed while it wrote this
+            if whole == 0:
+                self._check(entry, header)
+                self.header = entry
+            else:
+                self._count(entry["rewards"], entry["cut"])
+            whole += len(line)
+        self._stream.seek(whole)
+        self._stream.truncate()
+        if whole == 0:
+            self._write(header)
+            self.header = header
+
+    def _check(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        different = [key for key in header if key != NOT_COMPARED and found.get(key) != header[key]]
+        if different:
+            raise another_run(self.path, " and another ".join(different))
+
+    def _count(self, rewards: Rewards, n_cut: int) -> None:
+        for number, _ in rewards:
+            self.done.add(number)
+        self.n_cut += n_cut
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        try:
+            self._stream.write(json.dumps(entry).encode() + b"\n")
+            # To the operating system: what is written here outlives the process.
+            self._stream.flush()
+        except OSError as error:
+            raise PolarError(
+                f"{self.path}: cannot be written ({error.strerror or error}); free some space and give the "
+                f"same command again, it goes on from here"
+            ) from error
+
+
+@contextmanager
+def open_journal(path: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[Journal]:
+    """The journal of a run, with what an earlier run left in it.
+
+    Args:
+        path: The file; its folder is made where it is missing.
+        header: What the run is: rewards of another one are not taken for its own.
+        restart: Throw away what is there.
+
+    Raises:
+        PolarError: Another process writes it, it is of another run, or it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+b")
+    except OSError as error:
+        reason = error.strerror or error
+        raise PolarError(f"{path}: cannot be written ({reason}); name another output") from error
+    with stream:
+        _lock(stream, path)
+        if restart:
+            stream.truncate(0)
+        journal = Journal(path, stream)
+        journal.begin_or_resume(header)
+        yield journal
+
+
+def _lock(stream: Any, path: Path) -> None:
+    with suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise PolarError(f"{path}: another run is writing it; wait for it, or stop it") from error
+
+
+def another_run(path: Path, what: str) -> PolarError:
+    """The journal is of a run that differs in something."""
+    return PolarError(
+        f"{path}: is of a run with another {what}; give --restart to score everything anew, or name another "
+        f"output"
+    )
+
+
+def remove(path: Path) -> None:
+    """Removes a journal that is not needed any more."""
+    with suppress(OSError):
+        os.unlink(path)

@@ -1,0 +1,298 @@
+"""Scores a data set of any size: rows stream through the servers, their number does not matter to memory.
+
+Three passes over the data: every row is checked before the first is scored; rows are scored, their rewards go
+into a journal as they come; the output is put together in the order of the data and appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from polar_ft.client.bulk.journal import Journal, another_run, open_journal, remove
+from polar_ft.client.bulk.rows import Asked, parse_asked, with_rewards
+from polar_ft.client.client import RewardModelClient
+from polar_ft.client.contact import check_same_model
+from polar_ft.client.errors import RewardServerError
+from polar_ft.data.reading import MAX_LINE_MB, RowProblem, raise_problems, read_rows
+from polar_ft.data.records import RowError
+from polar_ft.data.writing import open_rows
+from polar_ft.errors import PolarError
+from polar_ft.template import EncodedParts, PolarTemplate
+
+# Rows that go to the client together: about a request's worth, for a time left that can be believed.
+BATCH_CHARS = 100_000
+BATCH_ROWS = 64
+
+_CHANGED = "the data changed during the run; give --restart to score it anew"
+
+# With so many bad rows the others are not read any more.
+MOST_PROBLEMS = 1000
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is scored.
+
+    Attributes:
+        path: File, folder or HuggingFace data set, as `polar_ft.data.reading.read_rows` takes it.
+        split: Which split of a HuggingFace data set.
+        max_line_mb: Longest line of JSON, in 2**20 bytes.
+    """
+
+    path: str
+    split: str = "train"
+    max_line_mb: float = MAX_LINE_MB
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any] | RowProblem]]:
+        """The rows with their places ("file:line")."""
+        return read_rows(self.path, self.split, max_line_mb=self.max_line_mb)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the check of a data set found.
+
+    Attributes:
+        n_rows: Rows.
+        n_chars: Characters that the model reads in all, a measure of the work.
+        digest: A hash of everything that is scored, in its order.
+    """
+
+    n_rows: int
+    n_chars: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did.
+
+    Attributes:
+        n_rows: Rows of the output.
+        n_resumed: Those that an earlier run had scored.
+        n_cut: Rows of which something was cut.
+    """
+
+    n_rows: int
+    n_resumed: int
+    n_cut: int
+
+
+class Show(Protocol):
+    """Told how far a run is, in characters."""
+
+    def __call__(self, phase: str, done: int, total: int | None) -> None: ...
+
+
+def score_data_set(
+    client: RewardModelClient,
+    data: DataSet,
+    out: Path,
+    *,
+    batches_under_way: int,
+    restart: bool = False,
+    scaled: bool = False,
+    show: Show = lambda phase, done, total: None,
+) -> Result:
+    """Scores every row and writes it with its rewards.
+
+    Killed or failed, the same call goes on: what was answered is not asked again.
+
+    Args:
+        client: Gives the rewards.
+        data: The rows.
+        out: A .jsonl or .jsonl.gz file; appears, whole, at the end.
+        batches_under_way: Batches of rows that are held in memory at a time.
+        restart: Score everything anew, whatever an earlier run left.
+        scaled: Whether the client applies the reward scale; a run with it is another run than one without.
+        show: Called with the progress.
+
+    Raises:
+        DataError: Rows cannot be used; nothing was scored.
+        PolarError: A row does not fit the model's limits, a server failed, or a file cannot be written.
+    """
+    contents = check(data, show)
+    known = next(profile.probe_scores for profile in client.servers() if profile is not None)
+    header = {
+        "version": 1,
+        "rows": contents.n_rows,
+        "data": contents.digest,
+        "template": client.template.fingerprint,
+        "scale": scaled,
+        "known": known,
+    }
+    journal_path = out.with_name(f".{out.name}.journal")
+    with open_journal(journal_path, header, restart=restart) as journal:
+        _check_model(journal, known)
+        n_resumed = len(journal.done)
+        try:
+            _score_missing(client, data, journal, contents, batches_under_way, show)
+        except PolarError as error:
+            kept = f"{len(journal.done):,} of {contents.n_rows:,} rows are scored and kept"
+            raise PolarError(f"{error}\n{kept}; the same command goes on from there") from error
+        _write(data, journal, out, contents, show)
+        remove(journal_path)
+        return Result(contents.n_rows, n_resumed, journal.n_cut)
+
+
+def _check_model(journal: Journal, scores: Sequence[float]) -> None:
+    """Makes sure that what the journal holds came from the model that answers now."""
+    before = journal.header.get("known") or scores
+    if scores:  # the check may have been left out
+        try:
+            check_same_model("", scores, "", before)
+        except RewardServerError:
+            raise another_run(journal.path, "model (it scores the known inputs otherwise)") from None
+
+
+def check(data: DataSet, show: Show) -> Contents:
+    """Checks every row, so that none is found bad after hours.
+
+    Raises:
+        DataError: Rows cannot be used; the message names the first of them.
+    """
+    problems: list[RowProblem] = []
+    digest = hashlib.blake2b(digest_size=16)
+    n_rows = n_chars = 0
+    for place, row in data.rows():
+        try:
+            if isinstance(row, RowProblem):
+                problems.append(row)
+                continue
+            asked = parse_asked(row)
+        except RowError as error:
+            problems.append(RowProblem.at(place, error))
+            if len(problems) >= MOST_PROBLEMS:
+                break
+            continue
+        _update(digest, asked)
+        n_rows += 1
+        n_chars += asked.chars
+        show("checking", n_chars, None)
+    raise_problems(problems)
+    return Contents(n_rows, n_chars, digest.hexdigest())
+
+
+@dataclass
+class _Batch:
+    """Rows that are scored together, each with its number and place."""
+
+    rows: list[tuple[int, str, Asked]] = field(default_factory=list)
+    chars: int = 0
+    n_cut: int = 0
+
+    def add(self, number: int, place: str, asked: Asked) -> None:
+        self.rows.append((number, place, asked))
+        self.chars += asked.chars
+
+    @property
+    def is_full(self) -> bool:
+        return self.chars >= BATCH_CHARS or len(self.rows) >= BATCH_ROWS
+
+
+def _score_missing(
+    client: RewardModelClient,
+    data: DataSet,
+    journal: Journal,
+    contents: Contents,
+    batches_under_way: int,
+    show: Show,
+) -> None:
+    """Scores the rows that are not in the journal yet; keeps what came, however it ends."""
+    under_way: dict[Future[list[list[float]]], _Batch] = {}
+    done = 0
+
+    def keep(futures: set[Future[list[list[float]]]]) -> None:
+        nonlocal done
+        for future in futures:
+            batch = under_way.pop(future)
+            rewards = future.result()
+            numbers = [number for number, _, _ in batch.rows]
+            journal.add(list(zip(numbers, rewards, strict=True)), batch.n_cut)
+            done += batch.chars
+        show("scoring", done, contents.n_chars)
+
+    try:
+        for batch in _batches(data, journal):
+            if isinstance(batch, int):  # characters that an earlier run has scored
+                done += batch
+                continue
+            encoded = _encode(client.template, batch)
+            under_way[client.submit_encoded(encoded)] = batch
+            if len(under_way) >= batches_under_way:
+                keep(wait(under_way, return_when=FIRST_COMPLETED).done)
+        while under_way:
+            keep(wait(under_way, return_when=FIRST_COMPLETED).done)
+    except BaseException:
+        _keep_what_came(under_way, journal)
+        raise
+
+
+def _batches(data: DataSet, journal: Journal) -> Iterator[_Batch | int]:
+    """Batches of the rows that are not done, and the characters of those that are."""
+    batch = _Batch()
+    for number, (place, row) in enumerate(data.rows()):
+        if isinstance(row, RowProblem):  # it was not there when the rows were checked
+            raise PolarError(f"{row}; {_CHANGED}")
+        asked = parse_asked(row)
+        if number in journal.done:
+            yield asked.chars
+            continue
+        batch.add(number, place, asked)
+        if batch.is_full:
+            yield batch
+            batch = _Batch()
+    if batch.rows:
+        yield batch
+
+
+def _encode(template: PolarTemplate, batch: _Batch) -> list[EncodedParts]:
+    try:
+        encoded = template.encode_parts([asked.fields for _, _, asked in batch.rows])
+    except PolarError:
+        # The template knows texts, not rows: one by one shows which it is.
+        for _, place, asked in batch.rows:
+            try:
+                template.encode_parts([asked.fields])
+            except PolarError as error:
+                raise PolarError(f"{place}: {error}") from None
+        raise
+    batch.n_cut = sum(bool(parts.cut) for parts in encoded)
+    return encoded
+
+
+def _keep_what_came(under_way: Mapping[Future[list[list[float]]], _Batch], journal: Journal) -> None:
+    for future, batch in under_way.items():
+        if not future.cancel() and future.done() and not future.cancelled() and future.exception() is None:
+            numbers = [number for number, _, _ in batch.rows]
+            journal.add(list(zip(numbers, future.result(), strict=True)), batch.n_cut)
+
+
+def _write(data: DataSet, journal: Journal, out: Path, contents: Contents, show: Show) -> None:
+    digest = hashlib.blake2b(digest_size=16)
+    done = 0
+    with open_rows(out) as writer:
+        in_order = journal.in_order()
+        for _, row in data.rows():
+            if isinstance(row, RowProblem):
+                raise PolarError(f"{row}; {_CHANGED}")
+            asked = parse_asked(row)
+            rewards = next(in_order, None)
+            if rewards is None or len(rewards) != len(asked.fields[2]):
+                raise PolarError(f"{data.path}: {_CHANGED}")
+            _update(digest, asked)
+            writer.write(with_rewards(row, asked, rewards))
+            done += asked.chars
+            show("writing", done, contents.n_chars)
+        if digest.hexdigest() != contents.digest:
+            raise PolarError(f"{data.path}: {_CHANGED}")
+
+
+def _update(digest: Any, asked: Asked) -> None:
+    digest.update(json.dumps(asked.fields).encode())

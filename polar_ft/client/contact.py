@@ -1,0 +1,309 @@
+"""First contact: which engine answers, and are its answers raw rewards?
+
+An engine that applies an activation to the rewards gives numbers that look fine and train a policy on the
+wrong thing: vLLM returns sigmoid(reward) unless it is told not to, SGLang's ``/v1/classify`` returns a
+softmax over one class, which is 1. So before a server is used it scores the inputs of `probe_sequences`, and
+there has to be evidence that these are rewards:
+
+1. A score outside [0, 1] is one: neither sigmoid nor softmax can give it. A reward model's scores of good,
+   wrong, empty and garbled answers nearly always have one.
+2. Where all lie within [0, 1] and the server is a vLLM, the same inputs are scored with the activation on. If
+   that gives sigmoid(score), then the score is raw; if the switch of older versions (``activation``) does, it
+   is used from then on.
+3. The embedded server of polar_ft has no activation.
+
+Anything else is an error that says what to start the server with. The scores of the same inputs also tell a
+server with another model from its neighbours, and one that gives the same score for everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from polar_ft.client.errors import RewardServerError, WireError
+from polar_ft.client.wire import ROUTES, WIRES, Wire, read_rewards, request_body
+from polar_ft.template import Fields, PolarTemplate
+
+ServerType = Literal["auto", "sglang", "vllm", "lmdeploy"]
+
+# GET (path, body None) or POST (path, body) to the server: HTTP status and JSON, None where it is not JSON.
+Ask = Callable[[str, Any], Awaitable[tuple[int, Any]]]
+
+ENGINE_NAMES = {"sglang": "SGLang", "vllm": "vLLM", "lmdeploy": "LMDeploy", "polar_ft": "polar-ft serve"}
+
+# Where an engine tells its version; SGLang renamed its route in 2026.
+_VERSION_ROUTES = {"vllm": ["/version"], "sglang": ["/server_info", "/get_server_info"]}
+
+_HOW_TO_START = {
+    "vllm": "start it with: vllm serve MODEL --runner pooling --trust-remote-code "
+    """--pooler-config '{"use_activation": false}'""",
+    "sglang": "start it with: python -m sglang.launch_server --model MODEL --trust-remote-code "
+    "--is-embedding",
+    "lmdeploy": "start it with: lmdeploy serve api_server MODEL --backend pytorch",
+    "polar_ft": "start it with: polar-ft serve MODEL",
+}
+
+# Two servers with one model differ by rounding: some 3 in 1000 in bf16, relative to the largest score.
+_SAME_MODEL = 0.05
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a server.
+
+    Attributes:
+        wire: The wire format in which it is spoken to.
+        engine: "sglang", "vllm", "lmdeploy" or "polar_ft"; None where it does not say.
+        version: The engine's version, None where it does not say.
+        model: What it calls its model.
+        model_path: Where it has the model from: a folder on its machine, or a hub id.
+        max_tokens: The longest input it takes, in tokens; None where it does not say.
+        template: Fingerprint of the template that `polar-ft serve` makes inputs with; None of an engine.
+        extra: Fields that every request carries.
+        probe_scores: Its scores of the known inputs.
+    """
+
+    wire: Wire
+    engine: str | None = None
+    version: str | None = None
+    model: str | None = None
+    model_path: str | None = None
+    max_tokens: int | None = None
+    template: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    probe_scores: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Engine and version, for people."""
+        return " ".join(filter(None, (ENGINE_NAMES.get(self.engine or "", self.engine), self.version)))
+
+
+def probe_sequences(template: PolarTemplate) -> list[np.ndarray]:
+    """The known inputs, `[inputs][tokens]`: texts that any reward model tells apart."""
+    candidates = [
+        "Beijing.",
+        "Shanghai.",
+        "",
+        "I will not answer that.",
+        "北京是中国的首都。",
+        "zq)(x%% 9 9 9 9 9 9",
+    ]
+    question: Fields = ("What is the capital of China?", "Beijing.", candidates, "sft")
+    other: Fields = ("Write a haiku about rain.", "", ["7", "Rain on the tin roof"], "sft")
+    encoded = template.encode_parts([question, other])
+    return [np.concatenate([parts.head, tail]) for parts in encoded for tail in parts.tails]
+
+
+async def identify(server: str, ask: Ask, server_type: ServerType) -> Profile:
+    """Finds out which engine answers, without scoring anything.
+
+    Args:
+        server: Its name, for errors.
+        ask: Sends a request.
+        server_type: What the user says it is; "auto" believes the server.
+
+    Raises:
+        RewardServerError: The server is not what the user says, or cannot be told what it is.
+        UnavailableError: It does not answer now.
+    """
+    status, listing = await ask("/v1/models", None)
+    card = first_card(listing) if status == 200 else {}
+    engine = card.get("owned_by") if card.get("owned_by") in ENGINE_NAMES else None
+    wire = _choose_wire(server, engine, server_type, status)
+    limit = card.get("max_model_len")
+    return Profile(
+        wire=wire,
+        engine=engine,
+        version=await _version(ask, engine, card),
+        model=_text(card.get("id")),
+        model_path=_text(card.get("root")) or _text(card.get("id")),
+        max_tokens=limit if type(limit) is int and limit > 0 else None,
+        template=_text(card.get("template")) if engine == "polar_ft" else None,
+    )
+
+
+def first_card(listing: Any) -> Mapping[str, Any]:
+    """What ``GET /v1/models`` says of the first model; empty where it says nothing that can be read."""
+    data = listing.get("data") if isinstance(listing, Mapping) else None
+    card = data[0] if isinstance(data, list) and data else None
+    return card if isinstance(card, Mapping) else {}
+
+
+def _choose_wire(server: str, engine: str | None, server_type: ServerType, status: int) -> Wire:
+    if engine == "polar_ft":
+        # It speaks all formats; this one answers with the fewest bytes.
+        return "sglang"
+    if server_type == "auto":
+        if engine is None:
+            raise RewardServerError(
+                server,
+                f"does not say which engine it is (GET /v1/models gave HTTP {status}); name it with "
+                f"server_type={', '.join(map(repr, WIRES))} (--server-type)",
+            )
+        return engine  # type: ignore[return-value]
+    if engine not in (None, server_type):
+        raise RewardServerError(
+            server,
+            f"is {ENGINE_NAMES[engine or '']}, not {ENGINE_NAMES[server_type]}; "
+            f"say server_type={engine!r} or server_type='auto'",
+        )
+    return server_type
+
+
+async def _version(ask: Ask, engine: str | None, card: Mapping[str, Any]) -> str | None:
+    if _text(card.get("version")):
+        return _text(card["version"])
+    for route in _VERSION_ROUTES.get(engine or "", []):
+        status, answer = await ask(route, None)
+        if status == 200 and isinstance(answer, Mapping) and _text(answer.get("version")):
+            return _text(answer["version"])
+    return None
+
+
+def _text(value: Any) -> str | None:
+    return value[:200] if isinstance(value, str) and value else None
+
+
+async def check_scores(
+    server: str, ask: Ask, profile: Profile, probes: Sequence[np.ndarray]
+) -> tuple[Mapping[str, Any], tuple[float, ...]]:
+    """Scores the known inputs and makes sure that the scores are raw rewards; see the module.
+
+    Args:
+        server: Its name, for errors.
+        ask: Sends a request.
+        profile: What `identify` found.
+        probes: What `probe_sequences` gave, `[inputs][tokens]`.
+
+    Returns:
+        The fields that every request has to carry, and the scores.
+
+    Raises:
+        RewardServerError: The scores are not raw, or there is no telling whether they are.
+        UnavailableError: It does not answer now.
+    """
+
+    async def score(**extra: Any) -> tuple[float, ...]:
+        status, answer = await ask(ROUTES[profile.wire], request_body(profile.wire, probes, extra))
+        if status != 200:
+            raise RewardServerError(
+                server, refusal(status, answer, how_to_start(profile)), status if status >= 400 else None
+            )
+        try:
+            return tuple(read_rewards(profile.wire, answer, [len(ids) for ids in probes]))
+        except WireError as error:
+            raise RewardServerError(server, f"{error} ({how_to_start(profile)})") from None
+
+    if profile.wire != "vllm":
+        scores = await score()
+        if profile.engine != "polar_ft" and not _has_raw_score(scores):
+            raise _not_raw(server, profile, scores)
+        return {}, _tells_apart(server, scores)
+
+    raw = {"use_activation": False}
+    scores = await score(**raw)
+    if _has_raw_score(scores):
+        return raw, _tells_apart(server, scores)
+    if _is_sigmoid_of(await score(use_activation=True), scores):
+        return raw, _tells_apart(server, scores)
+    # vLLM 0.10 and 0.11 call the switch "activation", and ignore a field that they do not know.
+    with suppress(RewardServerError):
+        older = await score(activation=False)
+        if _is_sigmoid_of(scores, older):
+            return {"activation": False}, _tells_apart(server, older)
+    raise _not_raw(server, profile, scores)
+
+
+def check_same_model(server: str, scores: Sequence[float], other: str, others: Sequence[float]) -> None:
+    """Makes sure that two servers, or one before and after a failure, score alike, but for rounding.
+
+    Raises:
+        RewardServerError: They do not; names both.
+
+    >>> check_same_model("a:1", [-0.5, -11.0], "b:1", [-0.52, -10.9])
+    """
+    allowed = _SAME_MODEL * max(map(abs, [*scores, *others])) + 1e-6
+    for mine, yours in zip(scores, others, strict=True):
+        if abs(mine - yours) > allowed:
+            before = "it scored it before" if other == server else f"{other} scores it"
+            raise RewardServerError(
+                server,
+                f"scores a known input {mine:.4g} where {before} {yours:.4g}; is it the same model, with the "
+                f"same settings?",
+            )
+
+
+def refusal(status: int, answer: Any, hint: str = "") -> str:
+    """What a server that answered with an error said, cut short: it may repeat the request.
+
+    >>> refusal(400, {"error": {"message": "too long"}})
+    'HTTP 400: too long'
+    """
+    message = answer
+    while isinstance(message, Mapping):
+        message = next((message[key] for key in ("error", "message", "detail") if key in message), "")
+    if isinstance(message, list):  # FastAPI's list of problems
+        message = next((p["msg"] for p in message if isinstance(p, Mapping) and "msg" in p), "")
+    said = " ".join(str(message or "").split())[:300]
+    if status in (401, 403):
+        hint = "check the key: api_key=…, or the environment variable POLAR_API_KEY"
+    return f"HTTP {status}" + (f": {said}" if said else "") + (f" ({hint})" if hint else "")
+
+
+def how_to_start(profile: Profile) -> str:
+    """The command that starts such a server as it has to be."""
+    return _HOW_TO_START[profile.engine or profile.wire]
+
+
+def _has_raw_score(scores: Sequence[float]) -> bool:
+    return any(not 0.0 <= score <= 1.0 for score in scores)
+
+
+def _is_sigmoid_of(activated: Sequence[float], raw: Sequence[float]) -> bool:
+    """Whether the first are the sigmoids of the others, up to the rounding of bf16, and not the same numbers.
+
+    >>> _is_sigmoid_of([0.5, 0.731], [0.0, 1.0]), _is_sigmoid_of([0.5, 0.7], [0.5, 0.7])
+    (True, False)
+    """
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+    pairs = list(zip(activated, raw, strict=True))
+    # Near 0.66 a number is its own sigmoid.
+    return all(abs(a - sigmoid(r)) < 0.02 for a, r in pairs) and any(abs(a - r) > 0.05 for a, r in pairs)
+
+
+def _tells_apart(server: str, scores: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(scores)) == 1:
+        raise RewardServerError(
+            server,
+            f"gives {scores[0]:.4g} for each of {len(scores)} different inputs; is its reward head (v_head) "
+            f"loaded and trained?",
+        )
+    return scores
+
+
+def _not_raw(server: str, profile: Profile, scores: Sequence[float]) -> RewardServerError:
+    shown = ", ".join(f"{score:.4g}" for score in scores)
+    if all(score == 1.0 for score in scores):
+        what = "gives 1 for every input, as a softmax over one class does"
+    else:
+        what = (
+            f"gives {shown} for {len(scores)} known inputs, all between 0 and 1 as a sigmoid's are, and no "
+            f"switch shows otherwise"
+        )
+    start = how_to_start(profile)
+    name = f" ({profile.name})" if profile.name else ""
+    return RewardServerError(
+        server,
+        f"{what}{name}; rewards have to be raw: {start}. If you know that they are, pass check_raw=False "
+        f"(--no-check-raw)",
+    )

@@ -1,0 +1,210 @@
+"""The servers of a client: their addresses, who gets the next request, and who is left alone for a while.
+
+Everything here runs in one event loop; nothing needs a lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import httpx
+
+from polar_ft.client.contact import Profile
+from polar_ft.client.errors import RewardServerError, UnavailableError
+from polar_ft.errors import PolarError
+
+LOGGER = logging.getLogger("polar_ft.client")
+
+# A server that failed is tried again after at most so many seconds.
+LONGEST_PAUSE = 30.0
+
+
+@dataclass(eq=False)
+class Server:
+    """One server and how it is doing.
+
+    Attributes:
+        name: The address as the user gave it; errors call the server so.
+        url: Where its routes begin, without a slash at the end.
+        profile: What is known of it; None before the first contact and after it failed.
+        contact: Held while it is being contacted.
+        requests: Requests it is working on.
+        tokens: Tokens of those requests.
+        answered_at: When it last answered; times are the event loop's, in seconds.
+        failures: Failures in a row.
+        failed_at: When it last failed.
+        rests_until: When it may be sent something again.
+        last_reason: What it last did wrong.
+    """
+
+    name: str
+    url: str
+    profile: Profile | None = None
+    contact: asyncio.Lock = field(default_factory=asyncio.Lock)
+    requests: int = 0
+    tokens: int = 0
+    answered_at: float = -math.inf
+    failures: int = 0
+    failed_at: float = -math.inf
+    rests_until: float = 0.0
+    last_reason: str = ""
+
+
+def parse_addresses(addresses: str | Sequence[str]) -> list[tuple[str, str]]:
+    """The servers that a user names.
+
+    Args:
+        addresses: ``host:port`` or a URL, or several of them: a sequence, or one string with commas.
+
+    Returns:
+        For each its name, as given, and the URL at which its routes begin.
+
+    Raises:
+        PolarError: An address is no address, or is there twice.
+
+    >>> parse_addresses("127.0.0.1:30000, https://rm.example/v7/")
+    [('127.0.0.1:30000', 'http://127.0.0.1:30000'), ('https://rm.example/v7/', 'https://rm.example/v7')]
+    """
+    given = addresses.split(",") if isinstance(addresses, str) else list(addresses)
+    servers = [(name, _url(name)) for entry in given if (name := entry.strip())]
+    if not servers:
+        raise PolarError("server_address names no server; give host:port, or several")
+    urls = [url for _, url in servers]
+    for name, url in servers:
+        if urls.count(url) > 1:
+            raise PolarError(f"server_address names {name} twice")
+    return servers
+
+
+def _url(address: str) -> str:
+    url = address if "://" in address else f"http://{address}"
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):
+        valid = False
+    if not valid or " " in address:
+        raise PolarError(
+            f"server_address: {address!r} is no address; write host:port, or http(s)://host:port"
+        )
+    if parts.username or parts.password or parts.query or parts.fragment:
+        # Not repeated: it may hold a password.
+        raise PolarError("server_address: write host:port alone; a key goes into api_key")
+    return url.rstrip("/")
+
+
+class ServerPool:
+    """Gives out servers, the least busy first, and lets those rest that failed.
+
+    Args:
+        servers: At least one.
+        concurrency: Requests that a server works on at a time. One that has just failed gets but one, until
+            it answers.
+        retry_delay: Seconds that a server rests after its first failure; doubled with every further one.
+    """
+
+    def __init__(self, servers: Sequence[Server], *, concurrency: int, retry_delay: float) -> None:
+        self.servers = list(servers)
+        self.concurrency = concurrency
+        self.retry_delay = retry_delay
+        self._changed = asyncio.Event()
+
+    @property
+    def names(self) -> str:
+        """All servers, for errors."""
+        return ", ".join(server.name for server in self.servers)
+
+    async def acquire(self, tokens: int, give_up_at: float) -> Server:
+        """The server for the next request; waits until there is one. `release` gives it back.
+
+        Args:
+            tokens: Of the request.
+            give_up_at: When waiting for servers that rest is no use any more.
+
+        Raises:
+            RewardServerError: All servers rest for longer than that.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            awake = [server for server in self.servers if server.rests_until <= now]
+            free = [server for server in awake if server.requests < self._limit(server)]
+            if free:
+                server = min(free, key=lambda server: (server.tokens, server.requests))
+                server.requests += 1
+                server.tokens += tokens
+                return server
+            wakes = min((s.rests_until for s in self.servers if s.rests_until > now), default=None)
+            if not awake and wakes is not None and wakes > give_up_at:
+                raise RewardServerError(self.names, f"gave up waiting; {self.reasons()}")
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), None if wakes is None else wakes - now)
+
+    def release(self, server: Server, tokens: int) -> None:
+        """The request is over, however it ended."""
+        server.requests -= 1
+        server.tokens -= tokens
+        self._wake()
+
+    def answered(self, server: Server) -> None:
+        """The server is well."""
+        if server.failures:
+            LOGGER.info("%s answers again", server.name)
+        server.failures = 0
+        server.answered_at = asyncio.get_running_loop().time()
+
+    def failed(self, server: Server, problem: UnavailableError, sent_at: float) -> None:
+        """The server did not answer a request; it rests.
+
+        Args:
+            server: Which one.
+            problem: What happened.
+            sent_at: When the request was sent. Of requests that were under way together, only the first
+                failure counts: a server that dies once has failed once.
+        """
+        now = asyncio.get_running_loop().time()
+        server.last_reason = problem.reason
+        if problem.busy:
+            # It is well, and gets its work back when it asks for it.
+            pause = self.retry_delay if problem.retry_after is None else problem.retry_after
+            server.rests_until = max(server.rests_until, now + pause * random.uniform(1.0, 1.2))
+            return
+        # What comes back may be another process, with another model or other flags.
+        server.profile = None
+        if sent_at <= server.failed_at:
+            return
+        server.failures += 1
+        server.failed_at = now
+        pause = self.retry_delay * 2 ** min(server.failures - 1, 20) * random.uniform(0.8, 1.2)
+        pause = max(min(LONGEST_PAUSE, pause), problem.retry_after or 0.0)
+        server.rests_until = now + pause
+        LOGGER.log(
+            # A server that is gone for hours is told once, not every half minute.
+            logging.WARNING if server.failures == 1 else logging.INFO,
+            "%s: %s; it is tried again in %.1f s%s",
+            server.name,
+            problem.reason,
+            pause,
+            "" if len(self.servers) == 1 else ", the other servers take its requests",
+        )
+
+    def reasons(self) -> str:
+        """What every server that failed last did."""
+        if len(self.servers) == 1:
+            return self.servers[0].last_reason
+        return "; ".join(f"{s.name}: {s.last_reason}" for s in self.servers if s.last_reason)
+
+    def _limit(self, server: Server) -> int:
+        return 1 if server.failures else self.concurrency
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,328 @@
+"""Token ids to rewards over HTTP: requests cut by tokens, sent at once, retried where that helps.
+
+A request is retried, on another server where there is one, after a connection error, a time-out, or HTTP 429,
+502, 503 and 504: scoring has no side effect, so nothing is lost by asking twice. Every other answer is final:
+a request that is wrong once is wrong again, and a server whose answers are garbled must not be used quietly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx
+import numpy as np
+
+from polar_ft.client.contact import (
+    Profile,
+    ServerType,
+    check_same_model,
+    check_scores,
+    how_to_start,
+    identify,
+    refusal,
+)
+from polar_ft.client.errors import RewardServerError, UnavailableError, WireError
+from polar_ft.client.servers import LOGGER, Server, ServerPool
+from polar_ft.client.wire import ROUTES, read_rewards, request_body
+
+RETRIED = (429, 502, 503, 504)
+CONNECT_SECONDS = 10.0
+
+# A server may have been restarted, with another model, while nobody asked it: after so long it is contacted
+# anew. Where it was being asked, requests failed, and it is contacted anew for that.
+IDLE_SECONDS = 30.0
+
+# What is meant for this machine is not sent through a proxy, whatever the environment says.
+NO_PROXY = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How requests are sent.
+
+    Attributes:
+        api_key: Sent as a Bearer token; None sends none.
+        timeout: Seconds that one request may take in all.
+        max_retries: How often a request is tried per server.
+        retry_delay: Seconds before the first retry; doubled with every further one, to at most 30.
+        max_wait: Seconds for which a request waits for servers that say they are busy (429), or rest.
+        tokens_per_request: A request holds at most so many tokens, or a single input.
+        inputs_per_request: A request holds at most so many inputs.
+        concurrency: Requests under way at each server.
+        check_raw: Whether a server must show that it gives raw rewards.
+    """
+
+    api_key: str | None = None
+    timeout: float = 120.0
+    max_retries: int = 8
+    retry_delay: float = 0.2
+    max_wait: float = 300.0
+    tokens_per_request: int = 32768
+    inputs_per_request: int = 128
+    concurrency: int = 8
+    check_raw: bool = True
+
+
+def split_by_tokens(lengths: Iterable[int], max_tokens: int, max_inputs: int) -> Iterator[slice]:
+    """Cuts a row of inputs into requests, in their order; an input longer than the limit goes alone.
+
+    >>> list(split_by_tokens([3, 4, 9, 1, 1], max_tokens=8, max_inputs=100))
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 5, None)]
+    """
+    start = tokens = end = 0
+    for end, length in enumerate(lengths):
+        if end > start and (tokens + length > max_tokens or end - start >= max_inputs):
+            yield slice(start, end)
+            start, tokens = end, 0
+        tokens += length
+    if tokens:
+        yield slice(start, end + 1)
+
+
+class Transport:
+    """Scores token ids with the servers of a pool; lives in one event loop.
+
+    Args:
+        servers: At least one.
+        server_type: What the servers are; "auto" asks them.
+        probes: The known inputs of the first contact, `[inputs][tokens]`.
+        settings: How requests are sent.
+        fingerprint: Of the template that the inputs are made with.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        server_type: ServerType,
+        probes: Sequence[np.ndarray],
+        settings: Settings,
+        fingerprint: str,
+    ) -> None:
+        self.pool = ServerPool(servers, concurrency=settings.concurrency, retry_delay=settings.retry_delay)
+        self.server_type = server_type
+        self.settings = settings
+        self._probes = probes
+        self._fingerprint = fingerprint
+        # The first server's scores of the known inputs, which those of the others are compared with.
+        self._known: tuple[str, tuple[float, ...]] | None = None
+        connections = len(servers) * settings.concurrency
+        self._http = httpx.AsyncClient(
+            headers={} if settings.api_key is None else {"Authorization": f"Bearer {settings.api_key}"},
+            timeout=httpx.Timeout(
+                settings.timeout, connect=min(CONNECT_SECONDS, settings.timeout), pool=None
+            ),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            mounts=NO_PROXY,
+        )
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def score(self, inputs: Sequence[np.ndarray]) -> list[float]:
+        """A reward for each input, in their order.
+
+        Args:
+            inputs: Token ids, `[inputs][tokens]`.
+
+        Raises:
+            RewardServerError: A server answered something else, or no server answered in time.
+        """
+        rewards: list[list[float]] = []
+        requests = []
+        settings = self.settings
+        lengths = [len(ids) for ids in inputs]
+        for part in split_by_tokens(lengths, settings.tokens_per_request, settings.inputs_per_request):
+            requests.append((len(rewards), inputs[part]))
+            rewards.append([])
+        waiting = iter(requests)
+
+        async def work() -> None:
+            for number, part in waiting:
+                rewards[number] = await self._score_request(part)
+
+        workers = min(len(requests), settings.concurrency * len(self.pool.servers))
+        await _all_or_none([asyncio.ensure_future(work()) for _ in range(workers)])
+        return [reward for part in rewards for reward in part]
+
+    async def contact(self) -> list[Profile | None]:
+        """What every server is, in their order; None where it does not answer now.
+
+        Raises:
+            RewardServerError: None of them answers, or the answers of one are not raw rewards.
+        """
+        profiles: list[Profile | None] = []
+        for server in self.pool.servers:
+            sent_at = asyncio.get_running_loop().time()
+            try:
+                profiles.append(await self._profile(server))
+            except UnavailableError as problem:
+                self.pool.failed(server, problem, sent_at)
+                profiles.append(None)
+        if not any(profiles):
+            raise RewardServerError(self.pool.names, self.pool.reasons())
+        return profiles
+
+    async def _score_request(self, inputs: Sequence[np.ndarray]) -> list[float]:
+        tokens = sum(map(len, inputs))
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self.settings.max_wait
+        tries_left = self.settings.max_retries * len(self.pool.servers)
+        while True:
+            server = await self.pool.acquire(tokens, give_up_at)
+            sent_at = loop.time()
+            try:
+                profile = await self._profile(server)
+                rewards = await self._ask_for_rewards(server, profile, inputs)
+                self.pool.answered(server)
+                return rewards
+            except UnavailableError as problem:
+                self.pool.failed(server, problem, sent_at)
+                tries_left -= not problem.busy
+                if tries_left <= 0 or loop.time() > give_up_at:
+                    raise RewardServerError(
+                        self.pool.names,
+                        f"no answer after {self.settings.max_retries} tries each; {self.pool.reasons()}"
+                        if tries_left <= 0
+                        else f"gave up waiting; {self.pool.reasons()}",
+                    ) from None
+            finally:
+                self.pool.release(server, tokens)
+
+    async def _profile(self, server: Server) -> Profile:
+        """What the server is; makes contact where there was none lately, or none since it failed."""
+        async with server.contact:
+            now = asyncio.get_running_loop().time()
+            idle = server.requests <= 1 and now - server.answered_at > IDLE_SECONDS
+            if server.profile is None or idle:
+                server.profile = await self._first_contact(server)
+                server.answered_at = asyncio.get_running_loop().time()
+            return server.profile
+
+    async def _first_contact(self, server: Server) -> Profile:
+        async def ask(path: str, body: Any) -> tuple[int, Any]:
+            response = await self._send(server, path, body)
+            if response.status_code in (401, 403):
+                raise RewardServerError(
+                    server.name, refusal(response.status_code, _json(response)), response.status_code
+                )
+            return response.status_code, _json(response)
+
+        profile = await identify(server.name, ask, self.server_type)
+        if self.settings.check_raw:
+            extra, scores = await check_scores(server.name, ask, profile, self._probes)
+            profile = replace(profile, extra=extra, probe_scores=scores)
+            if self._known is None:
+                self._known = (server.name, scores)
+            check_same_model(server.name, scores, *self._known)
+        elif profile.wire == "vllm":
+            profile = replace(profile, extra={"use_activation": False})
+        if profile.template not in (None, self._fingerprint):
+            LOGGER.warning(
+                "%s: has another tokenizer, or other limits, than this client; the client's are used",
+                server.name,
+            )
+        LOGGER.info("%s: %s, model %s", server.name, profile.name or "engine unknown", profile.model)
+        return profile
+
+    async def _ask_for_rewards(
+        self, server: Server, profile: Profile, inputs: Sequence[np.ndarray]
+    ) -> list[float]:
+        lengths = [len(ids) for ids in inputs]
+        if profile.max_tokens is not None and max(lengths) > profile.max_tokens:
+            raise RewardServerError(
+                server.name,
+                f"takes inputs of at most {profile.max_tokens} tokens, and one has {max(lengths)}; start it "
+                f"with a longer limit, or lower max_length",
+            )
+        body = request_body(profile.wire, inputs, profile.extra)
+        response = await self._send(server, ROUTES[profile.wire], body)
+        if response.status_code != 200:
+            hint = how_to_start(profile) if response.status_code in (404, 405) else ""
+            raise RewardServerError(
+                server.name, refusal(response.status_code, _json(response), hint), response.status_code
+            )
+        try:
+            return read_rewards(profile.wire, _strict_json(response), lengths)
+        except WireError as error:
+            raise RewardServerError(server.name, str(error)) from None
+
+    async def _send(self, server: Server, path: str, body: Any) -> httpx.Response:
+        """One HTTP request.
+
+        Raises:
+            UnavailableError: There was no answer, or one that says to come again.
+            RewardServerError: The answer cannot be read.
+        """
+        request = self._http.build_request("GET" if body is None else "POST", server.url + path, json=body)
+        seconds = self.settings.timeout
+        try:
+            # httpx limits every read, not their sum: a server that drips would never be too slow.
+            response = await asyncio.wait_for(self._http.send(request), seconds)
+        except (asyncio.TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout):
+            raise UnavailableError(f"no answer within {seconds:g} s (timeout)") from None
+        except httpx.TransportError as error:
+            reason = str(error) or type(error).__name__
+            raise UnavailableError(f"no connection, or it broke off ({reason})") from None
+        except httpx.HTTPError as error:
+            raise RewardServerError(server.name, f"its answer cannot be read ({error})") from None
+        status = response.status_code
+        if status in RETRIED:
+            retry_after = _retry_after(response.headers.get("retry-after"))
+            raise UnavailableError(refusal(status, _json(response)), retry_after, busy=status == 429)
+        return response
+
+
+async def _all_or_none(tasks: Sequence[asyncio.Future[None]]) -> None:
+    """Waits for all; when one fails, or the wait is cancelled, the others are stopped."""
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _json(response: httpx.Response) -> Any:
+    """The answer's JSON, or None."""
+    try:
+        return json.loads(response.content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _strict_json(response: httpx.Response) -> Any:
+    try:
+        return json.loads(response.content)
+    except (ValueError, RecursionError):
+        kind = response.headers.get("content-type", "no content type")
+        raise WireError(
+            f"its answer is not JSON ({len(response.content)} bytes of {kind:.60}); is this the address of "
+            f"the engine itself?"
+        ) from None
+
+
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110, section 10.2.3): a number or a date.
+
+    >>> _retry_after("7"), _retry_after("Wed, 21 Oct 2015 07:28:00 GMT"), _retry_after("soon")
+    (7.0, 0.0, None)
+    """
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if date.tzinfo is None:
+        date = date.replace(tzinfo=timezone.utc)
+    return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
