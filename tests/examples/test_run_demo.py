@@ -81,9 +81,11 @@ def test_training_that_failed_with_status_0_is_noticed(tmp_path: Path) -> None:
 
 def test_summary_has_the_keys_that_were_promised(tmp_path: Path) -> None:
     metrics = {
-        "metrics": {"overall": {"n_scored": 4, "accuracy": 0.75, "accuracy_ci95": [0.3, 0.95]}},
-        "shuffled_reference": {"metrics": {"overall": {"accuracy": 0.5}}},
-        "baselines": {"longer_wins": {"overall": 0.6}, "shorter_wins": {"overall": 0.4}},
+        "metrics": {
+            "overall": {"n_scored": 4, "accuracy": 0.75, "accuracy_ci95": [0.3, 0.95]},
+            "reference_use": {"shuffled": {"overall": {"accuracy": 0.5}}},
+            "baselines": {"longer_wins": {"overall": 0.6}, "shorter_wins": {"overall": 0.4}},
+        }
     }
     summary = summarize(metrics, {"max_abs_score_diff_export": 1e-6}, 12.34, tmp_path)
     assert {

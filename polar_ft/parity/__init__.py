@@ -1,0 +1,1 @@
+"""Whether the same input gets the same reward everywhere: training code, scorer, transformers, engines."""
