@@ -30,9 +30,19 @@ EXTRAS = {
         "psutil>=5.9",
         "pyarrow>=15",
         "safetensors>=0.4.3",
+        "scipy>=1.11",
         "tensorboard>=2.16",
         "torch>=2.6",
         "torchvision>=0.21",
+        "xxhash>=3.4",
+    ],
+    # Figures, plots and reports of `polar-ft eval`; scoring itself needs the extra "train" as well.
+    "eval": [
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "pyarrow>=15",
+        "rapidfuzz>=3",
+        "scipy>=1.11",
     ],
     # For fused_kernels=True on a GPU.
     "fused": ["liger-kernel>=0.5"],
@@ -44,11 +54,13 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "mypy>=1.10",
+        "playwright>=1.44",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.5",
         "ruff>=0.6",
-        "scipy>=1.11",
+        "schemathesis>=4",
+        "scikit-learn>=1.4",
     ],
 }
 
@@ -63,6 +75,7 @@ setup(
     # transformers 4.48.0 and xtuner 0.2.0 end at Python 3.12.
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["polar_ft", "polar_ft.*"]),
+    package_data={"polar_ft": ["**/*.css", "**/*.html", "**/*.j2"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["polar-ft=polar_ft.cli:main"]},

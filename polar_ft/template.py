@@ -417,7 +417,7 @@ class PolarTemplate:
         texts = list(dict.fromkeys(t for p, r, candidates, _ in batch for t in (p, r, *candidates)))
         encoded = self._encode_texts(texts)
         tokens = {text: len(self.bos_ids) + len(ids) for text, ids in zip(texts, encoded, strict=True)}
-        fitted = []
+        fitted: list[tuple[Fields, Cut, Lengths | None]] = []
         for prompt, reference, candidates, wrapper in batch:
             lengths = Lengths(tokens[prompt], tokens[reference], tuple(tokens[text] for text in candidates))
             reference, reference_cut = self._cut_right(reference, lengths.reference)

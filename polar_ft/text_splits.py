@@ -129,9 +129,10 @@ def _pattern_splits(pre_tokenizer: dict[str, Any] | None) -> bool | None:
         return None
     if not before:
         return True if last.get("use_regex", True) else None
-    (split,) = before if len(before) == 1 else ({"type": "several"},)
+    split = before[0]
     known = (
-        split["type"] == "Split"
+        len(before) == 1
+        and split["type"] == "Split"
         and split["pattern"].get("Regex") in _KNOWN_PATTERNS
         and split["behavior"] == "Isolated"
         and not split["invert"]
