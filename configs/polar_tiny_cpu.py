@@ -12,12 +12,15 @@ from torch.optim import AdamW
 from xtuner.engine.runner import TrainLoop
 
 from polar_ft.template import PolarTemplate
+from polar_ft.training.checkpoint_hook import StepCheckpointHook
 from polar_ft.training.dataset import StepSampler, build_reward_dataset, collate_step
-from polar_ft.training.hooks import SafeCheckpointHook, StepPlanHook, ThroughputHook
+from polar_ft.training.hooks import StepPlanHook, ThroughputHook
 from polar_ft.training.model import PolarRewardModel
+from polar_ft.training.nonfinite import NonFiniteHook
 from polar_ft.training.prepare import prepare_tiny_training
 from polar_ft.training.schedule import WarmupCosineLR
 from polar_ft.training.step import StepOptimWrapper
+from polar_ft.training.validation import ValidationHook
 
 #######################################################################
 #                  PART 1  Settings: edit these lines                 #
@@ -28,6 +31,8 @@ pretrained_model_name_or_path = "work_dirs/polar_tiny_base"
 # dict(path=…, weight=…, max_samples=…).
 # A row: {"prompt": …, "reference": …, "chosen": …, "rejected": …}. Check it first: polar-ft data check FILE
 data = "examples/data/alpaca_train.jsonl"
+# Held-out rows to measure the model on while it trains, in the same form; None for none.
+val_data = None
 
 # High for POLAR, whose published rates are 1e-5 and 2e-5: this model starts from random weights.
 lr = 1e-3
@@ -52,6 +57,8 @@ penalty_type = "none"  # or "log_barrier", "L2"
 # Share of the rows trained without their reference, so that one model also scores without one.
 reference_dropout = 0.0
 
+# Adapters instead of all weights: dict(r=64, alpha=128, dropout=0.05), see docs/training.md; None trains all.
+lora = None
 # Layers computed again in backward, for memory: "auto" (as few as needed), "none", "selective" or "full".
 recompute_layers = "auto"
 # RMSNorm, rotary embedding and SwiGLU by liger-kernel (pip install liger-kernel); on a GPU only.
@@ -70,7 +77,15 @@ seed = 0
 # In optimizer steps; the last step is always saved.
 save_steps = 100
 save_total_limit = 2
+# A loss that is NaN or infinite updates nothing; so many such steps in a row end the run.
+max_bad_steps = 5
 log_interval = 1
+# With val_data: a validation before step 1, every so many steps, and after the last one.
+val_interval = 20
+# The best checkpoint is kept by this: "accuracy", "accuracy_ties_half", "macro_accuracy" or "log_loss".
+val_metric = "accuracy"
+# Training ends after so many validations in a row without a new best; None trains to the end.
+val_patience = None
 
 #######################################################################
 #                      PART 3  Model & tokenizer                      #
@@ -97,6 +112,7 @@ model = dict(
     attention="auto",
     activation_checkpointing=recompute_layers,
     fused_kernels=fused_kernels,
+    lora=lora,
 )
 
 #######################################################################
@@ -150,13 +166,24 @@ default_hooks = dict(
     timer=dict(type=IterTimerHook),
     logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=log_interval),
     param_scheduler=dict(type=ParamSchedulerHook),
-    checkpoint=dict(
-        type=SafeCheckpointHook, by_epoch=False, interval=save_steps, max_keep_ckpts=save_total_limit
-    ),
+    checkpoint=dict(type=StepCheckpointHook, interval=save_steps, max_keep_ckpts=save_total_limit),
     # The step plan shuffles; mmengine's sampler seed is not used.
     sampler_seed=None,
 )
-custom_hooks = [dict(type=StepPlanHook), dict(type=ThroughputHook)]
+custom_hooks = [
+    dict(type=StepPlanHook),
+    dict(type=ThroughputHook),
+    dict(type=NonFiniteHook, max_in_a_row=max_bad_steps),
+    dict(
+        type=ValidationHook,
+        data=val_data,
+        tokenizer=tokenizer,
+        interval=val_interval,
+        metric=val_metric,
+        patience=val_patience,
+        tokens_per_batch=max_packed_length,
+    ),
+]
 
 env_cfg = dict(mp_cfg=dict(mp_start_method="fork"), dist_cfg=dict(backend="gloo"))
 visualizer = dict(

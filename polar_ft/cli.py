@@ -15,32 +15,50 @@ from rich.console import Console
 from rich.markup import escape
 
 import polar_ft
+from polar_ft.client.commands import score
 from polar_ft.conversion.commands import convert
 from polar_ft.data.commands import data_app
+from polar_ft.doctor.commands import doctor, plan
 from polar_ft.errors import PolarError
-from polar_ft.evaluation.commands import evaluate
+from polar_ft.evaluation.commands import eval_app
+from polar_ft.evaluation.scale import calibrate
+from polar_ft.parity.commands import parity
+from polar_ft.serving.commands import serve
 
-# What the extra "train" brings; see setup.py.
-TRAIN_PACKAGES = {
-    "torch",
-    "transformers",
-    "xtuner",
-    "mmengine",
-    "deepspeed",
-    "safetensors",
-    "filelock",
-    "pyarrow",
+# Which extra brings a package that a command needs; see setup.py.
+EXTRAS = {
+    "eval": {"jinja2", "matplotlib", "rapidfuzz", "scipy"},
+    "serve": {"fastapi", "prometheus_client", "uvicorn"},
+    "train": {
+        "deepspeed",
+        "filelock",
+        "mmengine",
+        "peft",
+        "psutil",
+        "pyarrow",
+        "safetensors",
+        "torch",
+        "transformers",
+        "xtuner",
+        "xxhash",
+    },
 }
 
 app = typer.Typer(
-    help="Fine-tune, check, convert and evaluate POLAR reward models.",
+    help="Fine-tune, check, convert, evaluate and serve POLAR reward models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
-app.command("eval")(evaluate)
+app.add_typer(eval_app, name="eval")
 app.command("convert")(convert)
+app.command("doctor")(doctor)
+app.command("plan")(plan)
+app.command("calibrate")(calibrate)
+app.command("parity")(parity)
+app.command("serve")(serve)
+app.command("score")(score)
 
 
 @app.callback(invoke_without_command=True)
@@ -73,11 +91,13 @@ def run(command: typer.Typer) -> None:
     except PolarError as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in TRAIN_PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
         _fail(
             f"this command needs {error.name}, which the base install leaves out: "
-            f"pip install 'polar-ft[train]'"
+            f"pip install 'polar-ft[{extra}]'"
         )
 
 

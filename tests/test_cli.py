@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import polar_ft
 from polar_ft import cli
 from polar_ft.errors import PolarError
+from polar_ft.training.checkpoints import publish
 
-COMMANDS = ("train", "data", "eval", "convert")
+COMMANDS = ("train", "data", "eval", "convert", "score", "serve", "parity", "calibrate", "doctor", "plan")
 
 
 def test_help_names_every_command():
@@ -79,11 +80,11 @@ class TestTrain:
         pytest.importorskip("xtuner")
         lines: list[list[str]] = []
 
-        def run(command: list[str], check: bool) -> SimpleNamespace:
+        def run(command: list[str], folder: Path) -> SimpleNamespace:
             lines.append(command)
-            return SimpleNamespace(returncode=3)
+            return SimpleNamespace(wait=lambda: 3)
 
-        monkeypatch.setattr("polar_ft.training.launch.subprocess", SimpleNamespace(run=run))
+        monkeypatch.setattr("polar_ft.training.launch._Run", run)
         for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "ADDR", "PORT"):
             monkeypatch.delenv(name, raising=False)
         return lines
@@ -121,3 +122,21 @@ class TestTrain:
         assert isinstance(result.exception, PolarError)
         assert "no_such.py: no such config file" in str(result.exception)
         assert not started
+
+    def test_resume_auto_takes_the_newest_whole_checkpoint(self, started, config, tmp_path):
+        arguments = ["train", str(config), "--work-dir", str(tmp_path), "--resume", "auto", "--seed", "1"]
+        result = CliRunner().invoke(cli.app, arguments)
+        assert "has no checkpoint, so the run starts anew" in result.output
+        assert started.pop()[2:] == [str(config), "--work-dir", str(tmp_path), "--seed", "1"]
+        for step in (2, 10):
+            unfinished = tmp_path / "unfinished"
+            unfinished.write_bytes(b"state")
+            publish(unfinished, tmp_path / f"iter_{step}.pth", step, ranks=1)
+        CliRunner().invoke(cli.app, arguments)
+        resume = ["--resume", str(tmp_path / "iter_10.pth")]
+        assert started.pop()[2:] == [str(config), "--work-dir", str(tmp_path), *resume, "--seed", "1"]
+
+    def test_resume_auto_looks_where_the_config_says(self, started, config, tmp_path):
+        config.write_text(f'work_dir = "{tmp_path / "runs"}"\n')
+        result = CliRunner().invoke(cli.app, ["train", str(config), "--resume=auto"])
+        assert f"{tmp_path / 'runs'} has no checkpoint" in result.output

@@ -1,6 +1,6 @@
 """Converts a saved checkpoint to a HuggingFace folder; the same as `polar-ft convert`.
 
-python tools/pth_to_hf.py CONFIG CHECKPOINT OUT_DIR [--dtype DTYPE] [--max-shard-size SIZE] [--force]
+python tools/pth_to_hf.py CONFIG CHECKPOINT OUT_DIR [--dtype DTYPE] [--verify ROWS] [--force] …
 """
 
 import typer

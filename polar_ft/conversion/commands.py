@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from polar_ft.conversion.verify import Verification
 
 
 def convert(
@@ -20,6 +23,28 @@ def convert(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the model folder that OUT_DIR is.")] = False,
+    adapter_only: Annotated[
+        bool,
+        typer.Option(
+            "--adapter-only", help="Of a LoRA run: the adapters and the head, not the merged model."
+        ),
+    ] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ROWS",
+            help="Rows, as for training: the first 32 are scored with the checkpoint in float32 and with "
+            "what was written; where the rewards differ, nothing is kept.",
+        ),
+    ] = None,
+    verify_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Largest difference, as a share of the range of the rewards. Default: 0.0001 for float32, "
+            "0.01 for float16, 0.05 for bfloat16.",
+        ),
+    ] = None,
     allow_tokenizer_code: Annotated[
         list[str] | None,
         typer.Option(
@@ -29,6 +54,7 @@ def convert(
 ) -> None:
     """Convert a saved checkpoint to a HuggingFace folder."""
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    verified: list[Verification] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("reading", total=None)
 
@@ -44,11 +70,17 @@ def convert(
             dtype=dtype,
             max_shard_size=max_shard_size,
             force=force,
+            adapter_only=adapter_only,
+            verify=verify,
+            verify_tolerance=verify_tolerance,
             allow_tokenizer_code=allow_tokenizer_code or (),
             on_written=on_written,
+            on_verified=verified.append,
         )
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors"))
     typer.echo(
         f"{out_dir}: written in {str(written).removeprefix('torch.')}, {size / 1e6:,.1f} MB of weights"
     )
+    for outcome in verified:
+        typer.echo(f"verified: {outcome}")
     typer.echo(f"next: python tools/eval_preference.py {out_dir} held_out.jsonl")

@@ -10,9 +10,18 @@ import torch
 from mmengine.config import Config
 from xtuner.registry import BUILDER
 
+from polar_ft.conversion.adapter import holds_adapter, merge_adapter, write_adapter_folder
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.conversion.huggingface import write_hf_folder
+from polar_ft.conversion.verify import (
+    TOLERANCES,
+    Verification,
+    compare_rewards,
+    sample,
+    scorer_of_weights,
+)
 from polar_ft.errors import PolarError
+from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,8 +35,12 @@ def convert_checkpoint(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     force: bool = False,
+    adapter_only: bool = False,
+    verify: Path | None = None,
+    verify_tolerance: float | None = None,
     allow_tokenizer_code: Iterable[str] = (),
     on_written: Callable[[int, int], None] | None = None,
+    on_verified: Callable[[Verification], None] | None = None,
 ) -> torch.dtype:
     """Converts what a training run saved.
 
@@ -38,32 +51,71 @@ def convert_checkpoint(
         dtype: "float32", "bfloat16" or "float16"; None takes the one in which the model was trained.
         max_shard_size: Largest weight file.
         force: Replace a folder that is not empty.
+        adapter_only: Write the adapters of a LoRA run instead of merging them into the base.
+        verify: Rows that checkpoint and folder have to give the same rewards; see `compare_rewards`.
+        verify_tolerance: Largest difference of two rewards, as a share of the range of all; None takes that
+            of the dtype in `TOLERANCES`.
         allow_tokenizer_code: See `PolarTemplate.from_pretrained`; for configs that do not say it themselves.
         on_written: Called after each weight file with the bytes written so far and in all.
+        on_verified: Called with the outcome of ``verify``.
 
     Returns:
         The dtype that was written.
 
     Raises:
-        PolarError: Config, checkpoint or base model do not fit; the message says which and what to do.
+        PolarError: Config, checkpoint or base model do not fit, or the folder does not give the rewards of
+            the checkpoint; the message says which and what to do. Nothing is left behind.
     """
     if dtype is not None and dtype not in DTYPES:
         raise PolarError(f"--dtype {dtype}: is not one of {', '.join(DTYPES)}")
     config = read_training_config(config_file)
     base = config["pretrained_model_name_or_path"]
     template = build_template(config, allow_tokenizer_code)
+    # Before anything that takes long.
+    examples = sample(verify) if verify is not None else None
     weights = read_checkpoint(checkpoint)
-    written = DTYPES[dtype] if dtype else weights.dtype
-    write_hf_folder(
-        weights.tensors,
-        base_folder=base,
-        out_dir=out_dir,
-        template=template,
-        dtype=written,
-        max_shard_size=max_shard_size,
-        force=force,
-        on_written=on_written,
-    )
+    tensors, written = weights.tensors, weights.dtype
+    if adapter_only and not holds_adapter(tensors):
+        raise PolarError(f"--adapter-only: {checkpoint} was not trained with lora = dict(…)")
+    if adapter_only and dtype is not None:
+        raise PolarError("--dtype: adapters are written in float32, as they are; leave it out")
+    merged = merge_adapter(tensors, base, template) if holds_adapter(tensors) else None
+    if adapter_only:
+        written = torch.float32
+    elif merged is not None:
+        # Adapters are float32 also where the base is not.
+        written = min(written, merged.dtype, key=lambda kind: kind.itemsize)
+    if dtype is not None:
+        written = DTYPES[dtype]
+
+    def check(folder: Path) -> None:
+        if examples is None:
+            return
+        outcome = compare_rewards(
+            examples,
+            trained=lambda: scorer_of_weights(tensors if merged is None else merged, base, template),
+            exported=lambda: RewardScorer.from_pretrained(folder, dtype=torch.float32),
+            tolerance=TOLERANCES[written] if verify_tolerance is None else verify_tolerance,
+        )
+        if on_verified is not None:
+            on_verified(outcome)
+
+    if adapter_only:
+        write_adapter_folder(
+            tensors, base_folder=base, out_dir=out_dir, template=template, force=force, check=check
+        )
+    else:
+        write_hf_folder(
+            tensors if merged is None else merged,
+            base_folder=base,
+            out_dir=out_dir,
+            template=template,
+            dtype=written,
+            max_shard_size=max_shard_size,
+            force=force,
+            on_written=on_written,
+            check=check,
+        )
     return written
 
 

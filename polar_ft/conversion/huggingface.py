@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from polar_ft.conversion.model_card import model_card
-from polar_ft.conversion.zero import ZeroWeights
 from polar_ft.errors import PolarError
 from polar_ft.model.internlm2 import fuse_wqkv, to_internlm2_name, to_llama_names
 from polar_ft.model.weights import decoder_config, empty_decoder, read_json
@@ -62,6 +61,7 @@ def write_hf_folder(
     max_shard_size: str | int = "5GB",
     force: bool = False,
     on_written: Callable[[int, int], None] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes weights, config, tokenizer, model code and a README.
 
@@ -76,6 +76,7 @@ def write_hf_folder(
         max_shard_size: Largest weight file, as "5GB".
         force: Replace a model folder that is there already.
         on_written: Called after each weight file with the bytes written so far and in all.
+        check: Called with the folder when it is whole and not yet in its place; raises to refuse it.
 
     Raises:
         PolarError: A tensor is missing, left over, mis-shaped or not finite, ``out_dir`` is not empty, or
@@ -85,21 +86,23 @@ def write_hf_folder(
     config = read_json(base / "config.json")
     settings = decoder_config(config, str(base))
     exports = _plan(state, config["model_type"], settings, template)
-    config = _config(config, template, dtype, vocab_size=settings.vocab_size)
+    config = exported_config(config, template, dtype, vocab_size=settings.vocab_size)
     if out.resolve() == base.resolve():
         raise PolarError(f"{out}: is the base model that the config names; name another folder")
-    with _whole_folder(out, force) as partial:
+    with whole_folder(out, force) as partial:
         weights = _Weights(state, exports, dtype, settings.num_attention_heads, settings.num_key_value_heads)
         _write_weights(weights, partial, max_shard_size, on_written)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        _copy_files(base, partial, template, with_code=config["model_type"] == "internlm2")
+        copy_files(base, partial, template, with_code=config["model_type"] == "internlm2")
         card = model_card(out.name, os.fspath(base_folder), template, config)
         (partial / "README.md").write_text(card, encoding="utf-8")
         # safetensors makes its files the owner's alone; the others have the mode that the umask gives.
         mode = stat.S_IMODE((partial / "README.md").stat().st_mode)
         for file in partial.iterdir():
             file.chmod(mode)
+        if check is not None:
+            check(partial)
 
 
 def _plan(
@@ -109,11 +112,10 @@ def _plan(
 
     Sets ``settings.vocab_size`` to the rows that the trained embeddings have.
     """
-    found: dict[str, tuple[int, ...]] = (
-        state.shapes
-        if isinstance(state, ZeroWeights)
-        else {name: tuple(tensor.shape) for name, tensor in state.items()}
-    )
+    # Weights that are put together when they are asked for say their shapes beforehand.
+    found: dict[str, tuple[int, ...]] = getattr(state, "shapes", None) or {
+        name: tuple(tensor.shape) for name, tensor in state.items()
+    }
     adapters = [name for name in found if "lora_" in name]
     if adapters:
         raise PolarError(
@@ -185,7 +187,8 @@ class _Weights:
         tensor = parts[0]
         if len(parts) == 3:
             tensor = fuse_wqkv(parts[0], parts[1], parts[2], self.heads, self.kv_heads)
-        if not tensor.isfinite().all():
+        # Their extremes are NaN or infinite if any value is; finds it without a copy of the tensor.
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             kind = str(self.dtype).removeprefix("torch.")
             raise PolarError(
                 f"{name}: holds NaN or infinity in {kind}; training diverged: take an earlier checkpoint"
@@ -225,9 +228,10 @@ def _write_weights(
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _config(
+def exported_config(
     base: Mapping[str, Any], template: PolarTemplate, dtype: torch.dtype, vocab_size: int
 ) -> dict[str, Any]:
+    """The folder's ``config.json``: that of the base model, and what the template was trained with."""
     config = dict(base)
     config.update(
         vocab_size=vocab_size,
@@ -269,7 +273,8 @@ def _pad_token_id(config: Mapping[str, Any], template: PolarTemplate) -> int:
     )
 
 
-def _copy_files(base: Path, folder: Path, template: PolarTemplate, with_code: bool) -> None:
+def copy_files(base: Path, folder: Path, template: PolarTemplate, with_code: bool) -> None:
+    """Tokenizer files, and InternLM2's model code where it is wanted."""
     for pattern in TOKENIZER_FILES:
         for file in filter(Path.is_file, base.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
@@ -293,7 +298,7 @@ def _shipped_code() -> Path:
 
 
 @contextmanager
-def _whole_folder(out: Path, force: bool) -> Iterator[Path]:
+def whole_folder(out: Path, force: bool) -> Iterator[Path]:
     """A folder beside ``out`` to write into, renamed to it at the end; a failure leaves nothing behind."""
     if out.exists() and not out.is_dir():
         raise PolarError(f"{out}: is a file; name a folder")

@@ -9,7 +9,7 @@ from polar_ft.template import PolarTemplate
 
 _CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-classification
 tags: [reward-model, polar]
 ---
@@ -48,7 +48,9 @@ token ids, the last one included:
 last token. References and candidates are cut on the right at {max_response_length} tokens, the prompt on the
 left so that all fits into {max_length}. `polar_ft.template.PolarTemplate.from_pretrained("{name}")` makes
 these ids.
+"""
 
+_WITH_TRANSFORMERS = """
 ## Score with transformers
 
 ```python
@@ -67,6 +69,16 @@ with torch.no_grad():
 """
 
 
+_ADAPTERS = """
+## What this folder holds
+
+LoRA adapters in peft's format (`adapter_config.json`, `adapter_model.safetensors`) and the reward head
+(`reward_head.safetensors`), not the weights of `{base}`: those are read from where `base_model_name_or_path`
+in `adapter_config.json` says. The adapters have Llama's names: InternLM2's `wqkv` is three projections there.
+Engines other than polar_ft want the merged model: convert the checkpoint without `--adapter-only`.
+"""
+
+
 def model_card(name: str, base: str, template: PolarTemplate, config: Mapping[str, Any]) -> str:
     """Text of the README.
 
@@ -77,12 +89,24 @@ def model_card(name: str, base: str, template: PolarTemplate, config: Mapping[st
         config: The exported ``config.json``.
     """
     internlm2 = config["model_type"] == "internlm2"
+    return _common(name, base, template, "transformers") + _WITH_TRANSFORMERS.format(
+        name=name,
+        auto_class="AutoModel" if internlm2 else "AutoModelForSequenceClassification",
+        trust=", trust_remote_code=True" if internlm2 else "",
+    )
+
+
+def adapter_card(name: str, base: str, template: PolarTemplate) -> str:
+    """Text of the README of adapters; arguments as of `model_card`."""
+    return _common(name, base, template, "peft") + _ADAPTERS.format(base=base.rstrip("/").split("/")[-1])
+
+
+def _common(name: str, base: str, template: PolarTemplate, library: str) -> str:
     return _CARD.format(
         name=name,
         base=base.rstrip("/").split("/")[-1],
+        library=library,
         separator_id=template.separator_id,
         reward_token_id=template.reward_token_id,
-        auto_class="AutoModel" if internlm2 else "AutoModelForSequenceClassification",
-        trust=", trust_remote_code=True" if internlm2 else "",
         **template.settings,
     )

@@ -26,7 +26,8 @@ def activation_bytes_per_token(decoder: Any, tokens: int = 64) -> int:
     group = Group.of_sequences([[0] * tokens], 1)
     pack = build_pack([group], "flat").to(parameter.device)
     shape = (1, len(pack.input_ids), decoder.config.hidden_size)
-    hidden = torch.zeros(shape, device=parameter.device, dtype=parameter.dtype, requires_grad=True)
+    # The decoder's dtype, not the parameter's: weights held in four bits are bytes.
+    hidden = torch.zeros(shape, device=parameter.device, dtype=decoder.dtype, requires_grad=True)
     position_embeddings = decoder.rotary_emb(hidden, pack.position_ids.unsqueeze(0))
     parameters = {p.untyped_storage().data_ptr() for p in decoder.layers[0].parameters()}
     shared = {t.untyped_storage().data_ptr() for t in position_embeddings}

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from polar_ft.errors import PolarError
+from polar_ft.model.adapter_folder import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, merge_into, read_adapter
 from polar_ft.model.internlm2 import internlm2_config_to_llama, split_wqkv, to_llama_names
 from polar_ft.template import resolve_folder
 
@@ -99,9 +100,10 @@ def load_backbone(
     """Loads the decoder and the reward head of a model folder.
 
     InternLM2 weights go into `LlamaModel`, which is the same mathematics. Memory: one copy of the model.
+    Adapters are merged into their base.
 
     Args:
-        folder: Folder or hub id of a model of type internlm2, llama or qwen2.
+        folder: Folder or hub id of a model of type internlm2, llama or qwen2, or of adapters to one.
         dtype: Dtype of the decoder; None keeps what the folder has.
 
     Returns:
@@ -114,6 +116,8 @@ def load_backbone(
     """
     path = resolve_folder(folder)
     hf_config = read_json(path / "config.json")
+    if (path / CONFIG_FILE).is_file():
+        return _load_adapted(path, hf_config, dtype)
     config = decoder_config(hf_config, str(path))
     decoder = empty_decoder(config)
     checkpoint = open_checkpoint(path)
@@ -135,6 +139,31 @@ def load_backbone(
 
     decoder.load_state_dict(state, strict=True, assign=True)
     config.torch_dtype = decoder.dtype
+    return decoder, head, hf_config
+
+
+def _load_adapted(
+    folder: Path, hf_config: dict[str, Any], dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, torch.Tensor, dict[str, Any]]:
+    """`load_backbone` of a folder that ``polar-ft convert --adapter-only`` wrote."""
+    base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path") or ""
+    adapter = read_adapter(folder, hf_config, base)
+    try:
+        decoder, _, _ = load_backbone(base, adapter.torch_dtype)
+    except PolarError as error:
+        raise PolarError(
+            f"{folder / CONFIG_FILE}: the base model that it names cannot be read ({error}); set "
+            f"base_model_name_or_path there to where it is"
+        ) from error
+    if hf_config["vocab_size"] > decoder.config.vocab_size:
+        grow_embeddings(decoder, hf_config["vocab_size"])
+    tensors = {file: _read_file(folder / file) for file in (ADAPTER_FILE, HEAD_FILE)}
+    dtype = dtype or adapter.torch_dtype
+    merge_into(decoder, tensors[ADAPTER_FILE], adapter, dtype, folder)
+    decoder.config.torch_dtype = dtype
+    head = tensors[HEAD_FILE].get(HEAD_NAMES[0])
+    if head is None or tuple(head.shape) != (1, decoder.config.hidden_size):
+        raise PolarError(f"{folder / HEAD_FILE}: holds no reward head of this model; copy the folder anew")
     return decoder, head, hf_config
 
 
@@ -181,6 +210,26 @@ def empty_decoder(config: PretrainedConfig) -> PreTrainedModel:
     rotary = _Qwen2Rotary if isinstance(config, Qwen2Config) else _LlamaRotary
     decoder.rotary_emb = rotary(config=config)
     return decoder
+
+
+def grow_embeddings(decoder: Any, size: int) -> None:
+    """Rows for added tokens: the mean of the others, as xtuner 0.2.0 does it."""
+    old = decoder.embed_tokens.weight.data
+    padding = decoder.embed_tokens.padding_idx
+    new = torch.nn.Embedding(size, old.shape[1], padding_idx=padding, dtype=old.dtype, device=old.device)
+    new.weight.data = grown_rows(old, size)
+    decoder.embed_tokens = new
+    decoder.config.vocab_size = size
+
+
+def grown_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Embeddings with as many rows as asked for.
+
+    >>> grown_rows(torch.tensor([[1.0, 0.0], [3.0, 2.0]]), 3).tolist()
+    [[1.0, 0.0], [3.0, 2.0], [2.0, 1.0]]
+    """
+    mean = rows.float().mean(0).to(rows.dtype)
+    return torch.cat([rows, mean.expand(size - len(rows), -1)])
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -266,6 +315,13 @@ def _open_file(file: Path) -> Any:
             f"{file}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); the file is cut "
             f"short, or only a pointer of git-lfs: copy or download it anew"
         ) from error
+
+
+def _read_file(file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise PolarError(f"{file.parent}: has no {file.name}; copy the folder anew")
+    opened = _open_file(file)
+    return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 
 
 def _listed(problems: list[str]) -> str:

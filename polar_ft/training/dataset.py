@@ -56,11 +56,16 @@ class RewardDataset(Dataset):
 
 
 class StepSampler(Sampler):
-    """Steps in the order of the plan, on every rank; mmengine calls ``set_epoch`` before each epoch."""
+    """Steps in the order of the plan, on every rank; mmengine calls ``set_epoch`` before each epoch.
+
+    Attributes:
+        first: Step that the next pass begins with; a resumed run sets it. Passes after that are whole.
+    """
 
     def __init__(self, dataset: RewardDataset, seed: int | None = None) -> None:
         self.steps = len(dataset)
         self.epoch = 0
+        self.first = 0
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose steps come next, from 0."""
@@ -70,7 +75,8 @@ class StepSampler(Sampler):
         return self.steps
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.steps, (self.epoch + 1) * self.steps))
+        first, self.first = self.first, 0
+        return iter(range(self.epoch * self.steps + first, (self.epoch + 1) * self.steps))
 
 
 def collate_step(items: Sequence[StepBatch]) -> StepBatch:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import get_world_size, is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 
 from polar_ft.errors import PolarError
 from polar_ft.training.flops import PEAK_FLOPS, attention_flops, token_flops
@@ -107,54 +106,3 @@ def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class SafeCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, for the day on which the disk is full.
-
-    An old checkpoint is removed after the new one is whole, not before; a checkpoint that could not be
-    written is removed, so that ``last_checkpoint`` always names a whole one.
-    """
-
-    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
-        outdated = None
-        if 0 < self.max_keep_ckpts == len(self.keep_ckpt_ids) and self.keep_ckpt_ids[-1] != step:
-            outdated = self.keep_ckpt_ids.popleft()
-        pointer = Path(runner.work_dir, "last_checkpoint")
-        previous = pointer.read_text(encoding="utf-8") if pointer.is_file() else ""
-        try:
-            super()._save_checkpoint_with_step(runner, step, meta)
-        except (OSError, RuntimeError) as error:
-            # torch.save turns a failed write into a RuntimeError of its zip writer.
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise
-            target = self._path(step)
-            _remove(target)
-            kept = "no earlier checkpoint is there"
-            if previous:
-                pointer.write_text(previous, encoding="utf-8")
-                kept = f"the last whole checkpoint is {previous}"
-            raise PolarError(
-                f"{target}: could not be saved, is the disk full? ({_reason(error)}); {kept}; make room or "
-                f"choose another --work-dir, then go on with --resume"
-            ) from error
-        if outdated is not None and is_main_process():
-            _remove(self._path(outdated))
-
-    def _path(self, step: int) -> Path:
-        return Path(self.out_dir, self.filename_tmpl.format(step))
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong in the first place; torch reports a failed write as an error of its own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _remove(checkpoint: Path) -> None:
-    """A checkpoint is a file, or a directory where DeepSpeed wrote it."""
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    else:
-        checkpoint.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from xtuner.registry import BUILDER
 
@@ -14,11 +15,13 @@ from polar_ft.data.packing import Pack
 from polar_ft.errors import PolarError
 from polar_ft.model.attention import Backend
 from polar_ft.model.fused import use_fused_kernels
+from polar_ft.model.lora import Adapter, LoraSettings
 from polar_ft.model.losses import LossType, PenaltyType, pair_loss, pair_penalty
 from polar_ft.model.memory import Checkpointing, activation_bytes_per_token, free_memory, layers_to_checkpoint
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
-from polar_ft.model.weights import load_backbone
+from polar_ft.model.weights import grow_embeddings, load_backbone
 from polar_ft.template import PolarTemplate
+from polar_ft.training import lora as adapters
 from polar_ft.training.step import Log, StepBatch, StepOptimWrapper, plain_step
 
 
@@ -26,7 +29,8 @@ class PolarRewardModel(BaseModel):
     """A decoder with a reward head, trained on pairs.
 
     Parameters are called ``llm.*`` (names of transformers' ``LlamaModel`` or ``Qwen2Model``) and
-    ``v_head.weight``. A base model without a head gets one of zeros: every reward starts at 0.
+    ``v_head.weight``. A base model without a head gets one of zeros: every reward starts at 0. With ``lora``
+    only adapters and head are trained, and ``state_dict`` holds only them.
 
     Args:
         llm: ``dict(pretrained_model_name_or_path=…, torch_dtype=…)``: the folder or hub id of the weights and
@@ -40,6 +44,7 @@ class PolarRewardModel(BaseModel):
             activations: "none", "selective" (every second one), "full" (all: about a third more time), or
             "auto": as few as the memory allows, by an estimate when training starts (`plan_checkpointing`).
         fused_kernels: RMSNorm, rotary embedding and SwiGLU by liger-kernel; on a GPU only.
+        lora: ``dict(r=…, alpha=…)``, see `LoraSettings`; None trains all weights.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class PolarRewardModel(BaseModel):
         attention: Backend | Literal["auto"] = "auto",
         activation_checkpointing: Checkpointing = "auto",
         fused_kernels: bool = False,
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_name("loss_type", loss_type, LossType)
@@ -64,7 +70,10 @@ class PolarRewardModel(BaseModel):
         )
         use_packed_attention(self.llm)
         if len(self.template) > self.llm.config.vocab_size:
-            _grow_embeddings(self.llm, len(self.template))
+            grow_embeddings(self.llm, len(self.template))
+        self.adapter: Adapter | None = None
+        if lora is not None:
+            self.adapter = adapters.add_adapters(self.llm, LoraSettings.of_config(lora), self.base_folder)
         self.v_head = RewardHead(self.llm.config.hidden_size)
         with torch.no_grad():
             if head_weight is None:
@@ -80,6 +89,11 @@ class PolarRewardModel(BaseModel):
         self.checkpointed_layers = len(self.llm.layers)
         if fused_kernels:
             use_fused_kernels(self.llm)
+        adapters.refuse_other_tensors(self)
+        if self.adapter is not None:
+            adapters.let_zero_3_recompute(self.llm)
+            adapters.record_adapters(self, self.adapter)
+            print_log(adapters.describe(self, self.adapter), "current")
 
     def plan_checkpointing(self, tokens: int, unallocated_bytes: int) -> str:
         """Decides how many layers are computed again in backward; called when training starts.
@@ -92,6 +106,8 @@ class PolarRewardModel(BaseModel):
         Returns:
             The decision and how it was made, for the log.
         """
+        if self.adapter is not None:
+            adapters.check_zero_stage(self, self.adapter)
         layers = len(self.llm.layers)
         device = self.v_head.weight.device
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -165,10 +181,14 @@ class PolarRewardModel(BaseModel):
             fp32: Write float32; xtuner's default is float16.
             save_pretrained_kwargs: ``max_shard_size`` of it is used.
         """
+        from polar_ft.conversion.adapter import merge_adapter
         from polar_ft.conversion.huggingface import write_hf_folder
 
+        state: Mapping[str, torch.Tensor] = self.state_dict()
+        if self.adapter is not None:
+            state = merge_adapter(state, self.base_folder, self.template)
         write_hf_folder(
-            self.state_dict(),
+            state,
             base_folder=self.base_folder,
             out_dir=save_dir,
             template=self.template,
@@ -181,13 +201,3 @@ class PolarRewardModel(BaseModel):
 def _check_name(key: str, name: str, known: Any) -> None:
     if name not in get_args(known):
         raise PolarError(f"{key}={name!r} is not one of {', '.join(map(repr, get_args(known)))}")
-
-
-def _grow_embeddings(llm: Any, size: int) -> None:
-    """Rows for added tokens: the mean of the others, as xtuner 0.2.0 does it."""
-    old = llm.embed_tokens.weight.data
-    new = torch.nn.Embedding(size, old.shape[1], padding_idx=llm.embed_tokens.padding_idx, dtype=old.dtype)
-    new.weight.data[: len(old)] = old
-    new.weight.data[len(old) :] = old.float().mean(0).to(old.dtype)
-    llm.embed_tokens = new
-    llm.config.vocab_size = size

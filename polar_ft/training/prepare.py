@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +16,8 @@ from polar_ft.errors import PolarError
 from polar_ft.model.tiny_base import make_tiny_base, texts_of
 from polar_ft.template import resolve_folder
 from polar_ft.training import upstream
+from polar_ft.training.checkpoints import Manifest, verify
+from polar_ft.training.ranks import tell_ending
 
 
 def prepare_training(pretrained_model_name_or_path: str) -> str:
@@ -35,10 +40,12 @@ def prepare_training(pretrained_model_name_or_path: str) -> str:
         The local folder.
 
     Raises:
-        PolarError: No such folder, and the hub does not have it.
+        PolarError: No such folder, and the hub does not have it; or the checkpoint of ``--resume`` is not
+            what was saved, or was saved by another number of ranks.
     """
     sys.excepthook = _short_excepthook
     upstream.apply()
+    _check_resumed_checkpoint(sys.argv)
     return str(resolve_folder(pretrained_model_name_or_path))
 
 
@@ -57,8 +64,34 @@ def prepare_tiny_training(pretrained_model_name_or_path: str, data: str) -> str:
     return prepare_training(pretrained_model_name_or_path)
 
 
+def _check_resumed_checkpoint(arguments: Sequence[str]) -> None:
+    """Looks at the checkpoint before xtuner and mmengine read the first byte of it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--resume", type=Path)
+    checkpoint = parser.parse_known_args(arguments[1:])[0].resume
+    if checkpoint is None:
+        return
+    manifest = None
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # it may be large, and one look is enough
+        manifest = verify(checkpoint)
+        if manifest is None:
+            print(f"{checkpoint} has no manifest, so nothing tells whether it is whole", file=sys.stderr)
+    ranks_now = int(os.environ.get("WORLD_SIZE", "1"))
+    if manifest is not None and manifest.ranks != ranks_now and _is_partitioned(manifest):
+        raise PolarError(
+            f"{checkpoint}: was saved by {manifest.ranks} ranks, each with its part of the optimizer (ZeRO), "
+            f"and this run has {ranks_now}; start with as many (NPROC_PER_NODE, NNODES), or convert it with "
+            f"tools/pth_to_hf.py and train on from its weights"
+        )
+
+
+def _is_partitioned(manifest: Manifest) -> bool:
+    return any(name.endswith("_optim_states.pt") for name in manifest.files)
+
+
 def _short_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What the user can mend is told in a line, without a traceback; the exit status stays 1."""
+    tell_ending(f"{kind.__name__}: {error}" if not isinstance(error, PolarError) else str(error))
     if isinstance(error, PolarError):
         print(f"\nerror: {error}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -7,9 +7,10 @@ mmengine is one such step; log, schedule, checkpoints and TensorBoard count opti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from polar_ft.data.packing import Pack
+from polar_ft.training.ranks import beat
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,14 @@ class StepBatch:
         weight: Sum of the weights of the pairs of the whole step, over all ranks.
         epoch: From 0.
         step: Step within the epoch, from 0.
+        nonfinite: Numbers of the packs whose loss was NaN or infinite; empty until the step has run.
     """
 
     packs: list[Pack]
     weight: float
     epoch: int
     step: int
+    nonfinite: list[int] = field(default_factory=list)
 
     def pin_memory(self) -> StepBatch:
         """Called by torch's DataLoader."""
@@ -60,14 +64,19 @@ def _accumulate(
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     counts = [sum(values) for values in zip(*map(_counts, batch.packs), strict=True)]
-    sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=device)
+    of_packs = []
     for number, pack in enumerate(batch.packs):
-        sums += run(pack.to(device), ranks / batch.weight, number == len(batch.packs) - 1)
+        last = number == len(batch.packs) - 1
+        of_packs.append(run(pack.to(device), ranks / batch.weight, last))
+    statistics = torch.stack(of_packs)  # [packs, statistics]
     # The one point of a step at which the host waits for the device.
-    total = torch.cat([sums, torch.tensor(counts, dtype=torch.float64, device=device)])
+    total = torch.cat([statistics.sum(0), torch.tensor(counts, dtype=torch.float64, device=device)])
     if ranks > 1:
         dist.all_reduce(total)
-    return _log(dict(zip(STATISTICS + COUNTS, total.tolist(), strict=True)))
+    log = _log(dict(zip(STATISTICS + COUNTS, total.tolist(), strict=True)))
+    if not math.isfinite(log["loss"]):
+        batch.nonfinite[:] = (~statistics[:, 0].isfinite()).nonzero().flatten().tolist()
+    return log
 
 
 def _counts(pack: Pack) -> tuple[int, ...]:
@@ -94,15 +103,20 @@ def plain_step(
     """A step without DeepSpeed; ``model`` may be wrapped in DistributedDataParallel."""
 
     def run(pack: Pack, factor: float, last: bool) -> torch.Tensor:
+        beat("computing")
         # Gradients are exchanged between ranks once, with the last pack.
         local = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
         with local, optim_wrapper.autocast(device):
             output = model(pack=pack, mode="loss")
+            if last:
+                beat("exchanging")
             (output["loss"] * factor).backward()
         return output["statistics"]
 
     log = _accumulate(batch, device, run)
-    log["grad_norm"] = optim_wrapper.clip_and_step()
+    log["grad_norm"] = optim_wrapper.clip_and_step(update=math.isfinite(log["loss"]))
+    if not (math.isfinite(log["loss"]) and math.isfinite(log["grad_norm"])):
+        log["skipped"] = 1.0
     return log
 
 
@@ -113,21 +127,31 @@ def deepspeed_step(engine: Any, batch: StepBatch) -> Log:
         engine.optimizer.gradient_accumulation_steps = len(batch.packs)
 
     def run(pack: Pack, factor: float, last: bool) -> torch.Tensor:
+        beat("computing")
         engine.set_gradient_accumulation_boundary(last)
         output = engine(pack=pack, mode="loss")
+        if last:
+            beat("exchanging")
         engine.backward(output["loss"] * factor, scale_wrt_gas=False)
         return output["statistics"]
 
     log = _accumulate(batch, engine.device, run)
-    norm = None
-    if not engine.zero_optimization():  # then DeepSpeed does not keep the norm, and clears the gradients
+    if engine.zero_optimization():
+        # ZeRO leaves out an update with a gradient that is not finite, and then keeps an old norm; only with
+        # float16 does it look by itself.
+        engine.optimizer.check_overflow()
+        engine.step()
+        norm = float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
+    else:  # DeepSpeed would not keep the norm, and makes any update
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
-    if norm is None:
-        norm = engine.get_global_grad_norm()
-    if norm is not None:
-        log["grad_norm"] = float(norm)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm) and math.isfinite(log["loss"]):
+            engine.step()
+        else:
+            engine.module.zero_grad()
+    log["grad_norm"] = norm
+    if not (math.isfinite(norm) and math.isfinite(log["loss"])):
+        log["skipped"] = 1.0
     return log
 
 
@@ -157,12 +181,16 @@ class StepOptimWrapper(OptimWrapper):
             return nullcontext()
         return torch.autocast(device.type, dtype=self.dtype)
 
-    def clip_and_step(self) -> float:
-        """Clips, updates and clears the gradients; returns their norm before clipping."""
+    def clip_and_step(self, update: bool = True) -> float:
+        """Clips, updates and clears the gradients; returns their norm before clipping.
+
+        Nothing is updated where the norm is not finite, or where ``update`` is False.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         max_norm = (self.clip_grad_kwargs or {}).get("max_norm", float("inf"))
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        self.optimizer.step()
+        if update and math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
 

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from typing import Any
 
 import torch
-
-from polar_ft.errors import PolarError
 
 
 def apply() -> None:
@@ -21,6 +17,7 @@ def apply() -> None:
     _distributed_cpu_has_no_cuda_device()
     _deepspeed_steps_are_whole()
     _deepspeed_compiles_for_nothing()
+    _checkpoints_hold_no_histories()
     _checkpoints_load_without_running()
     _deepspeed_takes_one_port()
 
@@ -82,6 +79,27 @@ def _deepspeed_compiles_for_nothing() -> None:
         deepspeed.comm.torch.build_shm_op = lambda: None
 
 
+def _checkpoints_hold_no_histories() -> None:
+    """A checkpoint holds mmengine's HistoryBuffer objects, which load by calling ``getattr`` on anything.
+
+    Upstream: mmengine 0.10.6 ``logging/message_hub.py``, MessageHub.state_dict: past values of every logged
+    figure, and what hooks note down anew in every run. Only notes of polar_ft, plain data, are kept. Goes
+    when mmengine's are plain data too.
+    """
+    from mmengine.logging import MessageHub
+
+    original = MessageHub.state_dict
+    if getattr(original, "polar_ft", False):
+        return
+
+    def state_dict(self):
+        ours = {k: v for k, v in original(self)["runtime_info"].items() if k.startswith("polar_ft")}
+        return {"log_scalars": {}, "runtime_info": ours, "resumed_keys": dict.fromkeys(ours, True)}
+
+    state_dict.polar_ft = True  # type: ignore[attr-defined]
+    MessageHub.state_dict = state_dict
+
+
 def _checkpoints_load_without_running() -> None:
     """``--resume`` ends in UnpicklingError with torch 2.6 and later, whose ``torch.load`` runs no pickles.
 
@@ -89,31 +107,13 @@ def _checkpoints_load_without_running() -> None:
     ``runtime/checkpoint_engine/``, which save objects of their own. Those are named here, and nothing else
     is loaded. Goes when they save plain data.
     """
-    import _codecs
-
-    import numpy as np
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
     from mmengine.config import ConfigDict
-    from mmengine.logging import HistoryBuffer
 
-    def statistic(owner: Any, name: str) -> Callable[..., Any]:
-        # HistoryBuffer pickles its methods by getattr; in general that would reach anything.
-        if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
-            raise PolarError(
-                f"the checkpoint asks for {name!r} of {owner!r}, which no checkpoint needs; not loaded"
-            )
-        return getattr(owner, name)
-
-    reconstruct, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "float32", "float64")]
     torch.serialization.add_safe_globals(
-        [
-            *(HistoryBuffer, ConfigDict, LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address),
-            *(np.ndarray, np.dtype, reconstruct, scalar, _codecs.encode, *dtypes),
-            (statistic, "builtins.getattr"),
-        ]
+        [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, ConfigDict]
     )
 
 

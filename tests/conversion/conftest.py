@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from polar_ft.model.tiny_base import make_tiny_base
 from polar_ft.model.weights import load_backbone
@@ -86,30 +87,41 @@ def checkpoint(trained: dict[str, torch.Tensor], tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Runs ``train_tiny.py`` once for the same arguments, and returns the checkpoint."""
-    done: dict[tuple[str, str, int], Path] = {}
+def train(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``train(name)``: the last checkpoint of a run of ``train_tiny.py``; all are made when one is asked for.
 
-    def run(stage: str, dtype: str, ranks: int = 1) -> Path:
-        key = (stage, dtype, ranks)
-        if key not in done:
-            work_dir = tmp_path_factory.mktemp("run")
-            command = [sys.executable]
-            if stage != "plain":
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", 0))
-                    port = probe.getsockname()[1]
-                command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-                command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-            script = Path(__file__).with_name("train_tiny.py")
-            result = subprocess.run(
-                [*command, str(script), str(base), str(work_dir), stage, dtype],
-                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-            )
-            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-            done[key] = work_dir / "iter_4.pth"
-        return done[key]
+    The processes of pytest-xdist share them.
+    """
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "conversion_runs"
+
+    def checkpoint(name: str) -> Path:
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                script = Path(__file__).with_name("train_tiny.py")
+                result = subprocess.run(
+                    [sys.executable, str(script), str(base), str(folder.with_suffix(".partial"))],
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                    capture_output=True,
+                    text=True,
+                )
+                assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+                folder.with_suffix(".partial").rename(folder)
+        return folder / name / "iter_4.pth"
+
+    return checkpoint
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """Runs ``tools/pth_to_hf.py`` and returns its exit status, what it said, and its errors in one line."""
+
+    def run(*arguments):
+        script = ROOT / "tools" / "pth_to_hf.py"
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(script), run_name="__main__")
+        said = capsys.readouterr()
+        return exit.value.code or 0, said.out, " ".join(said.err.split())
 
     return run

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.conversion.restricted_load import restricted_load
 from polar_ft.errors import PolarError
 
-RUNS = [("1", "float32", 1), ("2", "bfloat16", 2), ("3", "bfloat16", 2)]
+# Runs of train_tiny.py with DeepSpeed on three ranks, and the dtype in which the model ran.
+RUNS = {
+    "zero1": torch.float32,
+    "zero2_offload": torch.float16,
+    "zero3": torch.bfloat16,
+    "zero3_offload": torch.bfloat16,
+}
 
 
 def test_a_file_of_mmengine(train):
-    """It holds an optimizer, schedules and log histories beside the weights."""
-    file = train("plain", "float32")
+    """It holds an optimizer, schedules and a message hub beside the weights."""
+    file = train("plain")
     content = torch.load(file, weights_only=False)
     assert {"message_hub", "optimizer", "param_schedulers"} <= set(content)
     read = read_checkpoint(file)
@@ -26,22 +36,74 @@ def test_a_file_of_mmengine(train):
     assert all(torch.equal(read.tensors[name], tensor) for name, tensor in content["state_dict"].items())
 
 
-@pytest.mark.parametrize(("stage", "dtype", "ranks"), RUNS)
-def test_a_deepspeed_folder_gives_the_float32_weights(train, stage, dtype, ranks):
+@pytest.mark.parametrize("run", RUNS)
+def test_a_deepspeed_folder_gives_the_float32_weights(train, run):
     """The same as DeepSpeed's own script, to the bit, and the dtype in which the model ran."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    folder = train(stage, dtype, ranks)
-    assert len(list(folder.glob("*_optim_states.pt"))) == ranks
+    folder = train(run)
+    assert len(list(folder.glob("*_optim_states.pt"))) == 3
     expected = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
     read = read_checkpoint(folder)
-    assert read.dtype == getattr(torch, dtype)
+    assert read.dtype == RUNS[run]
     assert set(read.tensors) == set(expected)
     assert len(expected) == 21  # embeddings, 2 layers of 9, norm, head
     assert all(torch.equal(read.tensors[name], tensor) for name, tensor in expected.items())
 
 
-def save_zero(folder: Path, stage: int, ranks: list, module, shapes, frozen=None) -> Path:
+def test_bfloat16_with_float32_gradients(train):
+    """DeepSpeed's own script does not know these files; rounded, they are the weights of the model."""
+    folder = train("zero1_float32_gradients")
+    module = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    read = read_checkpoint(folder)
+    assert read.dtype == torch.bfloat16
+    assert set(read.tensors) == set(module)
+    assert all(torch.equal(read.tensors[name].bfloat16(), tensor) for name, tensor in module.items())
+    assert any(not torch.equal(read.tensors[name], tensor.float()) for name, tensor in module.items())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    stage=st.sampled_from([1, 2, 3]),
+    ranks=st.integers(1, 9),
+    groups=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=4), min_size=1, max_size=3),
+    sub_group=st.integers(1, 40),
+)
+def test_any_number_of_ranks(stage, ranks, groups, sub_group):
+    """Random parameters, cut as DeepSpeed cuts them, come back."""
+    names = iter(range(100))
+    parameters = [
+        {f"p{next(names)}": torch.rand(size) for size in group}  # of several optimizer groups
+        for group in groups
+    ]
+    if stage == 3:
+        parameters = [{name: tensor for group in parameters for name, tensor in group.items()}]
+        vectors = [[] for _ in range(ranks)]
+        for tensor in parameters[0].values():
+            piece = -(-len(tensor) // ranks)
+            padded = torch.cat([tensor, torch.full((piece * ranks - len(tensor),), torch.nan)])
+            for rank, own in enumerate(padded.split(piece)):
+                vectors[rank].append(own)
+        pieces = [list(torch.cat(own).split(sub_group)) for own in vectors]
+    else:
+        pieces = [[] for _ in range(ranks)]
+        for group in parameters:
+            flat = torch.cat(list(group.values()))
+            padding = -len(flat) % (2 * ranks)
+            split = torch.cat([flat, torch.full((padding,), torch.nan)]).chunk(ranks)
+            for rank, own in enumerate(split):
+                pieces[rank].append(own)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in group.items()} for group in parameters]
+    module = {name: torch.zeros(0) for group in shapes for name in group}
+    with tempfile.TemporaryDirectory() as folder:
+        read = read_checkpoint(save_zero(Path(folder, "iter_1.pth"), stage, pieces, module, shapes))
+        for group in parameters:
+            for name, tensor in group.items():
+                assert torch.equal(read.tensors[name], tensor)
+        assert len(read.tensors) == len(module)
+
+
+def save_zero(folder: Path, stage: int, ranks: list, module, shapes, frozen=None, alias=None) -> Path:
     """A DeepSpeed folder; ``ranks`` has the flat vectors of each rank, ``frozen`` the fragments."""
     folder.mkdir()
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
@@ -57,7 +119,7 @@ def save_zero(folder: Path, stage: int, ranks: list, module, shapes, frozen=None
             "param_shapes": [{name: torch.Size(shape) for name, shape in group.items()} for group in shapes],
             "frozen_param_shapes": {name: torch.Size(shape) for name, (shape, _) in (frozen or {}).items()},
             "frozen_param_fragments": {name: parts[rank] for name, (_, parts) in (frozen or {}).items()},
-            "shared_params": {"again": "b"},
+            "shared_params": alias,
         }
         torch.save(model, folder / f"{name}_model_states.pt")
     return folder
@@ -74,7 +136,7 @@ def test_stage_2_by_hand(tmp_path):
     ]
     shapes = [{"a": (5,), "b": (5, 1)}, {"c": (2, 2)}]
     module = {name: torch.zeros(1, dtype=torch.float16) for name in "abc"}
-    read = read_checkpoint(save_zero(tmp_path / "iter_1.pth", 2, ranks, module, shapes))
+    read = read_checkpoint(save_zero(tmp_path / "iter_1.pth", 2, ranks, module, shapes, alias={"again": "b"}))
     assert read.dtype == torch.float16
     assert read.tensors["a"].tolist() == [0, 1, 2, 3, 4]
     assert read.tensors["b"].tolist() == [[5], [6], [7], [8], [9]]
@@ -116,6 +178,44 @@ def test_files_of_another_checkpoint(tmp_path):
     ranks = [[torch.zeros(40)]]
     folder = save_zero(tmp_path / "iter_1.pth", 2, ranks, {"a": torch.zeros(4)}, [{"a": (4,)}])
     with pytest.raises(PolarError, match="4 elements, but its optimizer files 40"):
+        read_checkpoint(folder)
+
+
+def test_a_folder_that_is_too_short_by_less_than_the_padding(tmp_path):
+    """Nine elements are written where ten are needed; with one rank the vector is a multiple of two."""
+    ranks = [[torch.zeros(9)]]
+    folder = save_zero(tmp_path / "iter_1.pth", 2, ranks, {"a": torch.zeros(10)}, [{"a": (10,)}])
+    with pytest.raises(PolarError, match="10 elements, but its optimizer files 9"):
+        read_checkpoint(folder)
+
+
+def test_a_group_that_one_rank_does_not_have(tmp_path):
+    ranks = [[torch.zeros(2), torch.zeros(1)], [torch.zeros(2)]]
+    folder = save_zero(tmp_path / "iter_1.pth", 2, ranks, {"a": torch.zeros(4)}, [{"a": (4,)}, {"b": (2,)}])
+    with pytest.raises(PolarError, match="have 2 groups of parameters, but its optimizer files 1"):
+        read_checkpoint(folder)
+
+
+def test_a_parameter_that_is_there_twice(tmp_path):
+    ranks = [[torch.zeros(4), torch.zeros(4)]]
+    module = {"a": torch.zeros(4)}
+    folder = save_zero(tmp_path / "iter_1.pth", 2, ranks, module, [{"a": (4,)}, {"a": (4,)}])
+    with pytest.raises(PolarError, match=r"iter_1.pth: holds a twice"):
+        read_checkpoint(folder)
+
+
+def test_a_rank_that_is_there_twice(tmp_path):
+    folder = save_zero(tmp_path / "iter_1.pth", 2, [[torch.zeros(4)]], {"a": torch.zeros(4)}, [{"a": (4,)}])
+    name = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shutil.copyfile(folder / name, folder / f"bf16_{name}")
+    with pytest.raises(PolarError, match=f"has both .*{name}.* not all of one checkpoint"):
+        read_checkpoint(folder)
+
+
+def test_tensor_parallel_files(tmp_path):
+    folder = save_zero(tmp_path / "iter_1.pth", 2, [[torch.zeros(4)]], {"a": torch.zeros(4)}, [{"a": (4,)}])
+    shutil.copyfile(folder / "mp_rank_00_model_states.pt", folder / "mp_rank_01_model_states.pt")
+    with pytest.raises(PolarError, match=r"mp_rank_01_model_states.pt: .* tensor parallelism"):
         read_checkpoint(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 
 import pytest
@@ -14,7 +13,6 @@ from transformers import AutoModel
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.conversion.convert import convert_checkpoint
 from polar_ft.template import PolarTemplate
-from tests.conversion.conftest import ROOT
 from tests.conversion.test_checkpoint import RUNS
 from tests.conversion.test_huggingface import scores_of_model, scores_of_state
 
@@ -37,21 +35,6 @@ model = dict(type=RewardModel)
 """
 
 
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """Runs ``tools/pth_to_hf.py`` and returns its exit status, what it said, and its errors in one line."""
-
-    def run(*arguments):
-        script = ROOT / "tools" / "pth_to_hf.py"
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(script), run_name="__main__")
-        said = capsys.readouterr()
-        return exit.value.code or 0, said.out, " ".join(said.err.split())
-
-    return run
-
-
 def test_the_tool_converts_a_file(base, config_file, checkpoint, trained, tmp_path, sequences, run_tool):
     out = tmp_path / "out"
     status, said, _ = run_tool(config_file, checkpoint, out)
@@ -72,15 +55,15 @@ def test_a_dtype_can_be_chosen(config_file, checkpoint, trained, tmp_path, run_t
     assert torch.equal(head, trained["v_head.weight"].to(getattr(torch, dtype)))
 
 
-@pytest.mark.parametrize(("stage", "dtype", "ranks"), RUNS)
-def test_deepspeed_runs(base, config_file, train, tmp_path, sequences, run_tool, stage, dtype, ranks):
-    """In the dtype of the run; with --dtype float32 the master weights themselves."""
-    folder = train(stage, dtype, ranks)
+@pytest.mark.parametrize("run", RUNS)
+def test_deepspeed_runs(base, config_file, train, tmp_path, sequences, run_tool, run):
+    """In the dtype of the run, cast once; with --dtype float32 the master weights themselves."""
+    folder = train(run)
     state = dict(read_checkpoint(folder).tensors)
     assert run_tool(config_file, folder, tmp_path / "trained")[0] == 0
     written = load_file(tmp_path / "trained" / "model.safetensors")
-    assert {tensor.dtype for tensor in written.values()} == {getattr(torch, dtype)}
-    assert torch.equal(written["model.norm.weight"], state["llm.norm.weight"].to(getattr(torch, dtype)))
+    assert {tensor.dtype for tensor in written.values()} == {RUNS[run]}
+    assert torch.equal(written["model.norm.weight"], state["llm.norm.weight"].to(RUNS[run]))
     assert run_tool(config_file, folder, tmp_path / "float32", "--dtype", "float32")[0] == 0
     model = AutoModel.from_pretrained(tmp_path / "float32", trust_remote_code=True)
     expected = scores_of_state(base, state, sequences)
@@ -88,10 +71,33 @@ def test_deepspeed_runs(base, config_file, train, tmp_path, sequences, run_tool,
 
 
 def test_a_plain_run(base, config_file, train, tmp_path, sequences, run_tool):
-    file = train("plain", "float32")
+    file = train("plain")
     assert run_tool(config_file, file, tmp_path / "out")[0] == 0
     model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     expected = scores_of_state(base, dict(read_checkpoint(file).tensors), sequences)
+    torch.testing.assert_close(scores_of_model(model, sequences), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("run", ["xtuner", "xtuner_zero2"])
+def test_runs_of_xtuners_own_model(base, train, template, tmp_path, sequences, run_tool, run):
+    """The scores are those of the class that xtuner ships, with the checkpoint's tensors put into it."""
+    from xtuner.tools.model_converters.modeling_internlm2_reward.configuration_internlm2 import (
+        InternLM2Config,
+    )
+    from xtuner.tools.model_converters.modeling_internlm2_reward.modeling_internlm2 import (
+        InternLM2ForRewardModel,
+    )
+
+    config = tmp_path / "xtuner_config.py"
+    config.write_text(XTUNER_CONFIG.format(base=str(base), reward_token_id=template.reward_token_id))
+    assert run_tool(config, train(run), tmp_path / "out", "--dtype", "float32")[0] == 0
+    settings = InternLM2Config.from_pretrained(tmp_path / "out")
+    theirs = InternLM2ForRewardModel(settings)
+    state = read_checkpoint(train(run)).tensors
+    theirs.load_state_dict({name.replace("llm.", "model."): tensor for name, tensor in state.items()})
+    expected = scores_of_model(theirs, sequences)
+    assert expected.std() > 1e-3
+    model = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     torch.testing.assert_close(scores_of_model(model, sequences), expected, rtol=0, atol=1e-5)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from polar_ft.conversion.checkpoint import read_checkpoint
-from tests.training.conftest import STEPS, RunOnce
-from tests.training.runs import Run
+from tests.training.conftest import STEPS, TOP_LINES, RunOnce
+from tests.training.runs import Run, edit_config
 
 
 @pytest.mark.parametrize("deepspeed", [(), ("--deepspeed", "deepspeed_zero2")], ids=["plain", "zero2"])
@@ -28,3 +28,31 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert set(ours) == set(theirs)
     for tensor in theirs:
         assert torch.equal(ours[tensor], theirs[tensor]), tensor
+
+
+def test_other_data_is_no_way_to_go_on(project: Path, run_once: RunOnce, plain_run: Run):
+    rows = (project / "rows.jsonl").read_text().splitlines(keepends=True)
+    (project / "fewer_rows.jsonl").write_text("".join(rows[:40]))
+    paths = dict(pretrained_model_name_or_path=str(project / "base"), data=str(project / "fewer_rows.jsonl"))
+    config = edit_config("polar_tiny_cpu.py", project / "fewer.py", **paths, **TOP_LINES)
+    command = ["polar-ft", "train", str(config), "--resume", str(plain_run.work_dir / "iter_2.pth")]
+    ended = run_once("resumed_with_other_data", *command)
+    assert ended.status == 1
+    assert "was trained by another step plan" in ended.tail
+    assert "pairs was 60, is 40" in ended.tail
+    assert "Traceback" not in ended.output
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_loaded(
+    project: Path, run_once: RunOnce, plain_run: Run, tmp_path: Path
+):
+    for file in ("iter_2.pth", "iter_2.pth.manifest.json"):
+        (tmp_path / file).write_bytes((plain_run.work_dir / file).read_bytes())
+    content = bytearray((tmp_path / "iter_2.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "iter_2.pth").write_bytes(content)
+    command = ["polar-ft", "train", str(project / "tiny.py"), "--resume", str(tmp_path / "iter_2.pth")]
+    ended = run_once("resumed_from_damaged", *command)
+    assert ended.status == 1
+    assert f"{tmp_path}/iter_2.pth: is not what was saved (its checksum differs)" in ended.tail
+    assert "Traceback" not in ended.output

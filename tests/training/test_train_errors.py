@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from polar_ft.errors import PolarError
-from polar_ft.training.hooks import SafeCheckpointHook, StepPlanHook
+from polar_ft.training.hooks import StepPlanHook
 from polar_ft.training.prepare import prepare_tiny_training
 from tests.training.conftest import TOP_LINES, RunOnce
 from tests.training.runs import Run, edit_config, make_rows, write_rows
@@ -154,44 +154,3 @@ def test_full_disk_while_saving(project, run_once, arguments):
     checkpoint = left / "iter_2.pth"
     files = [checkpoint] if checkpoint.is_file() else list(checkpoint.iterdir())
     assert all(torch.load(file, map_location="cpu", weights_only=False) for file in files)
-
-
-class _Runner:
-    """As much of mmengine's runner as the hook asks for; saving fails from step ``full_from`` on."""
-
-    def __init__(self, work_dir: Path, full_from: int) -> None:
-        self.work_dir = str(work_dir)
-        self.full_from = full_from
-        self.iter = self.epoch = 0
-        self.logger = SimpleNamespace(info=lambda text: None)
-        self.message_hub = SimpleNamespace(runtime_info={}, update_info=lambda *_: None)
-
-    def save_checkpoint(self, out_dir: str, filename: str, *_: object, meta: dict, **__: object) -> None:
-        Path(out_dir, filename).write_text("half")
-        if meta["iter"] >= self.full_from:
-            raise OSError(28, "No space left on device")
-        Path(out_dir, filename).write_text("whole")
-
-
-def test_only_checkpoint_outlives_a_failed_save(tmp_path):
-    runner = _Runner(tmp_path, full_from=3)
-    hook = SafeCheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=1)
-    hook.before_train(runner)
-    for runner.iter in (0, 1):
-        hook._save_checkpoint(runner)
-    assert {file.name for file in tmp_path.iterdir()} == {"iter_2.pth", "last_checkpoint"}
-    runner.iter = 2
-    with pytest.raises(PolarError, match=r"iter_3\.pth: could not be saved.*No space left.*iter_2\.pth"):
-        hook._save_checkpoint(runner)
-    assert {file.name for file in tmp_path.iterdir()} == {"iter_2.pth", "last_checkpoint"}
-    assert (tmp_path / "iter_2.pth").read_text() == "whole"
-    assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_2.pth")
-
-
-def test_checkpoint_hook_leaves_other_errors_alone(tmp_path):
-    runner = _Runner(tmp_path, full_from=9)
-    runner.save_checkpoint = lambda *_, **__: torch.zeros(2) @ torch.zeros(3)
-    hook = SafeCheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=-1)
-    hook.before_train(runner)
-    with pytest.raises(RuntimeError, match="size"):
-        hook._save_checkpoint(runner)

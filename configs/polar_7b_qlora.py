@@ -1,0 +1,209 @@
+# Fine-tunes adapters and the reward head of POLAR-7B over weights of four bits (QLoRA): fits one 24 GB card,
+# by an estimate. Needs a later bitsandbytes than xtuner 0.2.0 asks for: pip install --upgrade bitsandbytes
+#
+#   polar-ft train configs/polar_7b_qlora.py
+#
+# Memory, computed from the shapes and not measured on such a card:
+#   projections, 6.98e9 in four bits, and a float32 scale for each 64        3.9 GB
+#   embeddings and norms in bfloat16                                         0.8 GB
+#   adapters, 168e6 parameters of 16 bytes: weight, gradient, two moments    2.7 GB
+#   activations of one pack of 16,384 tokens, all layers recomputed:
+#     the inputs of 32 layers, 8,192 bytes a token                           4.3 GB
+#     one layer while it is computed again, 452,512 bytes a token            7.4 GB
+# 19.1 GB in all; the bytes of a layer are those that polar_ft.model.memory measures on one of this shape.
+# Where it is not enough, lower max_packed_length and with it max_length: a pair has to fit into a pack.
+
+from mmengine.hooks import IterTimerHook, LoggerHook, ParamSchedulerHook
+from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
+from torch.optim import AdamW
+from xtuner.engine.runner import TrainLoop
+
+from polar_ft.template import PolarTemplate
+from polar_ft.training.checkpoint_hook import StepCheckpointHook
+from polar_ft.training.dataset import StepSampler, build_reward_dataset, collate_step
+from polar_ft.training.hooks import StepPlanHook, ThroughputHook
+from polar_ft.training.model import PolarRewardModel
+from polar_ft.training.nonfinite import NonFiniteHook
+from polar_ft.training.prepare import prepare_training
+from polar_ft.training.schedule import WarmupCosineLR
+from polar_ft.training.step import StepOptimWrapper
+from polar_ft.training.validation import ValidationHook
+
+#######################################################################
+#                  PART 1  Settings: edit these lines                 #
+#######################################################################
+# The model: a folder, or an id on the HuggingFace hub.
+pretrained_model_name_or_path = "internlm/POLAR-7B-Base"
+# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of
+# dict(path=…, weight=…, max_samples=…).
+# A row: {"prompt": …, "reference": …, "chosen": …, "rejected": …}. Check it first: polar-ft data check FILE
+data = "data/train.jsonl"
+# Held-out rows to measure the model on while it trains, in the same form; None for none.
+val_data = None
+
+# Ten times the published 2e-5 of full training, as is usual for adapters; not tuned for POLAR.
+lr = 2e-4
+max_epochs = 1
+# Pairs of an optimizer step, over all GPUs.
+global_batch_pairs = 320
+# Tokens that one forward computes: lower it where memory runs out, it changes nothing else.
+max_packed_length = 16384
+# The adapters: rank, scale, dropout of their inputs; on all projections of every layer, each held in 4 bits.
+lora = dict(r=64, alpha=128, dropout=0.05, load_in_4bit=True)
+
+#######################################################################
+#                     PART 2  Settings seldom edited                  #
+#######################################################################
+# Length limits in tokens: of a whole input, and of the reference and each candidate.
+max_length = 12288
+max_response_length = 4096
+# The token whose hidden state is scored. Another base: see docs/configs.md for naming or adding tokens.
+reward_token_id = 92527
+reward_tokens = dict(separator="<|reward|>", reward="[UNUSED_TOKEN_130]")
+# The published folder keeps its tokenizer in Python code of its own; no other code of it is run.
+allow_tokenizer_code = ("tokenization_internlm2_fast.InternLM2TokenizerFast",)
+
+loss_type = "ranking"  # Bradley–Terry; or "focal", or "margin" (rows with a "margin")
+penalty_type = "none"  # or "log_barrier", "L2"
+# Share of the rows trained without their reference, so that one model also scores without one.
+reference_dropout = 0.0
+
+# Layers computed again in backward, for memory: "auto" (as few as needed), "none", "selective" or "full".
+recompute_layers = "auto"
+# RMSNorm, rotary embedding and SwiGLU by liger-kernel (pip install liger-kernel); on a GPU only.
+fused_kernels = False
+# "tree" computes the prefix that candidates share once, "flat" computes every sequence whole; same gradients.
+layout = "tree"
+# Packs of each GPU in a step; None takes as few as hold it.
+packs_per_step = None
+
+betas = (0.9, 0.95)
+weight_decay = 0
+max_norm = 1
+warmup_ratio = 0.03
+seed = 0
+
+# In optimizer steps; the last step is always saved.
+save_steps = 500
+save_total_limit = 2
+# A loss that is NaN or infinite updates nothing; so many such steps in a row end the run.
+max_bad_steps = 5
+log_interval = 1
+# With val_data: a validation before step 1, every so many steps, and after the last one.
+val_interval = 50
+# The best checkpoint is kept by this: "accuracy", "accuracy_ties_half", "macro_accuracy" or "log_loss".
+val_metric = "accuracy"
+# Training ends after so many validations in a row without a new best; None trains to the end.
+val_patience = None
+
+#######################################################################
+#                      PART 3  Model & tokenizer                      #
+#######################################################################
+model_resource = dict(fn=prepare_training)
+
+tokenizer = dict(
+    type=PolarTemplate.from_pretrained,
+    pretrained_model_name_or_path=pretrained_model_name_or_path,
+    allow_tokenizer_code=allow_tokenizer_code,
+    separator=reward_tokens.get("separator"),
+    reward_token=reward_tokens.get("reward"),
+    add_missing_tokens=reward_tokens.get("add", False),
+    reward_token_id=reward_token_id,
+    max_length=max_length,
+    max_response_length=max_response_length,
+)
+
+model = dict(
+    type=PolarRewardModel,
+    # As published, and frozen; the adapters beside them are float32.
+    llm=dict(pretrained_model_name_or_path=pretrained_model_name_or_path, torch_dtype="bfloat16"),
+    tokenizer=tokenizer,
+    loss_type=loss_type,
+    penalty_type=penalty_type,
+    attention="auto",
+    activation_checkpointing=recompute_layers,
+    fused_kernels=fused_kernels,
+    lora=lora,
+)
+
+#######################################################################
+#                      PART 4  Data & optimizer step                  #
+#######################################################################
+train_dataset = dict(
+    type=build_reward_dataset,
+    data=data,
+    tokenizer=tokenizer,
+    pretrained_model_name_or_path=pretrained_model_name_or_path,
+    global_batch_pairs=global_batch_pairs,
+    max_packed_length=max_packed_length,
+    packs_per_step=packs_per_step,
+    layout=layout,
+    reference_dropout=reference_dropout,
+    seed=seed,
+)
+
+# One item is one optimizer step of this GPU: all its packs.
+train_dataloader = dict(
+    batch_size=1,
+    num_workers=2,
+    pin_memory=True,
+    dataset=train_dataset,
+    sampler=dict(type=StepSampler),
+    collate_fn=dict(type=collate_step),
+)
+
+optim_wrapper = dict(
+    type=StepOptimWrapper,
+    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
+    clip_grad=dict(max_norm=max_norm),
+)
+# By name, as mmengine wants it; the class stands beside StepOptimWrapper.
+model_wrapper_cfg = dict(type="StepDistributedDataParallel")
+
+param_scheduler = dict(
+    type=WarmupCosineLR,
+    warmup_ratio=warmup_ratio,
+    min_ratio=0.1,
+    by_epoch=True,
+    begin=0,
+    end=max_epochs,
+    convert_to_iter_based=True,
+)
+train_cfg = dict(type=TrainLoop, max_epochs=max_epochs)
+
+#######################################################################
+#                           PART 5  Runtime                           #
+#######################################################################
+default_hooks = dict(
+    timer=dict(type=IterTimerHook),
+    logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=log_interval),
+    param_scheduler=dict(type=ParamSchedulerHook),
+    checkpoint=dict(type=StepCheckpointHook, interval=save_steps, max_keep_ckpts=save_total_limit),
+    # The step plan shuffles; mmengine's sampler seed is not used.
+    sampler_seed=None,
+)
+custom_hooks = [
+    dict(type=StepPlanHook),
+    dict(type=ThroughputHook),
+    dict(type=NonFiniteHook, max_in_a_row=max_bad_steps),
+    dict(
+        type=ValidationHook,
+        data=val_data,
+        tokenizer=tokenizer,
+        interval=val_interval,
+        metric=val_metric,
+        patience=val_patience,
+        tokens_per_batch=max_packed_length,
+    ),
+]
+
+env_cfg = dict(mp_cfg=dict(mp_start_method="fork"), dist_cfg=dict(backend="nccl"))
+visualizer = dict(
+    type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)]
+)
+log_level = "INFO"
+# One step is one number: no average over several.
+log_processor = dict(by_epoch=False, window_size=1)
+load_from = None
+resume = False
+randomness = dict(seed=seed, deterministic=False)

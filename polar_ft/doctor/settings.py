@@ -1,0 +1,184 @@
+"""What a config says of a run, read without building anything of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polar_ft.errors import PolarError
+from polar_ft.model.lora import LoraSettings
+
+MODEL = "polar_ft.training.model.PolarRewardModel"
+
+# Of InternLM2 (arXiv 2403.17297), on which POLAR is built: only used where the model's folder is not here.
+_VOCABULARY = dict(model_type="internlm2", bias=False, vocab_size=92544, num_key_value_heads=8)
+PUBLISHED_SHAPES: dict[str, dict[str, Any]] = {
+    "internlm/POLAR-1_8B": _VOCABULARY
+    | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16),
+    "internlm/POLAR-7B": _VOCABULARY
+    | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What memory, steps and time of a run follow from.
+
+    Attributes:
+        config: The file.
+        base: Folder or hub id of the base model.
+        prepared_by: The function that the config's ``model_resource`` names; empty if there is none.
+        dtype: In which weights are loaded, "bfloat16" for instance.
+        autocast: Of training without DeepSpeed, on a GPU.
+        attention: Attention backend.
+        checkpointing: ``recompute_layers``.
+        lora: Adapters; None where all weights are trained.
+        train: ``train_dataset``: data, tokenizer, and what the step plan follows from.
+        validation: Data of the validations, None for none.
+        epochs: Of training.
+        optimizer: Dotted name of its class.
+        backend: Of torch.distributed.
+        kept_checkpoints: How many are kept; below 1 all.
+        work_dir: Where xtuner puts the run.
+    """
+
+    config: Path
+    base: str
+    prepared_by: str
+    dtype: str
+    autocast: bool
+    attention: Any
+    checkpointing: Any
+    lora: LoraSettings | None
+    train: dict[str, Any]
+    validation: Any
+    epochs: int
+    optimizer: str
+    backend: str
+    kept_checkpoints: int
+    work_dir: Path
+
+    @property
+    def max_packed_length(self) -> int:
+        """Tokens that a pack may hold."""
+        return self.train.get("max_packed_length", 32768)
+
+
+def read_settings(config: Path) -> RunSettings:
+    """Reads a config of polar_ft.
+
+    Classes are not imported: a lazy config holds their names.
+
+    Raises:
+        PolarError: There is no such file, it is not Python that mmengine can read, or not a config of ours.
+    """
+    from mmengine.config import Config
+
+    if not config.is_file():
+        raise PolarError(f"{config}: no such config file; `ls configs` shows those that are shipped")
+    try:
+        parsed: dict[str, Any] = Config.fromfile(str(config)).to_dict()
+    except Exception as error:  # whatever the code of a config raises
+        raise PolarError(f"{config}: cannot be read ({type(error).__name__}: {error}); mend it") from error
+
+    def part(name: str) -> dict[str, Any]:
+        value = parsed.get(name)
+        if not isinstance(value, Mapping):
+            raise PolarError(f"{config}: has no {name} = dict(…); start from one of configs/")
+        return dict(value)
+
+    model, train = part("model"), part("train_dataset")
+    if model.get("type") != MODEL:
+        raise PolarError(
+            f"{config}: its model is {model.get('type')!r}, and only configs of polar_ft can be planned "
+            f"({MODEL}); start from one of configs/"
+        )
+    for name in ("data", "tokenizer", "pretrained_model_name_or_path"):
+        if name not in train:
+            raise PolarError(f"{config}: train_dataset has no {name}; start from one of configs/")
+    optim = part("optim_wrapper")
+    hooks = [hook for hook in parsed.get("custom_hooks") or [] if "ValidationHook" in str(hook.get("type"))]
+    lora = model.get("lora")
+    checkpoint = (parsed.get("default_hooks") or {}).get("checkpoint") or {}
+    return RunSettings(
+        config=config,
+        base=str(train["pretrained_model_name_or_path"]),
+        prepared_by=str((parsed.get("model_resource") or {}).get("fn") or ""),
+        dtype=str(model.get("llm", {}).get("torch_dtype", "float32")).removeprefix("torch."),
+        autocast=optim.get("dtype", "bfloat16") is not None,
+        attention=model.get("attention", "auto"),
+        checkpointing=model.get("activation_checkpointing", "auto"),
+        lora=None if lora is None else LoraSettings.of_config(lora),
+        train=train,
+        validation=hooks[0].get("data") if hooks else None,
+        epochs=int((parsed.get("train_cfg") or {}).get("max_epochs", 1)),
+        optimizer=str((optim.get("optimizer") or {}).get("type")),
+        backend=str(((parsed.get("env_cfg") or {}).get("dist_cfg") or {}).get("backend", "nccl")),
+        kept_checkpoints=int(checkpoint.get("max_keep_ckpts", -1)),
+        work_dir=Path(parsed.get("work_dir") or Path("work_dirs", config.stem)),
+    )
+
+
+def model_folder(settings: RunSettings) -> Path | None:
+    """The base model's folder, if it is on this machine; nothing is downloaded."""
+    if Path(settings.base).is_dir():
+        return Path(settings.base)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(settings.base, local_files_only=True))
+    except Exception:  # a path is no hub id, or the hub's cache does not have it
+        return None
+
+
+def read_shape(settings: RunSettings, model_config: Path | None) -> tuple[dict[str, Any], str]:
+    """The ``config.json`` of the base model, and where it was read.
+
+    Args:
+        settings: Of the run.
+        model_config: A ``config.json``, or a folder with one, to be read instead of the model's own.
+
+    Raises:
+        PolarError: It is not here, and it is not one of the published models.
+    """
+    folder = model_folder(settings)
+    file = model_config or (folder / "config.json" if folder else None)
+    if file is not None:
+        file = file / "config.json" if file.is_dir() else file
+        try:
+            return json.loads(file.read_text(encoding="utf-8")), str(file)
+        except FileNotFoundError as error:
+            raise PolarError(f"{file}: no such file; name the config.json of a model") from error
+        except ValueError as error:
+            raise PolarError(f"{file}: is not valid JSON ({error}); the file is damaged") from error
+    known = PUBLISHED_SHAPES.get(settings.base.removesuffix("-Base"))
+    if known is not None:
+        return dict(known), "the published shape (the model is not on this machine)"
+    prepare = ""
+    if settings.prepared_by.rpartition(".")[2] not in ("", "prepare_training"):
+        prepare = (
+            f"--prepare runs {settings.prepared_by.rpartition('.')[2]} of the config, as training does; "
+        )
+    raise PolarError(
+        f"{settings.base}: the model is not on this machine, so its size is not known; {prepare}"
+        f"--model-config FILE takes the shapes from a config.json"
+    )
+
+
+def prepare(settings: RunSettings) -> None:
+    """Runs ``model_resource`` of a config, as training does; it may download or make the model."""
+    from mmengine.config import Config
+
+    resource = Config.fromfile(str(settings.config)).get("model_resource")
+    if not resource:
+        return
+    hook = sys.excepthook
+    # What DeepSpeed logs to standard output is not to stand among our findings.
+    with redirect_stdout(sys.stderr):
+        resource["fn"](settings.base, **resource.get("args", {}))
+    sys.excepthook = hook  # `prepare_training` sets that of training

@@ -1,0 +1,193 @@
+"""A short measured warm-up: forward, backward and update of a few packs, in a process of its own.
+
+The model has the run's shapes and random weights, which take as long as any others, so the weights need not
+be there. ``python -m polar_ft.doctor.warmup REQUEST RESULT`` is that process; `measure` starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from polar_ft.data.packing import Layout
+
+
+class Request(BaseModel):
+    """What to measure.
+
+    Attributes:
+        groups: Folder of tokenized data.
+        plan: Arguments of `StepPlan` beside the sizes.
+        hf_config: Shapes of the model.
+        lora: Settings of adapters, or None.
+        dtype: Of the weights.
+        autocast: Whether forward runs in bfloat16 on a GPU.
+        device: "cuda" or "cpu".
+        attention: Backend.
+        recomputed_layers: Layers that are computed again in backward.
+        seconds: About how long to measure.
+    """
+
+    groups: str
+    plan: dict[str, Any]
+    hf_config: dict[str, Any]
+    lora: dict[str, Any] | None
+    dtype: str
+    autocast: bool
+    device: str
+    attention: str
+    recomputed_layers: int
+    seconds: float = 20.0
+
+
+class Warmup(BaseModel):
+    """What was measured.
+
+    Attributes:
+        tokens: Of the largest pack that was computed.
+        packs: Packs that were timed.
+        seconds_per_cost: Forward and backward, for each unit of `Piece.cost`: a token, attention included.
+        update_seconds: One update by AdamW.
+        peak: Bytes beyond what the process held before the model was built.
+    """
+
+    tokens: int
+    packs: int
+    seconds_per_cost: float
+    update_seconds: float
+    peak: int
+
+
+def measure(request: Request) -> Warmup | str:
+    """Runs the warm-up; returns why there is no measurement where it failed."""
+    from polar_ft.doctor.peak import NO_CACHING
+
+    with tempfile.TemporaryDirectory(prefix="polar_ft_") as folder:
+        question, answer = Path(folder, "request.json"), Path(folder, "result.json")
+        question.write_text(request.model_dump_json())
+        command = [sys.executable, "-m", "polar_ft.doctor.warmup", str(question), str(answer)]
+        limit = 120 + 6 * request.seconds
+        try:
+            done = subprocess.run(
+                command, env={**os.environ, **NO_CACHING}, capture_output=True, text=True, timeout=limit
+            )
+        except subprocess.TimeoutExpired:
+            return f"it was not done after {limit:.0f} s"
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            return (
+                lines[-1][:200] if lines else f"it ended with status {done.returncode} (killed for memory?)"
+            )
+        return Warmup.model_validate_json(answer.read_text())
+
+
+def run(request: Request) -> Warmup:
+    """The measurement, in this process."""
+    import torch
+    from torch import nn
+
+    from polar_ft.data.packing import Pack, build_pack
+    from polar_ft.data.step_plan import Piece, StepPlan, select_pairs
+    from polar_ft.data.tokenized import TokenizedGroups
+    from polar_ft.doctor.peak import MemoryPeak
+    from polar_ft.model.lora import LoraSettings
+    from polar_ft.model.losses import pair_loss
+    from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
+    from polar_ft.model.weights import decoder_config, empty_decoder
+
+    groups = TokenizedGroups(Path(request.groups))
+    plan = StepPlan(groups, **request.plan)
+    layout: Layout = plan.layout
+    device, dtype = torch.device(request.device), getattr(torch, request.dtype)
+    nn.Linear(8, 8).to(device)(torch.zeros(1, 8, device=device)).sum().backward()  # what torch itself takes
+    peak = MemoryPeak(device)
+    decoder: Any = empty_decoder(decoder_config(request.hf_config, "config.json"))
+    for module in decoder.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            new = torch.empty(old.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(nn.init.normal_(new, std=0.02)))
+    decoder.to(device)
+    use_packed_attention(decoder)
+    if request.lora is not None:
+        from polar_ft.training.lora import add_adapters
+
+        add_adapters(decoder, LoraSettings.of_config(request.lora), ".")
+        decoder.to(device)
+    head = RewardHead(decoder.config.hidden_size).to(device, dtype)
+    trained = [p for p in (*decoder.parameters(), *head.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+
+    def pack_of(pieces: list[Piece]) -> Pack:
+        parts = [select_pairs(groups.group(p.group), p.first_pair, p.last_pair) for p in pieces]
+        return build_pack(parts, layout).to(device)
+
+    def compute(pack: Pack) -> float:
+        started = _now(device)
+        mixed = request.autocast and request.dtype == "float32" and device.type == "cuda"
+        with torch.autocast("cuda", dtype=torch.bfloat16) if mixed else nullcontext():
+            rewards = packed_rewards(
+                decoder,
+                head,
+                pack,
+                backend=request.attention,  # type: ignore[arg-type]
+                checkpointed_layers=request.recomputed_layers,
+            )
+            pair_loss(rewards[pack.chosen], rewards[pack.rejected], pack.margin, "ranking").sum().backward()
+        return _now(device) - started
+
+    def update() -> float:
+        started = _now(device)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return _now(device) - started
+
+    pack_pieces = max(
+        (pieces for of_rank in plan.packs(0, 0) for pieces in of_rank),
+        key=lambda pieces: sum(piece.cost for piece in pieces),
+    )
+    # The cheapest piece tells what a pack would take; a first run of anything is slower.
+    probe = min(pack_pieces, key=lambda piece: piece.cost)
+    compute(pack_of([probe]))
+    speed = compute(pack_of([probe])) / probe.cost
+    update()
+    kept: list[Piece] = []
+    for piece in sorted(pack_pieces, key=lambda piece: piece.cost):
+        if not kept or speed * (sum(p.cost for p in kept) + piece.cost) <= request.seconds / 3:
+            kept.append(piece)
+    pack, cost = pack_of(kept), sum(piece.cost for piece in kept)
+    compute(pack)
+    timings: list[float] = []
+    update_timings: list[float] = []
+    started = time.monotonic()
+    while len(timings) < 2 or (len(timings) < 8 and time.monotonic() - started < request.seconds / 3):
+        timings.append(compute(pack))
+        update_timings.append(update())
+    return Warmup(
+        tokens=len(pack.input_ids),
+        packs=len(timings),
+        seconds_per_cost=sorted(timings)[len(timings) // 2] / cost,
+        update_seconds=sorted(update_timings)[len(timings) // 2],
+        peak=peak.bytes(),
+    )
+
+
+def _now(device: Any) -> float:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    measured = run(Request.model_validate_json(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(measured.model_dump_json())

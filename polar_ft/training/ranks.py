@@ -1,0 +1,130 @@
+"""What each process of a run tells the command that started it: where it is, and why it ended.
+
+`polar_ft.training.launch` makes a folder and names it in the environment; every process writes two small
+files there. Without such a folder (``xtuner train`` makes none) nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER_VARIABLE = "POLAR_FT_RANKS"
+
+# Exit status of a run that saved and stopped because it was told to: EX_TEMPFAIL of sysexits.h, nothing is
+# wrong, the same command may be tried again.
+STOPPED = 75
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a process is.
+
+    Attributes:
+        rank: Of the process.
+        step: Optimizer step it is in, from 1.
+        phase: "loading", "computing", "exchanging" (waiting for the other ranks' gradients), "saving", …
+        time: Seconds since 1970.
+    """
+
+    rank: int
+    step: int
+    phase: str
+    time: float
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a process ended before its work was done.
+
+    Attributes:
+        rank: Of the process.
+        host: Name of its machine.
+        status: Exit status.
+        error: In a line.
+        time: Seconds since 1970.
+    """
+
+    rank: int
+    host: str
+    status: int
+    error: str
+    time: float
+
+
+_step = 0
+
+
+def beat(phase: str, step: int | None = None) -> None:
+    """Tells where this process is; ``step`` stays what it was if it is not given."""
+    global _step
+    _step = _step if step is None else step
+    _write("beat", asdict(Beat(_rank(), _step, phase, time.time())))
+
+
+def tell_ending(error: str, status: int = 1) -> None:
+    """Tells why this process ends."""
+    _write("ending", asdict(Ending(_rank(), socket.gethostname(), status, error, time.time())))
+
+
+def beats(folder: Path) -> list[Beat]:
+    """What the processes told last, by rank."""
+    return sorted((Beat(**entry) for entry in _read(folder, "beat")), key=lambda beat: beat.rank)
+
+
+def endings(folder: Path) -> list[Ending]:
+    """Why processes ended, the first one first."""
+    return sorted((Ending(**entry) for entry in _read(folder, "ending")), key=lambda ending: ending.time)
+
+
+def describe_standstill(found: Sequence[Beat]) -> str:
+    """Which ranks the others wait for.
+
+    >>> describe_standstill([Beat(0, 7, "exchanging", 0.0), Beat(1, 7, "computing", 0.0)])
+    'rank 1 is computing step 7, and rank 0 waits for it'
+    >>> describe_standstill([Beat(0, 7, "exchanging", 0.0), Beat(1, 7, "exchanging", 0.0)])
+    'ranks 0, 1 are exchanging step 7; a rank of another node, or the network, holds them up'
+    """
+
+    def named(ranks: Sequence[int]) -> str:
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+    def place(beat: Beat) -> tuple[int, bool]:
+        return beat.step, beat.phase == "exchanging"
+
+    last = min(place(beat) for beat in found)
+    behind = [beat for beat in found if place(beat) == last]
+    others = [beat.rank for beat in found if place(beat) != last]
+    ranks = [beat.rank for beat in behind]
+    where = f"{named(ranks)} {'is' if len(ranks) == 1 else 'are'} {behind[0].phase} step {behind[0].step}"
+    if others:
+        return f"{where}, and {named(others)} wait{'s' * (len(others) == 1)} for it"
+    if behind[0].phase == "exchanging":
+        return f"{where}; a rank of another node, or the network, holds them up"
+    return where
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _write(kind: str, entry: dict[str, object]) -> None:
+    folder = os.environ.get(FOLDER_VARIABLE)
+    if folder is None or not os.path.isdir(folder):
+        return
+    file = Path(folder, f"{kind}_{_rank()}.json")
+    beside = file.with_suffix(".partial")
+    try:
+        beside.write_text(json.dumps(entry), encoding="utf-8")
+        beside.replace(file)
+    except OSError:
+        pass  # A full disk is told of by what needs the disk.
+
+
+def _read(folder: Path, kind: str) -> list[dict]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob(f"{kind}_*.json")]
