@@ -106,23 +106,22 @@ def verify(checkpoint: Path) -> Manifest | None:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except (ValidationError, UnicodeDecodeError) as error:
-        raise PolarError(f"{path}: is damaged; resume from another checkpoint") from error
+        raise PolarError(f"{path}: is damaged; take another checkpoint") from error
     found = _files(checkpoint)
     for name in sorted(set(found) ^ set(manifest.files)):
         problem = "is not part of this checkpoint" if name in found else "is missing"
-        raise PolarError(f"{_file(checkpoint, name)}: {problem}; resume from another checkpoint")
+        raise PolarError(f"{_file(checkpoint, name)}: {problem}; take another checkpoint")
     for name, entry in manifest.files.items():
         file = _file(checkpoint, name)
         if file.stat().st_size != entry.size:
             raise PolarError(
-                f"{file}: has {file.stat().st_size} bytes instead of {entry.size}; resume from another "
-                f"checkpoint"
+                f"{file}: has {file.stat().st_size} bytes instead of {entry.size}; take another checkpoint"
             )
     with ThreadPoolExecutor() as pool:
         for name, entry in zip(found, pool.map(lambda n: _entry(_file(checkpoint, n)), found), strict=True):
             if entry != manifest.files[name]:
                 raise PolarError(
-                    f"{_file(checkpoint, name)}: is not what was saved (its checksum differs); resume from "
+                    f"{_file(checkpoint, name)}: is not what was saved (its checksum differs); take "
                     f"another checkpoint"
                 )
     return manifest
