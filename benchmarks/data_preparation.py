@@ -117,8 +117,8 @@ def xtuners(file: str, base: str, cache: str) -> dict[str, float]:
 def measured(function, *arguments: str) -> dict[str, Any]:
     """Runs a function in a new process; adds the peak memory of it and its children.
 
-    ``peak_memory_mib`` is the resident set, which counts pages of mapped files that the system may drop at any
-    time; ``peak_private_mib`` is what it cannot drop, sampled in the process itself.
+    ``peak_memory_mib`` is the resident set, which counts pages of mapped files that the system may drop at
+    any time; ``peak_private_mib`` is what it cannot drop, sampled in the process itself.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_with_memory, function, arguments).result()

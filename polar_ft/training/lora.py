@@ -44,7 +44,9 @@ def add_adapters(decoder: Any, settings: LoraSettings, base: str) -> Adapter:
         _hold_in_4bit(decoder)
     from peft import LoraConfig, inject_adapter_in_model
 
-    with _bitsandbytes_hidden(not settings.load_in_4bit):
+    with _bitsandbytes_hidden(not settings.load_in_4bit), torch.random.fork_rng(devices=[]):
+        # Adapters start alike with and without DeepSpeed, which draw different numbers before this.
+        torch.default_generator.manual_seed(torch.initial_seed())
         config = LoraConfig(
             r=settings.r,
             # Also fractions work; peft only annotates an int.

@@ -132,8 +132,8 @@ def write_config(project: Path, folder: Path, name: str, lines: dict) -> Path:
         ).replace("type=PolarRewardModel", f"type={model}")
     if name == "tree_reversed":
         text = text.replace(
-            "from polar_ft.training.model import",
-            "from tests.invariance.variants import build_reversed_dataset\nfrom polar_ft.training.model import",
+            "from polar_ft.training.model",
+            "from tests.invariance.variants import build_reversed_dataset\nfrom polar_ft.training.model",
         ).replace("type=build_reward_dataset", "type=build_reversed_dataset")
         assert "type=build_reversed_dataset" in text
     config.write_text(text)
