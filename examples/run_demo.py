@@ -69,7 +69,7 @@ class PartSummary(BaseModel):
     Attributes:
         n_pairs: Held-out pairs that were scored.
         accuracy: Share of them with the chosen answer scored above the rejected one; a tie is not.
-        accuracy_ci95: Its Wilson interval.
+        accuracy_ci95: Its 95 % interval; by prompt where a prompt has several pairs, else Wilson's.
         accuracy_shuffled_reference: The same with references shuffled between rows.
         accuracy_length_baseline: Of "the longer answer wins" on the same pairs; equal lengths count half.
         accuracy_shorter_baseline: Of "the shorter answer wins".
@@ -249,7 +249,8 @@ def summarize(metrics: Mapping, compared: Mapping, train_seconds: float, work_di
     return PartSummary(
         n_pairs=overall["n_scored"],
         accuracy=overall["accuracy"],
-        accuracy_ci95=overall["accuracy_ci95"],
+        # By prompt where a prompt has several pairs, as the report shows it.
+        accuracy_ci95=overall.get("accuracy_ci95_by_prompt") or overall["accuracy_ci95"],
         accuracy_shuffled_reference=metrics["metrics"]["reference_use"]["shuffled"]["overall"]["accuracy"],
         accuracy_length_baseline=metrics["metrics"]["baselines"]["longer_wins"]["overall"],
         accuracy_shorter_baseline=metrics["metrics"]["baselines"]["shorter_wins"]["overall"],

@@ -103,7 +103,7 @@ class TestTrain:
         monkeypatch.setenv("NPROC_PER_NODE", "8")
         monkeypatch.setenv("NNODES", "2")
         monkeypatch.setenv("NODE_RANK", "1")
-        monkeypatch.setenv("ADDR", "10.0.0.1")
+        monkeypatch.setenv("ADDR", "gpu-1")
         monkeypatch.setenv("PORT", "2950")
         CliRunner().invoke(cli.app, ["train", str(config)])
         (line,) = started
@@ -111,7 +111,7 @@ class TestTrain:
             "--nnodes=2",
             "--node_rank=1",
             "--nproc_per_node=8",
-            "--master_addr=10.0.0.1",
+            "--master_addr=gpu-1",
             "--master_port=2950",
         ):
             assert argument in line

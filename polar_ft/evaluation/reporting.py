@@ -55,7 +55,8 @@ def report_scores(
         ),
     )
     files = write_report(report, table, out_dir, worst=_worst(table, examples, template))
-    _show(report, [find_scores(scores), *files])
+    # Without the run's examples the scores were there before.
+    _show(report, files if examples is None else [find_scores(scores), *files])
     return report
 
 

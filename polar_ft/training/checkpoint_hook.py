@@ -64,9 +64,8 @@ class StepCheckpointHook(Hook):
         if stops or step % self.interval == 0:
             self._save(runner, step)
         if told:
-            name = self.told.name if self.told else "a signal to another rank"
             runner.logger.info(
-                f"stopped by {name} after step {step} of {runner.max_iters}; "
+                f"stopped by a signal after step {step} of {runner.max_iters}; "
                 f"--resume {Path(runner.work_dir, _name(step))} goes on (exit status {STOPPED})"
             )
             tell_ending("stopped as told", STOPPED)
