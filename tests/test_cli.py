@@ -129,7 +129,8 @@ class TestTrain:
         assert "has no checkpoint, so the run starts anew" in result.output
         assert started.pop()[2:] == [str(config), "--work-dir", str(tmp_path), "--seed", "1"]
         for step in (2, 10):
-            unfinished = tmp_path / "unfinished"
+            unfinished = tmp_path / "unfinished" / f"iter_{step}.pth"
+            unfinished.parent.mkdir(exist_ok=True)
             unfinished.write_bytes(b"state")
             publish(unfinished, tmp_path / f"iter_{step}.pth", step, ranks=1)
         CliRunner().invoke(cli.app, arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import logging
 import os
 import pickle
@@ -272,15 +273,23 @@ def test_in_a_running_loop(serve, connect, template, data):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_has_connections_of_its_own(serve, connect, template, data):
-    client = connect(serve())
-    right = expected(template, data)
-    assert client(data) == right
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if client(data) == right else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert client(data) == right
+def test_a_forked_process_has_connections_of_its_own(serve, template, data, tmp_path):
+    """In a process of its own: one with the threads of a test runner cannot be forked safely."""
+    (tmp_path / "tokenizer.json").write_text(template.tokenizer_json, encoding="utf-8")
+    script = (
+        "import json, os, sys\n"
+        "from polar_ft import RewardModelClient\n"
+        "path, address, data, right = (json.loads(text) for text in sys.argv[1:])\n"
+        "client = RewardModelClient(path, server_address=address)\n"
+        "assert client(data) == right\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if client(data) == right else 1)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
+        "assert client(data) == right\n"
+    )
+    arguments = [str(tmp_path), serve().address, data, expected(template, data)]
+    subprocess.run([sys.executable, "-c", script, *map(json.dumps, arguments)], check=True, timeout=120)
 
 
 def test_scale_only_where_asked_for(serve, template, data, tmp_path):

@@ -50,7 +50,7 @@ def test_the_model_plans_what_its_setting_says(mode: str, tokens: int, expected:
     torch.nn.Module.__init__(model)
     model.llm, model.v_head = make_model("llama")
     use_packed_attention(model.llm)
-    model.activation_checkpointing = mode
+    model.adapter, model.activation_checkpointing = None, mode
     line = model.plan_checkpointing(tokens, unallocated_bytes=12)
     assert model.checkpointed_layers == expected
     assert line.startswith(f"{expected} of 3 layers are computed again in backward")
