@@ -61,7 +61,7 @@ KNOWN = {
     "metaspace_first": lambda: train("metaspace_first"),
     "llama2": lambda: sentencepiece(normalizers.Sequence([normalizers.Prepend("▁"), REPLACE])),
     "internlm2": lambda: sentencepiece(REPLACE),
-    **{f"pattern_{len(pattern)}": lambda pattern=pattern: split_by(pattern) for pattern in _KNOWN_PATTERNS},
+    **{f"pattern_{len(pattern)}": lambda pattern=pattern: split_by(pattern) for pattern in sorted(_KNOWN_PATTERNS)},
 }
 
 
