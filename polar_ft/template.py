@@ -289,14 +289,17 @@ class PolarTemplate:
         """As `encode_batch`, with what all candidates of a row share only once, as arrays."""
         # Few fields are ever too long, and the ids of the whole texts show for most that they are not; so
         # everything is joined and tokenized first, and again where something had to be cut.
-        parts = self._join_and_encode(batch)
-        doubtful = [
-            i for i, fields in enumerate(batch) if measure or not self._certainly_fits(fields, parts[i])
+        parts, starts = self._join_and_encode(batch)
+        bounds = [
+            None if measure else self._upper_bounds(fields, row, start)
+            for fields, row, start in zip(batch, parts, starts, strict=True)
         ]
+        doubtful = [i for i, bound in enumerate(bounds) if bound is None or not self._fits(bound)]
         if doubtful:
-            fitted = self._fit([batch[i] for i in doubtful], measure)
+            fitted = self._fit([batch[i] for i in doubtful], [bounds[i] for i in doubtful])
             cut = [i for i, (_, cut, _) in zip(doubtful, fitted, strict=True) if cut]
-            again = dict(zip(cut, self._join_and_encode([f for f, cut, _ in fitted if cut]), strict=True))
+            joined, _ = self._join_and_encode([fields for fields, cut, _ in fitted if cut])
+            again = dict(zip(cut, joined, strict=True))
             for i, (_, row_cut, lengths) in zip(doubtful, fitted, strict=True):
                 parts[i] = replace(again.get(i, parts[i]), cut=row_cut, lengths=lengths)
         return [self._within_max_length(fields, row) for fields, row in zip(batch, parts, strict=True)]
@@ -305,7 +308,7 @@ class PolarTemplate:
         self, prompt: str, reference: str, candidates: Sequence[str]
     ) -> tuple[str, str, Sequence[str]]:
         """What is left of prompt, reference and candidates after cutting: a suffix and prefixes of them."""
-        [(kept, _, _)] = self._fit([(prompt, reference, candidates, "sft")], measure=False)
+        [(kept, _, _)] = self._fit([(prompt, reference, candidates, "sft")], [None])
         return kept[:3]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -334,8 +337,12 @@ class PolarTemplate:
             raise PolarError(f"{self.name} puts {names} before a text; a POLAR input has at most one BOS")
         return full[:start]
 
-    def _join_and_encode(self, batch: Sequence[Fields]) -> list[EncodedParts]:
-        """Ids of the joined fields as they are, whatever their length."""
+    def _join_and_encode(self, batch: Sequence[Fields]) -> tuple[list[EncodedParts], list[int]]:
+        """Ids of the joined fields as they are, whatever their length.
+
+        Beside them, for each row, tokens that its head and every tail are known to begin with: the start of
+        its prompt.
+        """
         # The separator is a token of its own and parts what stands on its two sides. Each side is tokenized
         # with the separator beside it, in two pieces if the prompt has a safe place to be cut at, and every
         # piece once however many candidates and rows share it.
@@ -361,7 +368,7 @@ class PolarTemplate:
         ids_of = self._encode_texts(list(pieces))
 
         bos, reward = (np.array(ids, dtype=np.int32) for ids in (self.bos_ids, [self.reward_token_id]))
-        return [
+        parts = [
             EncodedParts(
                 head=np.concatenate([bos, *(ids_of[n] for n in left)]),
                 tails=[np.concatenate([*(ids_of[n] for n in right), reward])[skip:] for right in rights],
@@ -369,6 +376,11 @@ class PolarTemplate:
             )
             for left, rights, skip in numbers
         ]
+        starts = [
+            min(len(ids_of[left[0]]), len(ids_of[rights[0][0]]) - skip) if len(left) > 1 else 0
+            for left, rights, skip in numbers
+        ]
+        return parts, starts
 
     def _within_max_length(self, fields: Fields, row: EncodedParts) -> EncodedParts:
         """Cuts what is still too long: a cut text can, rarely, take more tokens than were counted."""
@@ -385,18 +397,26 @@ class PolarTemplate:
         tails = [np.concatenate([tail[:-1][: room - 1], tail[-1:]]) for tail in row.tails]
         return replace(row, tails=tails, cut=replace(row.cut, candidates=candidates))
 
-    def _certainly_fits(self, fields: Fields, row: EncodedParts) -> bool:
-        """Whether no field can have more tokens than it may have, as far as the joined ids tell."""
+    def _upper_bounds(self, fields: Fields, row: EncodedParts, start: int) -> Lengths:
+        """Tokens that no field can have more of, as far as the ids of the joined texts tell."""
         prompt, reference, candidates, _ = fields
-        if not all(
-            self._at_most(text, len(tail)) <= self.max_response_length
-            for text, tail in zip(candidates, row.tails, strict=True)
-        ):
-            return False
-        reference_tokens = self._at_most(reference, len(row.head))
+        return Lengths(
+            prompt=self._at_most(prompt, len(row.head)),
+            reference=self._at_most(reference, len(row.head) - start),
+            candidates=tuple(
+                self._at_most(text, len(tail) - start)
+                for text, tail in zip(candidates, row.tails, strict=True)
+            ),
+        )
+
+    def _fits(self, lengths: Lengths) -> bool:
+        return self._prompt_fits(lengths) and max(lengths.candidates) <= self.max_response_length
+
+    def _prompt_fits(self, lengths: Lengths) -> bool:
+        """Whether prompt and reference need no cut."""
         return (
-            reference_tokens <= self.max_response_length
-            and self._at_most(prompt, len(row.head)) <= (self._room - reference_tokens) // 2
+            lengths.reference <= self.max_response_length
+            and lengths.prompt <= (self._room - lengths.reference) // 2
         )
 
     def _at_most(self, text: str, joined: int) -> int:
@@ -412,14 +432,41 @@ class PolarTemplate:
             by_bytes = min(by_bytes, self._max_tokens_per_byte * len(text[:start].encode()) + joined)
         return len(self.bos_ids) + 1 + by_bytes
 
-    def _fit(self, batch: Sequence[Fields], measure: bool) -> list[tuple[Fields, Cut, Lengths | None]]:
-        """Counts every field's tokens and cuts what is too long."""
-        texts = list(dict.fromkeys(t for p, r, candidates, _ in batch for t in (p, r, *candidates)))
+    def _fit(
+        self, batch: Sequence[Fields], bounds: Sequence[Lengths | None]
+    ) -> list[tuple[Fields, Cut, Lengths | None]]:
+        """Cuts what is too long.
+
+        Args:
+            batch: The fields of each row.
+            bounds: What is known of their tokens: only what these leave open is counted. None counts every
+                field of the row, and returns the counts with it.
+        """
+        open_texts = (
+            text
+            for (prompt, reference, candidates, _), bound in zip(batch, bounds, strict=True)
+            for text in (
+                *(() if bound is not None and self._prompt_fits(bound) else (prompt, reference)),
+                *(
+                    text
+                    for i, text in enumerate(candidates)
+                    if bound is None or bound.candidates[i] > self.max_response_length
+                ),
+            )
+        )
+        texts = list(dict.fromkeys(open_texts))
         encoded = self._encode_texts(texts)
         tokens = {text: len(self.bos_ids) + len(ids) for text, ids in zip(texts, encoded, strict=True)}
         fitted: list[tuple[Fields, Cut, Lengths | None]] = []
-        for prompt, reference, candidates, wrapper in batch:
-            lengths = Lengths(tokens[prompt], tokens[reference], tuple(tokens[text] for text in candidates))
+        for (prompt, reference, candidates, wrapper), bound in zip(batch, bounds, strict=True):
+            lengths = Lengths(
+                prompt=tokens[prompt] if bound is None else tokens.get(prompt, bound.prompt),
+                reference=tokens[reference] if bound is None else tokens.get(reference, bound.reference),
+                candidates=tuple(
+                    tokens[text] if bound is None else tokens.get(text, bound.candidates[i])
+                    for i, text in enumerate(candidates)
+                ),
+            )
             reference, reference_cut = self._cut_right(reference, lengths.reference)
             cut_candidates = [
                 self._cut_right(text, n) for text, n in zip(candidates, lengths.candidates, strict=True)
@@ -427,7 +474,7 @@ class PolarTemplate:
             prompt, prompt_cut = self._cut_left(prompt, lengths.prompt, reference, lengths.reference)
             cut = Cut(prompt_cut, reference_cut, tuple(n for _, n in cut_candidates))
             fields = (prompt, reference, [text for text, _ in cut_candidates], wrapper)
-            fitted.append((fields, cut, lengths if measure else None))
+            fitted.append((fields, cut, lengths if bound is None else None))
         return fitted
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from polar_ft.data.json_list import BrokenListError, entries
 from polar_ft.data.records import Example, Pairing, RowError, parse_row
@@ -328,7 +329,7 @@ def _parse_line(file: str, number: int, line: bytes) -> dict[str, Any] | RowProb
         byte = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line"
         return problem(f"is not valid UTF-8 ({byte}) — save the file as UTF-8 (iconv -t UTF-8)")
     try:
-        row = json.loads(text)
+        row = _parse_json(text)
     except RecursionError:
         return problem("is nested too deeply to be a row — check what wrote the file")
     except ValueError as error:  # JSONDecodeError, or a number of more digits than Python reads
@@ -343,6 +344,14 @@ def _parse_line(file: str, number: int, line: bytes) -> dict[str, Any] | RowProb
     if not isinstance(row, dict):
         return problem(f"is {_kind(row)} — write one JSON object a line")
     return row
+
+
+def _parse_json(text: str) -> Any:
+    # Twice as fast as `json`, whose messages are better and which decides where the two disagree on an error.
+    try:
+        return from_json(text)
+    except ValueError:
+        return json.loads(text)
 
 
 def _kind(value: Any) -> str:
