@@ -3,14 +3,17 @@
 The unit of the queue is one candidate: its head, which all candidates of a (prompt, reference) begin with,
 and its tail, the rest. Whenever the model is free it takes the candidate that waits longest, then the others
 with the same head, whoever sent them, then other heads, until the batch is full. Those of one head are
-computed as a tree (`polar_ft.data.packing`). Nobody waits for a batch to fill.
+computed as a tree (`polar_ft.data.packing`). Nobody waits for a batch to fill; but where several heads wait,
+the newest, if several candidates of it have come, is left for the next batch: more of them may be on their
+way, and the prefix would be computed once for these and once for those.
 
 Oldest first, where letters are heads and a batch holds three candidates::
 
     queue    A1  B1  A2  C1  A3  A4                arrival from left to right
     batches  [A1 A2 A3]  [B1 C1 A4]
 
-Every batch begins with the oldest candidate, so a stream of candidates of one head cannot starve the others.
+Every batch begins with the oldest candidate, so a stream of candidates of one head cannot starve the others,
+and nobody is left for the next batch twice.
 """
 
 from __future__ import annotations
@@ -254,7 +257,10 @@ class Batcher:
         """
         batch: list[list[_Waiting]] = []
         room = self.tokens_per_batch
-        for head in sorted(self._queue, key=lambda head: self._queue[head][0]):
+        heads = sorted(self._queue, key=lambda head: self._queue[head][0])
+        if len(heads) > 1 and len(self._queue[heads[-1]]) > 1:
+            heads.pop()  # more of them may be on their way; when the next batch is made it is not the newest
+        for head in heads:
             waiting = [one for one in self._queue[head] if not one.job.future.done()]
             if batch and waiting and len(waiting[0].candidate.head) > room:
                 continue

@@ -63,6 +63,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a reward model over HTTP, with the formats of SGLang, vLLM and LMDeploy, and a page to try it."""
+    # OpenMP's threads would otherwise spin between forward passes, on the cores that answer the clients.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, below
     key = _api_key(api_key_file)
     listening = _listen(host, port, protected=key is not None or allow_unauthenticated)
     try:

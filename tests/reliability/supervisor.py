@@ -2,9 +2,10 @@
 
     python -m tests.reliability.supervisor --kills 20 --seed 0 --out work_dirs/reliability
 
-trains the tiny model on 2 ranks with ZeRO-2 and with ZeRO-3: once without interruption, then with kills at
-moments drawn from the time that the whole run takes. Final weights, optimizer state and the loss of every
-step have to be the same bits. ``summary.json`` in the folder holds what was counted.
+trains the tiny model on 2 ranks with ZeRO-2 and with ZeRO-3: once without interruption, then killed by turns
+while it starts up, in a step, while it saves and while it validates, each time at a random moment of that
+phase. Final weights, optimizer state and the loss of every step have to be the same bits. Then every file of
+the newest checkpoint is damaged in many ways. ``summary.json`` in the folder holds what was counted.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,9 +27,15 @@ import psutil
 import torch
 from xtuner.configs import cfgs_name_path
 
+from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.conversion.restricted_load import restricted_load
+from polar_ft.errors import PolarError
 from polar_ft.model.tiny_base import make_tiny_base
+from polar_ft.training.checkpoints import checkpoints, manifest_path, newest_whole, verify
+from polar_ft.training.ranks import FOLDER_VARIABLE, beats
 from tests.training.runs import REPOSITORY, edit_config, make_rows, write_rows
+
+PHASES = ("start-up", "step", "save", "validation")
 
 
 @dataclass
@@ -36,7 +45,7 @@ class Supervised:
     Attributes:
         kills: How often it was killed.
         starts: How often it was started.
-        phases: What it was doing when it was killed, by its last line of output.
+        phases: What it was doing when it was killed.
         work_dir: Its work folder.
     """
 
@@ -52,17 +61,23 @@ class Summary:
 
     Attributes:
         kills: How often a run was killed.
-        starts: How often one was started, uninterrupted runs left out.
-        differences: What differs from the uninterrupted runs.
-        phases: The last line of output before each kill.
+        differences: In how many tensors and losses killed runs differ from the uninterrupted ones.
+        corruptions_tried: Damages to files of checkpoints.
+        corruptions_loaded_wrong: Of those, how many a resume or a conversion took for whole.
+        starts: How often a run was started, uninterrupted ones left out.
+        phases: Kills by what the run was doing.
         whole_run_s: Seconds of the uninterrupted run of each stage.
+        details: Each difference and each damage that was loaded.
     """
 
     kills: int = 0
+    differences: int = 0
+    corruptions_tried: int = 0
+    corruptions_loaded_wrong: int = 0
     starts: int = 0
-    differences: list[str] = field(default_factory=list)
-    phases: list[str] = field(default_factory=list)
+    phases: dict[str, int] = field(default_factory=dict)
     whole_run_s: dict[str, float] = field(default_factory=dict)
+    details: list[str] = field(default_factory=list)
 
 
 def write_project(folder: Path, **lines: object) -> Path:
@@ -111,6 +126,7 @@ def environment(home: Path, ranks: int) -> dict[str, str]:
         "NPROC_PER_NODE": str(ranks),
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONUNBUFFERED": "1",
+        "TMPDIR": str(home),
     }
 
 
@@ -129,23 +145,31 @@ def run_with_kills(
 ) -> Supervised:
     """Starts the run again and again; each start but the last is killed at a random moment.
 
-    Runs get nearer to their end with every start, so a start may end before its moment has come; then there
-    are fewer kills than asked for.
+    A run that goes on from near its end may end before its moment has come; then there are fewer kills than
+    asked for.
+
+    Args:
+        arguments: The command, the same for every start.
+        env: Its environment.
+        work_dir: Of the run.
+        kills: How many, by turns in each of `PHASES`.
+        seconds: That the whole run takes, from which the moments of a start-up are drawn.
+        seed: Of the moments.
     """
     draw = random.Random(seed)
     log = work_dir.with_suffix(".log")
     done = Supervised(0, 0, [], work_dir)
     while done.kills < kills:
+        phase = PHASES[(seed + done.kills) % len(PHASES)]
         with log.open("ab") as output:
             process = subprocess.Popen(arguments, env=env, stdout=output, stderr=output)
         done.starts += 1
-        try:
-            process.wait(timeout=draw.uniform(0.05, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
+        if wait_for(process, phase, seconds, draw):
+            found = what_it_does(process)
             kill_tree(process.pid)
             process.wait()
             done.kills += 1
-            done.phases.append(last_line(log))
+            done.phases.append(found)
             continue
         if process.returncode:
             raise RuntimeError(f"status {process.returncode}; {log.read_text(errors='replace')[-3000:]}")
@@ -153,6 +177,37 @@ def run_with_kills(
     run_whole(arguments, env, log)
     done.starts += 1
     return done
+
+
+def wait_for(process: subprocess.Popen[bytes], phase: str, seconds: float, draw: random.Random) -> bool:
+    """Waits for a random moment of a phase; False if the process ended before."""
+    if phase == "start-up":
+        try:
+            process.wait(timeout=draw.uniform(0.0, 0.7) * seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+    # The so many-th time that it comes to this phase, then somewhere within it: all of them are short.
+    times, now, before = draw.randint(1, 4 if phase == "step" else 2), "", ""
+    while times and process.poll() is None:
+        before, now = now, what_it_does(process)
+        times -= now == phase != before
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0.0, 0.1))
+    return process.poll() is None
+
+
+def what_it_does(process: subprocess.Popen[bytes]) -> str:
+    """One of `PHASES`, by what the first rank told last."""
+    try:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            folder = Path(child.environ().get(FOLDER_VARIABLE, ""))
+            if folder.name and (told := beats(folder)):
+                names = {"starting": "start-up", "saving": "save", "validating": "validation"}
+                return names.get(told[0].phase, "step")
+    except (psutil.Error, OSError):  # ends just now
+        pass
+    return "start-up"
 
 
 def kill_tree(pid: int) -> None:
@@ -163,12 +218,6 @@ def kill_tree(pid: int) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log, shortened."""
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1][-90:] if lines else ""
 
 
 def differences(killed: Path, whole: Path) -> list[str]:
@@ -226,32 +275,91 @@ def losses(work_dir: Path) -> dict[int, float]:
     return found
 
 
+def damages(file: Path, earlier: Path, draw: random.Random) -> Iterator[str]:
+    """Damages a file in one way after the other, and mends it at the end."""
+    whole = file.read_bytes()
+    for size in (0, draw.randrange(len(whole)), len(whole) - 1):
+        file.write_bytes(whole[:size])
+        yield f"cut to {size} bytes"
+    for _ in range(8):
+        place = draw.randrange(len(whole))
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << draw.randrange(8)
+        file.write_bytes(flipped)
+        yield f"bit flipped in byte {place}"
+    file.unlink()
+    yield "removed"
+    file.write_bytes(earlier.read_bytes())
+    yield "that of another step"
+    file.write_bytes(whole)
+
+
+def corrupt(whole: Path, scratch: Path, seed: int) -> tuple[int, list[str]]:
+    """Damages each file of a run's newest checkpoint in turn.
+
+    Returns:
+        How many damages were tried, and those that were not noticed though a file of the state had changed.
+    """
+    newest, before = (Path(shutil.copytree(path, scratch / path.name)) for path in checkpoints(whole)[:2])
+    draw = random.Random(seed)
+    tried, wrong = 0, []
+    for file in sorted(path for path in newest.rglob("*") if path.is_file()):
+        # A manifest can be hurt without harm: where it still can be read, it still tells what was saved.
+        harmful = file != manifest_path(newest)
+        for damage in damages(file, before / file.relative_to(newest), draw):
+            tried += 1
+            for name, load in (
+                ("--resume auto", lambda: newest_whole(scratch, lambda _: None) == newest),
+                ("--resume PATH", lambda: verify(newest) is not None),
+                ("convert", lambda: bool(read_checkpoint(newest).tensors)),
+            ):
+                try:
+                    loaded = load()
+                except PolarError:
+                    loaded = False
+                if loaded and harmful:
+                    wrong.append(f"{name}: {newest.name}/{file.name}: {damage}")
+            if harmful and newest_whole(scratch, lambda _: None) != before:
+                wrong.append(f"--resume auto did not fall back: {newest.name}/{file.name}: {damage}")
+    shutil.rmtree(scratch)
+    return tried, wrong
+
+
 def supervise(folder: Path, stages: Sequence[int], kills: int, seed: int, epochs: int) -> Summary:
     """Everything for each ZeRO stage; returns what was counted."""
     config = write_project(folder / "project", max_epochs=epochs)
     summary = Summary()
+    phases: Counter[str] = Counter()
     for stage in stages:
         env = environment(folder / "project", ranks=2)
         whole = folder / f"zero{stage}_whole"
         seconds = run_whole(command(config, stage, whole), env, whole.with_suffix(".log"))
         summary.whole_run_s[f"zero{stage}"] = round(seconds, 1)
-        rounds = 0
-        while summary.kills < kills * (stages.index(stage) + 1):
+        wanted, rounds = summary.kills + kills, 0
+        while summary.kills < wanted:
             killed = folder / f"zero{stage}_killed_{rounds}"
             done = run_with_kills(
                 command(config, stage, killed),
                 env,
                 killed,
-                kills=kills * (stages.index(stage) + 1) - summary.kills,
+                kills=wanted - summary.kills,
                 seconds=seconds,
                 seed=seed + 100 * stage + rounds,
             )
             rounds += 1
             summary.kills += done.kills
             summary.starts += done.starts
-            summary.phases += [f"zero{stage}: {phase}" for phase in done.phases]
-            summary.differences += [f"zero{stage}: {found}" for found in differences(killed, whole)]
-            print(f"ZeRO-{stage}: {summary.kills} kills, {len(summary.differences)} differences", flush=True)
+            phases.update(done.phases)
+            found = differences(killed, whole)
+            summary.differences += len(found)
+            summary.details += [f"zero{stage}: {difference}" for difference in found]
+            print(f"ZeRO-{stage}: {summary.kills} kills, {summary.differences} differences", flush=True)
+        tried, wrong = corrupt(whole, folder / "damaged", seed)
+        summary.corruptions_tried += tried
+        summary.corruptions_loaded_wrong += len(wrong)
+        summary.details += [f"zero{stage}: {damage}" for damage in wrong]
+        print(f"ZeRO-{stage}: {tried} damages, {len(wrong)} loaded wrong", flush=True)
+    summary.phases = dict(phases)
     return summary
 
 
@@ -260,7 +368,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=20, help="for each ZeRO stage")
     parser.add_argument("--seed", type=int, default=0)
-    # Long enough that about half of the moments lie behind the start-up.
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("work_dirs/reliability"))
     args = parser.parse_args()
@@ -271,7 +378,7 @@ def main() -> None:
     text = json.dumps(asdict(summary), indent=1)
     (args.out / "summary.json").write_text(f"{text}\n")
     print(text)
-    sys.exit(1 if summary.differences else 0)
+    sys.exit(1 if summary.differences or summary.corruptions_loaded_wrong else 0)
 
 
 if __name__ == "__main__":

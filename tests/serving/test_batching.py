@@ -92,6 +92,28 @@ def test_prefixes_that_tails_share_are_computed_once():
     assert [sum(map(len, batch)) for batch in model.batches] == [1, 10]
 
 
+def test_a_group_that_is_still_arriving_is_computed_once():
+    """A1 A2 B1 B2 wait while B3 is on its way; a lone C1 is not waited for, nor is a last head."""
+    model = FakeModel(held=True)
+    batcher = start(model, tokens_per_batch=100)
+    futures = [ask(batcher, candidate([1], [1]))]
+    assert model.begun.wait(10)
+    a, b, c = 50, 60, 70
+    futures += [ask(batcher, candidate([head], [n])) for head, n in [(a, 1), (a, 2), (b, 1), (b, 2)]]
+    model.begun.clear()
+    second = model.go
+    model.go = threading.Event()  # the next forward is held again
+    second.set()
+    assert model.begun.wait(10)
+    futures += [ask(batcher, candidate([head], [n])) for head, n in [(b, 3), (c, 1)]]
+    model.go.set()
+    for future in futures:
+        future.result(10)
+    batcher.close()
+    heads = [[[ids[0] for ids in group] for group in batch] for batch in model.batches]
+    assert heads == [[[1]], [[a, a]], [[b, b, b], [c]]]
+
+
 def test_a_stream_of_one_head_starves_nobody():
     model = FakeModel(held=True)
     batcher = start(model, tokens_per_batch=9)
