@@ -356,6 +356,10 @@ def soak(args: argparse.Namespace, folder: Path, scorer: RewardScorer) -> dict[s
         "rss_mib_first_half_median": float(np.median(first)),
         "rss_mib_second_half_median": float(np.median(second)),
         "rss_mib_max": float(settled[:, 1].max()),
+        "rss_mib_by_minute": [
+            float(np.median([rss for at, rss in memory if at // 60 == minute]))
+            for minute in range(int(memory[-1][0] // 60) + 1)
+        ],
     }
     print(
         f"memory: median {figures['rss_mib_first_half_median']:.0f} MiB in the first half, "

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from polar_ft.data.packing import Group
 from polar_ft.data.reading import DataSource, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
-from polar_ft.template import EncodedParts, PolarTemplate, common_prefix_length
+from polar_ft.template import EncodedParts, Fields, PolarTemplate, common_prefix_length
 
 FORMAT = 1  # raise when the layout or meaning of the cache changes
 BATCH = 512
@@ -269,16 +269,17 @@ def _tokenize_batches(
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of the cache, a batch at a time. While batches are encoded, the next one is read."""
 
-    def encode(batch: list[Example]) -> list[tuple[Example, EncodedParts]]:
-        fields = [(e.prompt, e.reference, e.candidates, e.wrapper) for e in batch]
+    def encode(batch: list[Example]) -> list[tuple[_Bundle, EncodedParts]]:
+        bundles = _bundle(batch)
+        fields = [bundle.fields for bundle in bundles]
         try:
-            return list(zip(batch, template.encode_parts(fields), strict=True))
+            return list(zip(bundles, template.encode_parts(fields), strict=True))
         except PolarError:  # find the row, so that the message names it
-            for example, field in zip(batch, fields, strict=True):
+            for bundle in bundles:
                 try:
-                    template.encode_parts([field])
+                    template.encode_parts([bundle.fields])
                 except PolarError as error:
-                    raise PolarError(f"{example.source}: {error}") from error
+                    raise PolarError(f"{bundle.examples[0].source}: {error}") from error
             raise
 
     progress = Progress(
@@ -294,7 +295,7 @@ def _tokenize_batches(
     with progress, ThreadPoolExecutor(2) as pool:
         task = progress.add_task("tokenizing", total=None)
         iterator = iter(examples)
-        pending: deque[Future[list[tuple[Example, EncodedParts]]]] = deque()
+        pending: deque[Future[list[tuple[_Bundle, EncodedParts]]]] = deque()
         while True:
             batch = [_drop_reference(e, dropout, seed, summary) for e in islice(iterator, BATCH)]
             if batch:
@@ -303,7 +304,7 @@ def _tokenize_batches(
                 return
             if len(pending) > 2 or not batch:
                 encoded = pending.popleft().result()
-                progress.advance(task, len(encoded))
+                progress.advance(task, sum(len(bundle.examples) for bundle, _ in encoded))
                 yield [row for pair in encoded if (row := _to_row(*pair, summary)) is not None]
 
 
@@ -319,30 +320,73 @@ def _drop_reference(example: Example, dropout: float, seed: int, summary: Tokeni
     return replace(example, reference="")
 
 
-def _to_row(example: Example, encoded: EncodedParts, summary: TokenizationSummary) -> dict[str, Any] | None:
-    cut = encoded.cut
-    summary.rows += 1
-    summary.ties += example.n_ties
-    summary.prompts_cut += bool(cut.prompt)
-    summary.references_cut += bool(cut.reference)
-    summary.candidates_cut += sum(map(bool, cut.candidates))
+@dataclass(frozen=True)
+class _Bundle:
+    """Examples of one (prompt, reference), so that what they share is encoded once.
 
-    head, tails = encoded.head, encoded.tails
-    kept = [i for i, (c, r) in enumerate(example.pairs) if not np.array_equal(tails[c], tails[r])]
-    summary.identical_pairs += len(example.pairs) - len(kept)
-    if not kept:
+    Attributes:
+        examples: In the order of the data, at least one.
+        candidates: Their different candidates, each with its index.
+    """
+
+    examples: list[Example]
+    candidates: dict[str, int]
+
+    @property
+    def fields(self) -> Fields:
+        first = self.examples[0]
+        return first.prompt, first.reference, list(self.candidates), first.wrapper
+
+
+def _bundle(batch: Iterable[Example]) -> list[_Bundle]:
+    bundles: dict[tuple[str, str, str], _Bundle] = {}
+    for example in batch:
+        key = (example.wrapper, example.prompt, example.reference)
+        bundle = bundles.setdefault(key, _Bundle([], {}))
+        bundle.examples.append(example)
+        for candidate in example.candidates:
+            bundle.candidates.setdefault(candidate, len(bundle.candidates))
+    return list(bundles.values())
+
+
+def _to_row(bundle: _Bundle, encoded: EncodedParts, summary: TokenizationSummary) -> dict[str, Any] | None:
+    cut, tails = encoded.cut, encoded.tails
+    used: dict[int, int] = {}  # a candidate without a pair is not computed
+    pairs: list[int] = []
+    margins: list[float] = []
+    weights: list[float] = []
+    source = ""
+    for example in bundle.examples:
+        index = [bundle.candidates[candidate] for candidate in example.candidates]
+        summary.rows += 1
+        summary.ties += example.n_ties
+        summary.prompts_cut += bool(cut.prompt)
+        summary.references_cut += bool(cut.reference)
+        summary.candidates_cut += sum(bool(cut.candidates[i]) for i in index)
+        for (c, r), margin, weight in zip(example.pairs, example.margins, example.weights, strict=True):
+            chosen, rejected = index[c], index[r]
+            if chosen == rejected or np.array_equal(tails[chosen], tails[rejected]):
+                summary.identical_pairs += 1
+                continue
+            pairs += (used.setdefault(chosen, len(used)), used.setdefault(rejected, len(used)))
+            margins.append(margin or 0.0)
+            weights.append(weight)
+            source = source or example.source
+    if not pairs:
         return None
-    text = "\0".join((example.wrapper, example.prompt, example.reference))
-    shared = common_prefix_length(tails)
+    first = bundle.examples[0]
+    text = "\0".join((first.wrapper, first.prompt, first.reference))
+    branches = [tails[i] for i in used]
+    shared = common_prefix_length(branches)
     return {
         "key": hashlib.blake2b(text.encode(), digest_size=16).digest(),
-        "ids": np.concatenate([head, tails[0][:shared], *(tail[shared:] for tail in tails)]),
-        "prefix": len(head) + shared,
-        "branches": [len(tail) - shared for tail in tails],
-        "pairs": [index for i in kept for index in example.pairs[i]],
-        "margins": [example.margins[i] or 0.0 for i in kept],
-        "weights": [example.weights[i] for i in kept],
-        "source": example.source,
+        "ids": np.concatenate([encoded.head, branches[0][:shared], *(tail[shared:] for tail in branches)]),
+        "prefix": len(encoded.head) + shared,
+        "branches": [len(tail) - shared for tail in branches],
+        "pairs": pairs,
+        "margins": margins,
+        "weights": weights,
+        "source": source,
     }
 
 

@@ -156,6 +156,24 @@ def test_ranked_rows(template, cache, write_rows):
     assert groups.summary.pairs == len(chosen_and_rejected) == 2
 
 
+def test_a_candidate_without_a_pair_is_not_computed(template, cache, write_rows):
+    """A becomes the reference, B and C are equal: what is left is the other row's pair."""
+    responses = [("A", 3), ("B", 1), ("C", 1)]
+    row = ranked(responses=[{"content": text, "score": score} for text, score in responses])
+    other = pair(prompt=row["prompt"], reference="A", chosen="C", rejected="D")
+    groups = tokenize(as_sources(write_rows("rows.jsonl", [row, other])), template, cache)
+    assert (len(groups), groups.summary.rows, groups.summary.ties) == (1, 2, 1)
+    assert sequences(groups.group(0)) == template.encode(row["prompt"], "A", ["C", "D"]).sequences
+
+
+def test_cuts_of_a_group_are_counted_by_row(template, cache, write_rows):
+    long = "far too long " * 100
+    rows = [pair(prompt=long, reference=long, chosen=long, rejected=f"{number}") for number in range(3)]
+    summary = tokenize(as_sources(write_rows("rows.jsonl", rows)), template, cache).summary
+    assert (summary.groups, summary.rows, summary.pairs) == (1, 3, 3)
+    assert (summary.prompts_cut, summary.references_cut, summary.candidates_cut) == (3, 3, 3)
+
+
 def test_sources_with_weights_limits_and_margins(template, cache, write_rows):
     first = write_rows("first.jsonl", [pair(prompt="1", weight=2.0, margin=0.5), pair(prompt="2")])
     second = write_rows("second.jsonl", [pair(prompt=str(number)) for number in range(3, 9)])
