@@ -20,19 +20,26 @@ PEAK_FLOPS = {
 }
 
 
-def token_flops(config: Mapping[str, Any]) -> int:
+def token_flops(config: Mapping[str, Any], *, frozen: bool = False) -> int:
     """Operations of forward and backward for one token, without attention to other tokens.
 
-    Six for each weight of the layers' matrices: two forward, four backward (Kaplan et al., arXiv 2001.08361,
-    section 2.1). The embedding is a look-up, and the reward head too small to count.
+    Six for each weight of the layers' matrices: two forward, two backward to the layer's input and two to
+    the weight (Kaplan et al., arXiv 2001.08361, section 2.1). The embedding is a look-up, and reward head
+    and LoRA adapters are too small to count.
 
-    >>> token_flops(dict(hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-    ...                  num_key_value_heads=1))  # 6 · (q 16 + k 8 + v 8 + o 16 + three of 32)
-    864
+    Args:
+        config: Sizes of the model.
+        frozen: The matrices get no gradient, as under LoRA.
+
+    >>> sizes = dict(hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+    ...              num_key_value_heads=1)
+    >>> token_flops(sizes), token_flops(sizes, frozen=True)  # 6, 4 · (q 16 + k 8 + v 8 + o 16 + 3 · 32)
+    (864, 576)
     """
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    return 6 * config["num_hidden_layers"] * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    weights = config["num_hidden_layers"] * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    return (4 if frozen else 6) * weights
 
 
 def attention_flops(config: Mapping[str, Any], attended: float) -> float:

@@ -56,6 +56,7 @@ class ThroughputHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Called by mmengine once the model is there."""
         self.sizes = unwrap(runner.model).llm.config.to_dict()
+        self.frozen = unwrap(runner.model).adapter is not None
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         self.peak_flops = PEAK_FLOPS.get(name, 0.0) * get_world_size()
 
@@ -67,7 +68,8 @@ class ThroughputHook(Hook):
         seconds = hub.get_scalar("train/time").current()
         for name in ("pairs", "tokens", "flat_tokens"):
             hub.update_scalar(f"train/{name}_per_s", figures[name] / seconds)
-        flops = token_flops(self.sizes) * figures["tokens"] + attention_flops(self.sizes, figures["attended"])
+        flops = token_flops(self.sizes, frozen=self.frozen) * figures["tokens"]
+        flops += attention_flops(self.sizes, figures["attended"])
         hub.update_scalar("train/tflops_per_s", flops / seconds / 1e12)
         if self.peak_flops:
             hub.update_scalar("train/mfu", flops / seconds / self.peak_flops)
