@@ -183,7 +183,7 @@ def wait_for(process: subprocess.Popen[bytes], phase: str, seconds: float, draw:
     """Waits for a random moment of a phase; False if the process ended before."""
     if phase == "start-up":
         try:
-            process.wait(timeout=draw.uniform(0.0, 0.7) * seconds)
+            process.wait(timeout=draw.uniform(0.0, 0.35) * seconds)
         except subprocess.TimeoutExpired:
             return True
         return False
