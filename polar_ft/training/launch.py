@@ -77,7 +77,7 @@ def launch(config: str, arguments: Sequence[str]) -> int:
         ]
     with tempfile.TemporaryDirectory(prefix="polar_ft_") as folder:
         status = _Run(command, Path(folder)).wait()
-        return _explained(status, Path(folder), many=nodes * processes > 1)
+        return _explained(status, Path(folder), nodes, processes)
 
 
 class _Run:
@@ -149,14 +149,17 @@ def _arguments(process: psutil.Process) -> list[str]:
     return [] if "torch.distributed.run" in arguments else arguments
 
 
-def _explained(status: int, folder: Path, many: bool) -> int:
+def _explained(status: int, folder: Path, nodes: int, processes: int) -> int:
     """The status of the run; says which rank failed first where there are several."""
     found = ranks.endings(folder)
     if status == 0 or not found:
         return status if status >= 0 else 128 - status
     first = found[0]
-    if first.status != ranks.STOPPED and many:
-        print(f"\nerror: rank {first.rank} on {first.host} failed first: {first.error}", file=sys.stderr)
+    if first.status != ranks.STOPPED and nodes * processes > 1:
+        error = f"rank {first.rank} on {first.host} failed first"
+        # Where a rank of another node fails, those of this one fail after it.
+        others = "" if nodes == 1 else " of this node (the other nodes' commands name theirs)"
+        print(f"\nerror: {error}{others}: {first.error}", file=sys.stderr)
     return first.status
 
 
