@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -32,11 +33,25 @@ class _Ignored:
         pass
 
 
+class _ZeroStage(IntEnum):
+    """Stands for DeepSpeed's ``ZeroStageEnum``, whose value is needed."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """Stands for ``getattr``, by which some releases of Python 3.11 (3.11.2) pickle members of an enum."""
+    return _ZeroStage[name] if owner is _ZeroStage else _Ignored()
+
+
 # Global names found in files that mmengine 0.10.6 and DeepSpeed 0.16.2 wrote, and what stands for them.
 _KNOWN: dict[str, Callable[..., Any]] = {
     # message_hub: histories of loss and learning rate, and their numpy arrays (numpy 1 and 2)
     "mmengine.logging.history_buffer.HistoryBuffer": _Ignored,
-    "builtins.getattr": _Ignored,
+    "builtins.getattr": _attribute,
     "numpy._core.multiarray._reconstruct": _Ignored,
     "numpy._core.multiarray.scalar": _Ignored,
     "numpy.core.multiarray._reconstruct": _Ignored,
@@ -49,8 +64,7 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler": _Ignored,
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": _Ignored,
     "deepspeed.utils.tensor_fragment.fragment_address": _Ignored,
-    # An enum of integers; its value is needed.
-    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": _ZeroStage,
 }
 
 

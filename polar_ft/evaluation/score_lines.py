@@ -15,6 +15,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic_core import from_json
+
 from polar_ft.errors import PolarError
 
 CSV_SUFFIXES = (".csv", ".tsv")
@@ -94,7 +96,7 @@ def _json_blocks(file: Path, problem: OnProblem) -> Iterator[Block]:
 def _parse(texts: Sequence[str], start: int, problem: OnProblem) -> Block:
     """Parses lines all at once, which takes half the time, and one by one where that fails, to say which."""
     try:
-        rows = json.loads(f"[{','.join(texts)}]")
+        rows = from_json(f"[{','.join(texts)}]")
     except (ValueError, RecursionError):
         rows = []
     if len(rows) == len(texts) and set(map(type, rows)) == {dict}:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_ft.conversion.checkpoint import read_checkpoint
-from polar_ft.conversion.restricted_load import restricted_load
+from polar_ft.conversion.restricted_load import _ZeroStage, restricted_load
 from polar_ft.errors import PolarError
 
 # Runs of train_tiny.py with DeepSpeed on three ranks, and the dtype in which the model ran.
@@ -249,6 +249,21 @@ def test_getattr_in_a_pickle_is_not_called(tmp_path):
     file = tmp_path / "iter_1.pth"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "hub": Getter()}, file)
     assert type(restricted_load(file)["hub"]).__name__ == "_Ignored"
+
+
+@pytest.mark.parametrize("by_name", [False, True], ids=["by value", "by name"])
+def test_the_stage_as_every_python_pickles_it(tmp_path, by_name):
+    """Some releases of Python 3.11 pickle the member of an enum as getattr(ZeroStageEnum, "gradients")."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    class Stage:
+        def __reduce__(self):
+            return (getattr, (ZeroStageEnum, "gradients")) if by_name else (ZeroStageEnum, (2,))
+
+    file = tmp_path / "optim_states.pt"
+    torch.save({"zero_stage": Stage()}, file)
+    assert restricted_load(file)["zero_stage"] == 2
+    assert {stage.name: stage.value for stage in _ZeroStage} == {s.name: s.value for s in ZeroStageEnum}
 
 
 def test_the_loss_scaler_of_float16_training(tmp_path):
