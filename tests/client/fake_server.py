@@ -101,7 +101,7 @@ class FakeServer:
         self.at_once = self.most_at_once = 0
         self.stopped = False
         self.connections: list[socket.socket] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
+        self._http = _Server(("127.0.0.1", port), _handler(self))
         self._http.daemon_threads = True
         self._http.handle_error = lambda *_: None  # connections that break are what tests are about
         self.port = self._http.server_address[1]
@@ -160,6 +160,11 @@ class FakeServer:
         total = sum(lengths)
         usage = {"prompt_tokens": total, "total_tokens": total, "completion_tokens": 0}
         return {"id": "pool-1", "object": "list", "model": "polar-tiny", "data": data, "usage": usage}
+
+
+class _Server(ThreadingHTTPServer):
+    # With the default of 5, connections that many clients open at once are dropped.
+    request_queue_size = 128
 
 
 def _handler(server: FakeServer) -> type[BaseHTTPRequestHandler]:

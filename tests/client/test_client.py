@@ -277,13 +277,16 @@ def test_a_forked_process_has_connections_of_its_own(serve, template, data, tmp_
     """In a process of its own: one with the threads of a test runner cannot be forked safely."""
     (tmp_path / "tokenizer.json").write_text(template.tokenizer_json, encoding="utf-8")
     script = (
-        "import json, os, sys\n"
+        "import faulthandler, json, os, signal, sys\n"
+        "faulthandler.register(signal.SIGALRM, chain=True)  # a process that hangs says where\n"
+        "signal.alarm(60)\n"
         "from polar_ft import RewardModelClient\n"
         "path, address, data, right = (json.loads(text) for text in sys.argv[1:])\n"
         "client = RewardModelClient(path, server_address=address)\n"
         "assert client(data) == right\n"
         "child = os.fork()\n"
         "if child == 0:\n"
+        "    signal.alarm(30)\n"
         "    os._exit(0 if client(data) == right else 1)\n"
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
         "assert client(data) == right\n"
