@@ -57,7 +57,7 @@ def test_candidates_are_ranked_by_keyboard_alone(page, address, scorer):
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
-    page.wait_for_function("document.getElementById('model').textContent.startsWith('tiny')")
+    page.locator("#model", has_text="tiny").wait_for()
     page.locator("#prompt").focus()
     page.keyboard.press("Control+A")
     page.keyboard.type("Which city?")
@@ -106,7 +106,7 @@ def test_what_was_cut_and_what_is_wrong_is_said(page, address):
     page.unroute("**/v1/rewards")
     page.route("**/v1/rewards", lambda route: route.abort())
     page.get_by_role("button", name="Score").click()
-    page.wait_for_function("document.getElementById('error').textContent.includes('does not answer')")
+    page.locator("#error", has_text="does not answer").wait_for()
 
 
 def test_the_key_is_asked_for(page, scorer):
@@ -116,7 +116,7 @@ def test_the_key_is_asked_for(page, scorer):
         assert page.locator("#error").inner_text() == "The server asks for an API key."
         page.locator("#key").fill("wrong")
         page.get_by_role("button", name="Score").click()
-        page.wait_for_function("document.getElementById('error').textContent.includes('does not know')")
+        page.locator("#error", has_text="does not know").wait_for()
         page.locator("#key").fill(KEY)
         page.get_by_role("button", name="Score").click()
         page.wait_for_selector("#ranking li")
