@@ -112,6 +112,20 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return file
 
 
+def write_zero_settings(file: Path, **zero_optimization: Any) -> Path:
+    """DeepSpeed's settings in float32, so that losses can be compared with those of one process."""
+    settings = {
+        "gradient_accumulation_steps": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero_optimization,
+    }
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return file
+
+
 def like_published(base: Path, out: Path, vocab_size: int = 92544) -> Path:
     """A copy of a tiny base with the vocabulary size, control-token ids and RoPE scaling of POLAR-7B."""
     shutil.copytree(base, out)

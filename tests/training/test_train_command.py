@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from tests.training.conftest import STEPS, RunOnce
-from tests.training.runs import PAIRS, REPOSITORY, Run, edit_config
+from tests.training.runs import PAIRS, REPOSITORY, Run, edit_config, write_zero_settings
 
 CURVES = (
     "loss",
@@ -33,16 +32,7 @@ def zero2_run(project: Path, run_once: RunOnce) -> Run:
 @pytest.fixture(scope="session")
 def two_ranks_run(project: Path, run_once: RunOnce) -> Run:
     """ZeRO-3 on two ranks, in float32 so that its losses can be compared with those of one rank."""
-    settings = {
-        "gradient_accumulation_steps": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    }
-    file = project / "zero3_float32.json"
-    file.write_text(json.dumps(settings))
+    file = write_zero_settings(project / "zero3_float32.json", stage=3, stage3_param_persistence_threshold=0)
     return run_once(
         "two_ranks",
         *("polar-ft", "train", str(project / "tiny.py"), "--deepspeed", str(file)),

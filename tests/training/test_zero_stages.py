@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from polar_ft.conversion.checkpoint import read_checkpoint
 from tests.training.conftest import STEPS, RunOnce
-from tests.training.runs import REPOSITORY, Run
+from tests.training.runs import REPOSITORY, Run, write_zero_settings
 
 STAGES = {
     "zero1": {"stage": 1},
@@ -32,19 +31,7 @@ STAGES = {
 def test_a_resumed_run_converts_to_the_same_model(
     project: Path, run_once: RunOnce, plain_run: Run, tmp_path: Path, name: str
 ):
-    settings = project / f"{name}_float32.json"
-    settings.write_text(
-        json.dumps(
-            {
-                "gradient_accumulation_steps": "auto",
-                "train_micro_batch_size_per_gpu": "auto",
-                "gradient_clipping": "auto",
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "zero_optimization": STAGES[name],
-            }
-        )
-    )
+    settings = write_zero_settings(project / f"{name}_ranks.json", **STAGES[name])
     command = ("xtuner", "train", str(project / "tiny.py"), "--deepspeed", str(settings))
     whole = run_once(f"{name}_ranks", *command, NPROC_PER_NODE="2")
     assert whole.status == 0, whole.tail
