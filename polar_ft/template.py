@@ -456,29 +456,24 @@ class PolarTemplate:
             bounds: What is known of their tokens: only what these leave open is counted. None counts every
                 field of the row, and returns the counts with it.
         """
-        open_texts = (
-            text
-            for (prompt, reference, candidates, _), bound in zip(batch, bounds, strict=True)
-            for text in (
-                *(() if bound is not None and self._prompt_fits(bound) else (prompt, reference)),
-                *(
-                    text
-                    for i, text in enumerate(candidates)
-                    if bound is None or bound.candidates[i] > self.max_response_length
-                ),
+        texts = list(
+            dict.fromkeys(
+                text
+                for fields, bound in zip(batch, bounds, strict=True)
+                for text in self._open_texts(fields, bound)
             )
         )
-        texts = list(dict.fromkeys(open_texts))
         encoded = self._encode_texts(texts)
         tokens = {text: len(self.bos_ids) + len(ids) for text, ids in zip(texts, encoded, strict=True)}
         fitted: list[tuple[Fields, Cut, Lengths | None]] = []
         for (prompt, reference, candidates, wrapper), bound in zip(batch, bounds, strict=True):
+            known = bound or Lengths(0, 0, (0,) * len(candidates))  # without bounds all texts were counted
             lengths = Lengths(
-                prompt=tokens[prompt] if bound is None else tokens.get(prompt, bound.prompt),
-                reference=tokens[reference] if bound is None else tokens.get(reference, bound.reference),
+                prompt=tokens.get(prompt, known.prompt),
+                reference=tokens.get(reference, known.reference),
                 candidates=tuple(
-                    tokens[text] if bound is None else tokens.get(text, bound.candidates[i])
-                    for i, text in enumerate(candidates)
+                    tokens.get(text, at_most)
+                    for text, at_most in zip(candidates, known.candidates, strict=True)
                 ),
             )
             reference, reference_cut = self._cut_right(reference, lengths.reference)
@@ -490,6 +485,18 @@ class PolarTemplate:
             fields = (prompt, reference, [text for text, _ in cut_candidates], wrapper)
             fitted.append((fields, cut, lengths if bound is None else None))
         return fitted
+
+    def _open_texts(self, fields: Fields, bound: Lengths | None) -> list[str]:
+        """The texts that may be too long as far as is known."""
+        prompt, reference, candidates, _ = fields
+        if bound is None:
+            return [prompt, reference, *candidates]
+        heads = [] if self._prompt_fits(bound) else [prompt, reference]
+        return heads + [
+            text
+            for text, at_most in zip(candidates, bound.candidates, strict=True)
+            if at_most > self.max_response_length
+        ]
 
     def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, all cores at work."""

@@ -11,11 +11,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
-from polar_ft.conversion.huggingface import HEAD, copy_files, exported_config, whole_folder
+from polar_ft.conversion.huggingface import (
+    HEAD,
+    copy_files,
+    exported_config,
+    shapes_of,
+    tensor_problems,
+    whole_folder,
+)
 from polar_ft.conversion.model_card import adapter_card
 from polar_ft.errors import PolarError
 from polar_ft.model.adapter_folder import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, KEY, peft_config, peft_name
-from polar_ft.model.internlm2 import split_wqkv, to_internlm2_name, to_llama_names
+from polar_ft.model.internlm2 import llama_part, to_internlm2_name
 from polar_ft.model.lora import (
     RECORD,
     Adapter,
@@ -182,10 +189,8 @@ class _BaseWeights(Mapping[str, torch.Tensor]):
         if source not in self._names:
             raise PolarError(f"{self._path}: has no tensor {source}, so it is not the whole base model")
         tensor = self._checkpoint[self._names[source]]
-        parts = to_llama_names(source) if self._internlm2 else (name,)
-        if len(parts) == 3:
-            split = split_wqkv(tensor, self.config.num_attention_heads, self.config.num_key_value_heads)
-            return split[parts.index(name)]
+        if self._internlm2:
+            tensor = llama_part(name, tensor, self.config)
         return grown_rows(tensor, self.shapes[name][0]) if name == _EMBEDDINGS else tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -202,14 +207,8 @@ def _check_tensors(state: Mapping[str, torch.Tensor], adapter: Adapter, base: _B
         rows, columns = base.shapes[weight]
         a, b = adapter_names(f"llm.{weight}")
         expected |= {a: (adapter.lora.r, columns), b: (rows, adapter.lora.r)}
-    found = getattr(state, "shapes", None) or {name: tuple(tensor.shape) for name, tensor in state.items()}
-    problems = [f"{name}: missing" for name in expected if name not in found]
-    problems += [f"{name}: left over" for name in found if name not in expected and name != RECORD]
-    problems += [
-        f"{name}: shape {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != shape
-    ]
+    found = {name: shape for name, shape in shapes_of(state).items() if name != RECORD}
+    problems = tensor_problems(expected, found, "left over")
     if problems:
         more = f" … and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise PolarError(

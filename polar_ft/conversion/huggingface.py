@@ -112,10 +112,7 @@ def _plan(
 
     Sets ``settings.vocab_size`` to the rows that the trained embeddings have.
     """
-    # Weights that are put together when they are asked for say their shapes beforehand.
-    found: dict[str, tuple[int, ...]] = getattr(state, "shapes", None) or {
-        name: tuple(tensor.shape) for name, tensor in state.items()
-    }
+    found = shapes_of(state)
     adapters = [name for name in found if "lora_" in name]
     if adapters:
         raise PolarError(
@@ -146,15 +143,32 @@ def _plan(
     return exports
 
 
-def _check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises PolarError that names what is missing, left over or mis-shaped."""
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor; weights that are put together when asked for say theirs beforehand."""
+    return getattr(state, "shapes", None) or {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def tensor_problems(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], not_expected: str
+) -> list[str]:
+    """What is missing, what is there beside it (called ``not_expected``), and what has another shape.
+
+    >>> tensor_problems({"a": (2,), "b": (3,)}, {"b": (4,), "c": (1,)}, "left over")
+    ['a: missing', 'c: left over', 'b: shape [4], expected [3]']
+    """
     problems = [f"{name}: missing" for name in expected if name not in found]
-    problems += [f"{name}: not part of this model" for name in found if name not in expected]
+    problems += [f"{name}: {not_expected}" for name in found if name not in expected]
     problems += [
         f"{name}: shape {list(found[name])}, expected {list(shape)}"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
+    return problems
+
+
+def _check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises PolarError that names what is missing, left over or mis-shaped."""
+    problems = tensor_problems(expected, found, "not part of this model")
     if not problems:
         return
     more = f" … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from polar_ft.conversion.huggingface import HEAD
 from polar_ft.data.reading import DataSource, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
-from polar_ft.model.internlm2 import split_wqkv, to_internlm2_name, to_llama_names
+from polar_ft.model.internlm2 import llama_part, to_internlm2_name
 from polar_ft.model.reward_model import RewardHead
 from polar_ft.model.weights import decoder_config, empty_decoder, read_json
 from polar_ft.scoring.scorer import RewardScorer
@@ -22,7 +23,6 @@ from polar_ft.template import PolarTemplate, resolve_folder
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 ROWS = 32
-_HEAD = "v_head.weight"
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,13 @@ def scorer_of_weights(
     for name in empty_decoder(config).state_dict():
         source = to_internlm2_name(name) if fused else name
         tensor = weights[f"llm.{source}"].detach().float()
-        if fused and len(parts := to_llama_names(source)) == 3:
-            split = split_wqkv(tensor, config.num_attention_heads, config.num_key_value_heads)
-            tensor = split[parts.index(name)]
-        state[name] = tensor
+        state[name] = llama_part(name, tensor, config) if fused else tensor
     config.vocab_size = len(state["embed_tokens.weight"])
     decoder = empty_decoder(config)
     decoder.load_state_dict(state, strict=True, assign=True)
     head = RewardHead(config.hidden_size)
     with torch.no_grad():
-        head.weight.copy_(weights[_HEAD])
+        head.weight.copy_(weights[HEAD])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return RewardScorer(decoder.to(device), head.to(device), template)
 

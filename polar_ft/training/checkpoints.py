@@ -171,11 +171,17 @@ def remove_checkpoint(checkpoint: Path) -> None:
         checkpoint.unlink(missing_ok=True)
 
 
-def point_to(checkpoint: Path) -> None:
-    """Writes the path of the newest checkpoint into ``last_checkpoint``, as mmengine does."""
-    beside = checkpoint.with_name(f"{POINTER}.partial")
+def point_to(checkpoint: Path, pointer: str = POINTER) -> None:
+    """Writes the path of a checkpoint into a file beside it, as mmengine does with ``last_checkpoint``."""
+    beside = checkpoint.with_name(f"{pointer}.partial")
     beside.write_text(str(checkpoint), encoding="utf-8")
-    beside.replace(checkpoint.with_name(POINTER))
+    beside.replace(checkpoint.with_name(pointer))
+
+
+def pointed_to(work_dir: Path, pointer: str = POINTER) -> Path | None:
+    """What `point_to` wrote last; None where it has not been called."""
+    file = work_dir / pointer
+    return Path(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 @contextmanager
@@ -192,10 +198,8 @@ def told_when_not_saved(target: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         shutil.rmtree(target.with_name(UNFINISHED), ignore_errors=True)
-        pointer = target.with_name(POINTER)
-        kept = "no earlier checkpoint is there"
-        if pointer.is_file():
-            kept = f"the last whole checkpoint is {pointer.read_text(encoding='utf-8')}"
+        last = pointed_to(target.parent)
+        kept = f"the last whole checkpoint is {last}" if last else "no earlier checkpoint is there"
         raise PolarError(
             f"{target}: could not be saved, is the disk full? ({_reason(error)}); {kept}; make room or "
             f"choose another --work-dir, then go on with --resume"

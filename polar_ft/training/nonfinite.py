@@ -10,7 +10,7 @@ from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 
 from polar_ft.errors import PolarError
-from polar_ft.training.checkpoints import POINTER
+from polar_ft.training.checkpoints import pointed_to
 
 _ROWS_TOLD = 10
 
@@ -52,8 +52,7 @@ class NonFiniteHook(Hook):
             f"goes on: a lower lr, a longer warm-up, a smaller max_norm, or float32 to find the cause"
         )
         if self.in_a_row >= self.max_in_a_row:
-            pointer = Path(runner.work_dir, POINTER)
-            kept = pointer.read_text(encoding="utf-8") if pointer.is_file() else "none was saved yet"
+            kept = pointed_to(Path(runner.work_dir)) or "none was saved yet"
             raise PolarError(
                 f"{self.in_a_row} steps in a row up to step {step} without a finite {what}; the log names "
                 f"their rows. The last good checkpoint is kept: {kept}"

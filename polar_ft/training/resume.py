@@ -107,7 +107,7 @@ class _LaterSteps:
 
 
 def _random_state() -> dict[str, Any]:
-    version, words, position = random.getstate()[0], random.getstate()[1], random.getstate()[2]
+    version, words, position = random.getstate()
     name, keys, *rest = np.random.get_state()
     return {
         "python": [version, list(words), position],

@@ -26,7 +26,7 @@ from polar_ft.evaluation.progress import progress_text
 from polar_ft.evaluation.statistics.accuracy import Interval, PairMetrics
 from polar_ft.template import PolarTemplate
 from polar_ft.training import checkpoint_hook
-from polar_ft.training.checkpoints import remove_checkpoint
+from polar_ft.training.checkpoints import point_to, pointed_to, remove_checkpoint
 from polar_ft.training.held_out import HeldOutPairs
 from polar_ft.training.hooks import is_deepspeed, unwrap
 from polar_ft.training.ranks import beat
@@ -38,6 +38,9 @@ SUBSETS_SHOWN = 12
 
 # Under this key mmengine's message hub, and so a checkpoint, keeps `_Progress`.
 _KEY = "polar_ft_validation"
+
+# File in the work folder with the path of the best checkpoint.
+_BEST = "best_checkpoint"
 
 
 @dataclass
@@ -300,11 +303,8 @@ def _save_best(runner: Any, target: Path, step: int) -> None:
     checkpoint_hook.save(runner, target, step, weights_only=True)
     if not is_main_process():
         return
-    pointer = target.with_name("best_checkpoint")
-    previous = Path(pointer.read_text(encoding="utf-8")) if pointer.is_file() else None
-    beside = pointer.with_name("best_checkpoint.partial")
-    beside.write_text(str(target), encoding="utf-8")
-    beside.replace(pointer)
+    previous = pointed_to(target.parent, _BEST)
+    point_to(target, _BEST)
     if previous is not None and previous.parent == target.parent and previous.name != target.name:
         remove_checkpoint(previous)
 

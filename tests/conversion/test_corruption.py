@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,34 +12,13 @@ import torch
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.errors import PolarError
 from polar_ft.training.checkpoints import publish
+from tests.damage import damaged
 
 RUNS = ("plain", "zero2_offload", "zero3")
 
 
 def copy(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target))
-
-
-def damaged(file: Path, earlier: Path | None, seed: int) -> Iterator[str]:
-    """Damages a file in one way after the other, and mends it in between."""
-    whole = file.read_bytes()
-    random_ = random.Random(f"{seed} {file.name}")
-    for size in (0, random_.randrange(len(whole)), len(whole) - 1):
-        file.write_bytes(whole[:size])
-        yield f"cut to {size} bytes"
-    # The first and last bytes are the zip file's own; a change there must not be worse than elsewhere.
-    places = [random_.randrange(len(whole)) for _ in range(12)]
-    for place in (*places, random_.randrange(100), len(whole) - 1 - random_.randrange(1000)):
-        changed = bytearray(whole)
-        changed[place] ^= 1 << random_.randrange(8)
-        file.write_bytes(changed)
-        yield f"bit flipped in byte {place}"
-    file.unlink()
-    yield "removed"
-    if earlier is not None:
-        file.write_bytes(earlier.read_bytes())
-        yield "that of an earlier step"
-    file.write_bytes(whole)
 
 
 @pytest.mark.parametrize("manifest", [True, False], ids=["ours", "without manifest"])
@@ -61,7 +39,7 @@ def test_nothing_is_read_wrong(train, tmp_path, run, manifest):
         earlier = earlier / file.name if earlier.is_dir() else earlier
         # A whole earlier checkpoint under another name is not damaged; only a manifest can tell.
         known = earlier.is_file() and (manifest or checkpoint.is_dir())
-        for damage in damaged(file, earlier if known else None, seed=0):
+        for damage in damaged(file, earlier if known else None, random.Random(f"0 {file.name}"), flips=12):
             tried += 1
             try:
                 read = read_checkpoint(checkpoint)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from polar_ft.errors import PolarError
 from polar_ft.model.tiny_base import make_tiny_base
 from polar_ft.training.checkpoints import checkpoints, manifest_path, newest_whole, verify
 from polar_ft.training.ranks import FOLDER_VARIABLE, beats
+from tests.damage import damaged
 from tests.training.runs import REPOSITORY, edit_config, make_rows, write_rows
 
 PHASES = ("start-up", "step", "save", "validation")
@@ -275,25 +276,6 @@ def losses(work_dir: Path) -> dict[int, float]:
     return found
 
 
-def damages(file: Path, earlier: Path, draw: random.Random) -> Iterator[str]:
-    """Damages a file in one way after the other, and mends it at the end."""
-    whole = file.read_bytes()
-    for size in (0, draw.randrange(len(whole)), len(whole) - 1):
-        file.write_bytes(whole[:size])
-        yield f"cut to {size} bytes"
-    for _ in range(8):
-        place = draw.randrange(len(whole))
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << draw.randrange(8)
-        file.write_bytes(flipped)
-        yield f"bit flipped in byte {place}"
-    file.unlink()
-    yield "removed"
-    file.write_bytes(earlier.read_bytes())
-    yield "that of another step"
-    file.write_bytes(whole)
-
-
 def corrupt(whole: Path, scratch: Path, seed: int) -> tuple[int, list[str]]:
     """Damages each file of a run's newest checkpoint in turn.
 
@@ -306,7 +288,7 @@ def corrupt(whole: Path, scratch: Path, seed: int) -> tuple[int, list[str]]:
     for file in sorted(path for path in newest.rglob("*") if path.is_file()):
         # A manifest can be hurt without harm: where it still can be read, it still tells what was saved.
         harmful = file != manifest_path(newest)
-        for damage in damages(file, before / file.relative_to(newest), draw):
+        for damage in damaged(file, before / file.relative_to(newest), draw, flips=6):
             tried += 1
             for name, load in (
                 ("--resume auto", lambda: newest_whole(scratch, lambda _: None) == newest),
