@@ -26,8 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import describe_machine
+from polar_ft.files import read_json
 from polar_ft.model.tiny_base import make_tiny_base
-from polar_ft.model.weights import decoder_config, empty_decoder, read_json
+from polar_ft.model.weights import decoder_config, empty_decoder
 
 SHAPE = {
     "hidden_size": 2048,
@@ -41,6 +42,7 @@ SHARDS = ("5GB", "1GB")
 STAGES = (2, 3)
 
 CONFIG = """\
+from polar_ft.files import read_json
 from polar_ft.template import PolarTemplate
 from polar_ft.training.model import PolarRewardModel
 

@@ -26,11 +26,10 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import describe_machine
 from benchmarks.train_throughput import SHAPES, workload
-from polar_ft.data.packing import Group
+from polar_ft.groups import TokenGroup
 from polar_ft.model.reward_model import RewardHead
 from polar_ft.model.weights import load_backbone
 from polar_ft.scoring.scorer import RewardScorer
-from polar_ft.template import Cut, Encoded
 
 BATCH = 8  # sequences of a padded batch
 
@@ -82,7 +81,7 @@ class Padded:
             rewards[start : start + len(batch)] = output.logits.squeeze(-1).float().cpu().numpy()
         return rewards
 
-    def as_they_come(self, groups: Sequence[Group]) -> Score:
+    def as_they_come(self, groups: Sequence[TokenGroup]) -> Score:
         """Chosen and rejected of every pair in the order of the data, as evaluation scripts do it."""
         sequences = [
             np.concatenate([group.prefix, group.branches[side]])
@@ -92,7 +91,7 @@ class Padded:
         ]
         return lambda: self.rewards(sequences).reshape(-1, 2)
 
-    def once_and_sorted(self, groups: Sequence[Group]) -> Score:
+    def once_and_sorted(self, groups: Sequence[TokenGroup]) -> Score:
         """Every candidate once, whatever pairs it is in, sorted by length: the best that padding can do."""
         places = [(at, branch) for at, group in enumerate(groups) for branch in range(len(group.branches))]
         sequences = [
@@ -131,15 +130,11 @@ class Tree:
             tokens_per_batch=tokens_per_batch,
         )
 
-    def once(self, groups: Sequence[Group]) -> Score:
+    def once(self, groups: Sequence[TokenGroup]) -> Score:
         """Every candidate once, those of a (prompt, reference) together."""
-        encoded = []
-        for group in groups:
-            sequences = [[*group.prefix.tolist(), *branch.tolist()] for branch in group.branches]
-            encoded.append(Encoded(sequences, len(group.prefix), Cut(0, 0, (0,) * len(sequences))))
 
         def score() -> np.ndarray:
-            rewards = self.scorer.score_encoded(encoded)
+            rewards = self.scorer.score_encoded(groups)
             return np.array(
                 [
                     [row[side] for side in pair]
@@ -151,7 +146,7 @@ class Tree:
         return score
 
 
-def count_tokens(groups: Sequence[Group]) -> dict[str, int]:
+def count_tokens(groups: Sequence[TokenGroup]) -> dict[str, int]:
     """Tokens that each candidate computes, padding included."""
     flat = [len(g.prefix) + len(g.branches[side]) for g in groups for pair in g.pairs for side in pair]
     once = sorted((len(g.prefix) + len(branch) for g in groups for branch in g.branches), reverse=True)

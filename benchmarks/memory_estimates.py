@@ -109,8 +109,9 @@ def run_rank(case: str, args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from torch import nn
 
-    from polar_ft.data.packing import Group, build_pack
+    from polar_ft.groups import TokenGroup
     from polar_ft.model.losses import pair_loss
+    from polar_ft.model.packing import build_pack
     from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
     from polar_ft.model.weights import decoder_config, empty_decoder
     from polar_ft.training import upstream
@@ -145,7 +146,7 @@ def run_rank(case: str, args: argparse.Namespace) -> None:
     rng = np.random.default_rng(rank)
     branch = args.tokens // 8  # four groups of a prefix and two branches; the prefix as long as both
     groups = [
-        Group(
+        TokenGroup(
             rng.integers(0, 4000, 2 * branch // 2),
             [rng.integers(0, 4000, branch // 2) for _ in range(2)],
             np.array([[0, 1]]),

@@ -37,9 +37,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import describe_machine
 from benchmarks.random_model import write_random_reward_model
 from benchmarks.train_throughput import SHAPES
+from polar_ft.groups import TokenGroup
 from polar_ft.model.tiny_base import make_tiny_base
 from polar_ft.scoring.scorer import RewardScorer
-from polar_ft.template import Cut, Encoded, PolarTemplate
+from polar_ft.template import PolarTemplate
 
 LENGTHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "rmb_token_lengths.jsonl"
 CANDIDATES = 16  # of one (prompt, reference)
@@ -145,14 +146,14 @@ def make_requests(
         prompt = [*text(prompt_tokens), low]
         head = [*template.bos_ids, *prompt, *text(reference_tokens), template.separator_id, *prompt]
         sequences = [[*head, *text(tokens), template.reward_token_id] for tokens in candidates]
-        encoded.append(Encoded(sequences, len(head), Cut(0, 0, (0,) * len(sequences))))
+        encoded.append(TokenGroup.of_sequences(sequences))
     rewards = scorer.score_encoded(encoded)
     requests = [
-        Request(ids, reward)
+        Request(ids.tolist(), reward)
         for item, values in zip(encoded, rewards, strict=True)
         for ids, reward in zip(item.sequences, values, strict=True)
     ]
-    tree = sum(e.prefix_length + sum(len(ids) - e.prefix_length for ids in e.sequences) for e in encoded)
+    tree = sum(group.tree_tokens() for group in encoded)
     return requests, sum(len(request.ids) for request in requests) / tree
 
 
@@ -162,7 +163,7 @@ def one_at_a_time(scorer: RewardScorer, requests: list[Request], seconds: float)
     started = time.perf_counter()
     for request in itertools.cycle(requests):
         begin = time.perf_counter()
-        item = Encoded([request.ids], len(request.ids) - 1, Cut(0, 0, (0,)))
+        item = TokenGroup.of_sequences([request.ids])
         ((reward,),) = scorer.score_encoded([item])
         load.wrong += abs(reward - request.expected) > TOLERANCE
         load.seconds.append(time.perf_counter() - begin)

@@ -27,8 +27,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import flash_attn_stand_in
 from benchmarks.machine import describe_machine, peak_flops
-from polar_ft.data.packing import Group, Pack, build_pack
+from polar_ft.groups import TokenGroup
 from polar_ft.model.losses import pair_loss
+from polar_ft.model.packing import Pack, build_pack
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 from polar_ft.model.weights import load_backbone
 from polar_ft.training import upstream
@@ -78,7 +79,7 @@ class Measurement:
     peak_bytes: int
 
 
-def make_groups(rows: list[dict], vocabulary: int, seed: int) -> list[Group]:
+def make_groups(rows: list[dict], vocabulary: int, seed: int) -> list[TokenGroup]:
     """Groups with the token lengths of the workload and random ids."""
     rng = np.random.default_rng(seed)
 
@@ -91,7 +92,7 @@ def make_groups(rows: list[dict], vocabulary: int, seed: int) -> list[Group]:
         prefix = np.concatenate([[BOS_ID], prompt, [LF_ID], reference, [SEPARATOR_ID], prompt, [LF_ID]])
         used, pairs = np.unique(np.array(row["pairs"]), return_inverse=True)
         groups.append(
-            Group(
+            TokenGroup(
                 prefix=prefix,
                 branches=[np.append(text(row["responses"][i]), REWARD_ID) for i in used],
                 pairs=pairs.reshape(-1, 2),
@@ -102,7 +103,7 @@ def make_groups(rows: list[dict], vocabulary: int, seed: int) -> list[Group]:
     return groups
 
 
-def workload(name: str, count: int, max_tokens: int, vocabulary: int, seed: int) -> list[Group]:
+def workload(name: str, count: int, max_tokens: int, vocabulary: int, seed: int) -> list[TokenGroup]:
     """A random sample of the RMB prompts, ``single``: with one pair each."""
     rows = [json.loads(line) for line in LENGTHS.read_text().splitlines()]
     rng = np.random.default_rng(seed)
@@ -119,7 +120,7 @@ def workload(name: str, count: int, max_tokens: int, vocabulary: int, seed: int)
     return kept
 
 
-def pack_up(groups: list[Group], layout: str, capacity: int) -> list[Pack]:
+def pack_up(groups: list[TokenGroup], layout: str, capacity: int) -> list[Pack]:
     """Packs of at most ``capacity`` tokens where a group allows it, in the order given."""
     packs, current, tokens = [], [], 0
     for group in groups:
@@ -148,7 +149,7 @@ class PolarCandidate:
         self.head.to(device)
         self.layers = len(self.decoder.layers) if checkpointing else 0
 
-    def prepare(self, groups: list[Group], capacity: int) -> list[Pack]:
+    def prepare(self, groups: list[TokenGroup], capacity: int) -> list[Pack]:
         return pack_up(groups, self.layout, capacity)
 
     def step(self, packs: list[Pack], pairs: int) -> tuple[float, int]:
@@ -210,7 +211,7 @@ class XtunerCandidate:
         )
         self.model.to(device).train()
 
-    def prepare(self, groups: list[Group], capacity: int) -> list[tuple[dict, int]]:
+    def prepare(self, groups: list[TokenGroup], capacity: int) -> list[tuple[dict, int]]:
         from xtuner.dataset.collate_fns.preference_collate_fn import preference_collate_fn
         from xtuner.dataset.preference_dataset import PackedDatasetWrapper
 
@@ -299,7 +300,7 @@ def peak_memory(device: str, run: Callable[[], Any]) -> int:
 
 def compare(
     folder: Path,
-    groups: list[Group],
+    groups: list[TokenGroup],
     names: list[str],
     *,
     checkpointing: bool,

@@ -22,24 +22,24 @@ from xtuner.tools.model_converters.modeling_internlm2_reward.modeling_internlm2 
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.conversion.convert import read_training_config
 from polar_ft.data.reading import read_examples
+from polar_ft.groups import TokenGroup
 from polar_ft.scoring.scorer import RewardScorer
-from polar_ft.template import Encoded
 
 
-def training_scores(config_file: Path, checkpoint: Path, encoded: list[Encoded]) -> list[list[float]]:
+def training_scores(config_file: Path, checkpoint: Path, encoded: list[TokenGroup]) -> list[list[float]]:
     """Scores of the model that was trained, loaded from its checkpoint."""
     model = BUILDER.build(read_training_config(config_file).model)
     model.load_state_dict(read_checkpoint(checkpoint).tensors)
     return RewardScorer(model.llm.float(), model.v_head, model.template).score_encoded(encoded)
 
 
-def exported_scores(hf_dir: Path, encoded: list[Encoded]) -> list[list[float]]:
+def exported_scores(hf_dir: Path, encoded: list[TokenGroup]) -> list[list[float]]:
     """Scores of the exported folder, with transformers and xtuner's model code."""
     model = InternLM2ForRewardModel.from_pretrained(hf_dir, torch_dtype=torch.float32).eval()
     scores = []
     with torch.inference_mode():
         for item in encoded:
-            inputs = [torch.tensor([ids]) for ids in item.sequences]
+            inputs = [torch.tensor([ids.tolist()]) for ids in item.sequences]
             scores.append([model(ids, attention_mask=torch.ones_like(ids)).logits.item() for ids in inputs])
     return scores
 
@@ -53,10 +53,7 @@ def main(
 ) -> None:
     """Prints the largest difference between two scores of the same text, as JSON."""
     template = BUILDER.build(dict(read_training_config(config).tokenizer))
-    encoded = [
-        template.encode(e.prompt, e.reference, e.candidates, wrapper=e.wrapper)
-        for e in islice(read_examples([str(data)]), n)
-    ]
+    encoded = template.encode(list(islice(read_examples([str(data)]), n)))
     trained = training_scores(config, checkpoint, encoded)
     exported = exported_scores(hf_dir, encoded)
     differences = [

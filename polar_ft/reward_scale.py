@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polar_ft.errors import PolarError
-from polar_ft.template import resolve_folder
+from polar_ft.files import resolve_folder
 
 FILE_NAME = "reward_scale.json"
 

@@ -1,8 +1,8 @@
-"""The POLAR input: (prompt, reference, candidate) to token ids. The one implementation of the template.
+"""The POLAR input: texts of one (prompt, reference) with its candidates to token ids, implemented once.
 
-Training, evaluation, the server and the client all call this module, so that a model is never scored on
-other ids than it was trained on. One candidate becomes (arXiv 2507.05197, section 3; spelled as xtuner
-0.2.0's ``tokenize_ref`` spells it)::
+Training, evaluation, the server and the client all call `PolarTemplate.encode`, so that a model is never
+scored on other ids than it was trained on. One candidate becomes (arXiv 2507.05197, section 3; spelled as
+xtuner 0.2.0's ``tokenize_ref`` spells it)::
 
     BOS prompt ⏎ reference <|reward|> prompt ⏎ candidate [UNUSED_TOKEN_130]
         └────────── the same for every candidate ──┘
@@ -14,24 +14,20 @@ Needs the packages ``tokenizers`` and ``numpy`` alone: a verl or vLLM environmen
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
 import os
-import re
-import secrets
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
 from polar_ft.errors import PolarError
-from polar_ft.text_splits import TextSplits
-
-Wrapper = Literal["sft", "pretrain"]
+from polar_ft.files import read_json, resolve_folder
+from polar_ft.groups import FieldLengths, TextGroup, TokenGroup, Wrapper, grow_prefix
+from polar_ft.tokenizer import TextTokenizer, read_tokenizer_json
 
 SEPARATOR_TOKEN = "<|reward|>"
 REWARD_TOKEN = "[UNUSED_TOKEN_130]"
@@ -39,113 +35,50 @@ REWARD_TOKEN = "[UNUSED_TOKEN_130]"
 # Key of config.json under which an exported model keeps the settings of its template.
 SETTINGS_KEY = "polar_template"
 
-# Two ⏎, the separator and the reward token: what a text holds beside its fields.
+# Two ⏎, the separator and the reward token: what a sequence holds besides its fields.
 TEMPLATE_TOKENS = 4
 
-# Characters that the tokenizer is given at once.
-ENCODED_AT_ONCE = 1_000_000
 
-# Added tokens that look like this are instructions to a model even where the tokenizer does not flag them
-# special ("[UNUSED_TOKEN_130]" may not be); added runs of spaces or words are ordinary text.
-_CONTROL_SHAPE = re.compile(r"<.+>|\[.+\]", re.DOTALL)
-
-
-_tokenizer_has_threads = False
-
-
-def _tokenize_without_threads() -> None:
-    # A forked process has none of the tokenizer's threads, which would be waited for for ever. The library
-    # sees to that itself, but not where TOKENIZERS_PARALLELISM is set.
-    if _tokenizer_has_threads:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_tokenize_without_threads)
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of each field before anything was cut; a field's BOS is counted, as xtuner 0.2.0 counts it."""
-
-    prompt: int
-    reference: int
-    candidates: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Tokens that were cut off each field; 0 where the field is whole."""
-
-    prompt: int
-    reference: int
-    candidates: tuple[int, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.prompt or self.reference or any(self.candidates))
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One (prompt, reference) with its candidates, as the model sees them.
+class EncodeError(PolarError):
+    """A group that cannot be encoded.
 
     Attributes:
-        sequences: For each candidate all input ids, from BOS to the reward token.
-        prefix_length: Length in tokens of the longest common prefix of the sequences; always shorter than
-            the shortest sequence, so that every candidate keeps at least its reward token.
-        cut: Tokens cut off each field.
-        lengths: Tokens of each field before cutting; None unless asked for.
+        index: Which of the groups that were given, from 0.
     """
 
-    sequences: list[list[int]]
-    prefix_length: int
-    cut: Cut
-    lengths: Lengths | None = None
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index = index
 
 
-Fields = tuple[str, str, Sequence[str], Wrapper]
-
-
-@dataclass(frozen=True)
-class EncodedParts:
-    """As `Encoded`, with what the candidates share only once.
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Ids of a joined group.
 
     Attributes:
-        head: BOS, prompt, reference and separator, int32 array.
-        tails: For each candidate what comes after the separator, int32 arrays, the reward token last.
-        cut: As in `Encoded`.
-        lengths: As in `Encoded`.
+        head: BOS, prompt, reference and separator.
+        tails: For each candidate what comes after the separator, the reward token last.
+        start: Tokens that head and tails are known to begin with: those of the start of the prompt.
     """
 
     head: np.ndarray
     tails: list[np.ndarray]
-    cut: Cut
-    lengths: Lengths | None = None
+    start: int
 
 
-def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
-    """Length of the longest common prefix that leaves at least one token of every sequence.
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """A group whose fields are within the limits; ``lengths`` are those before cutting."""
 
-    >>> common_prefix_length([np.array([1, 7, 8, 9]), np.array([1, 7, 5, 9])])
-    2
-    >>> common_prefix_length([np.array([1, 7, 9]), np.array([1, 7, 9])])
-    2
-    """
-    first = sequences[0]
-    length = min(map(len, sequences)) - 1
-    for other in sequences[1:]:
-        different = np.flatnonzero(first[:length] != other[:length])
-        if len(different):
-            length = int(different[0])
-    return length
+    group: TextGroup
+    cut: FieldLengths
+    lengths: FieldLengths
 
 
 class PolarTemplate:
     """Turns texts into the token ids of a POLAR reward model.
 
-    Text never becomes a control token: the tokenizer at work is a copy in which every control token has an
-    unguessable name, so a candidate that spells ``<|reward|>`` or ``[UNUSED_TOKEN_130]`` is read as those
-    characters. Control tokens are put in by id.
+    Text never becomes a control token (`polar_ft.tokenizer`); control tokens are put in by id.
 
     Truncation: a response is cut on the right to ``max_response_length`` tokens, then the prompt on the
     left to ``(max_length - 4 - reference - max_response_length) // 2`` tokens. The prompt's budget does not
@@ -158,10 +91,10 @@ class PolarTemplate:
         separator: Token between reference and candidate.
         reward_token: Token at the end, whose hidden state is scored.
         reward_token_id: Expected id of ``reward_token``; None takes the tokenizer's.
-        max_length: Upper limit of a whole sequence in tokens.
+        max_length: Upper limit of a sequence in tokens.
         max_response_length: Upper limit of the reference and of each candidate in tokens.
-        add_missing_tokens: Add the two tokens to a tokenizer that lacks them (Llama, Qwen2 bases).
-        name: How errors call the tokenizer.
+        add_missing_tokens: Add the two tokens to a tokenizer that lacks them (Llama, Qwen bases).
+        name: Name used in error messages.
 
     Raises:
         PolarError: A token is missing, has another id than expected, or the limits leave no room.
@@ -208,12 +141,7 @@ class PolarTemplate:
             )
         self.bos_ids = self._find_bos()
         self._tokenizer_json = self.tokenizer.to_str()
-        self._text_tokenizer, self._separator_text, unspellable = _without_control_tokens(
-            self._tokenizer_json, separator
-        )
-        spec = json.loads(self._text_tokenizer.to_str())
-        self._max_tokens_per_byte = _max_tokens_per_byte(spec)
-        self._splits = TextSplits(spec, unspellable)
+        self._texts = TextTokenizer(self._tokenizer_json, separator, len(self.bos_ids))
 
     @classmethod
     def from_pretrained(
@@ -237,8 +165,16 @@ class PolarTemplate:
         """
         folder = resolve_folder(pretrained_model_name_or_path)
         text = read_tokenizer_json(folder, allow_tokenizer_code)
-        settings = {**_settings_of(folder), **{k: v for k, v in settings.items() if v is not None}}
+        config = folder / "config.json"
+        exported = read_json(config).get(SETTINGS_KEY, {}) if config.is_file() else {}
+        settings = {**exported, **{k: v for k, v in settings.items() if v is not None}}
         return cls(text, name=f"the tokenizer of {os.fspath(pretrained_model_name_or_path)}", **settings)
+
+    def with_limits(self, max_length: int, max_response_length: int) -> PolarTemplate:
+        """The same template with other limits, in tokens; it shares the tokenizer."""
+        other = copy.copy(self)
+        other.max_length, other.max_response_length = max_length, max_response_length
+        return other
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -266,64 +202,82 @@ class PolarTemplate:
         text = f"1|{settings}|{self._tokenizer_json}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def encode(
-        self,
-        prompt: str,
-        reference: str,
-        candidates: Sequence[str],
-        *,
-        wrapper: Wrapper = "sft",
-        measure: bool = False,
-    ) -> Encoded:
-        """Encodes the candidates of one (prompt, reference).
+    def encode(self, groups: Sequence[TextGroup], *, measure: bool = False) -> list[TokenGroup]:
+        """Encodes groups, all cores at work; what candidates and groups share is tokenized once.
 
         Args:
-            prompt: Text of the prompt; the contents of several messages are joined with ⏎ beforehand.
-            reference: Text of the reference, may be empty.
-            candidates: Texts to be scored, at least one.
-            wrapper: "sft" joins prompt and response with ⏎, "pretrain" without.
+            groups: Each with at least one candidate; of several references the first is read.
             measure: Also count the tokens of every field before cutting.
 
+        Returns:
+            For each group its token group: a branch for each candidate, the same pairs, what was cut.
+
         Raises:
-            PolarError: The reference leaves no room for the prompt.
+            EncodeError: A reference leaves no room for the prompt; ``index`` says in which group, the first.
         """
-        return self.encode_batch([(prompt, reference, candidates, wrapper)], measure=measure)[0]
+        encoded = []
+        for result in self.encode_each(groups, measure=measure):
+            if isinstance(result, EncodeError):
+                raise result
+            encoded.append(result)
+        return encoded
 
-    def encode_batch(self, batch: Sequence[Fields], *, measure: bool = False) -> list[Encoded]:
-        """Encodes many (prompt, reference, candidates, wrapper) at once, in parallel; see `encode`."""
-        results = []
-        for parts in self.encode_parts(batch, measure=measure):
-            head = parts.head.tolist()
-            sequences = [head + tail.tolist() for tail in parts.tails]
-            prefix_length = len(head) + common_prefix_length(parts.tails)
-            results.append(Encoded(sequences, prefix_length, parts.cut, parts.lengths))
-        return results
-
-    def encode_parts(self, batch: Sequence[Fields], *, measure: bool = False) -> list[EncodedParts]:
-        """As `encode_batch`, with what all candidates of a row share only once, as arrays."""
-        # Few fields are ever too long, and the ids of the whole texts show for most that they are not; so
+    def encode_each(
+        self, groups: Sequence[TextGroup], *, measure: bool = False
+    ) -> list[TokenGroup | EncodeError]:
+        """As `encode`, with the error of each group that cannot be encoded in its place."""
+        # Few fields are ever too long, and the ids of the joined texts show for most that they are not; so
         # everything is joined and tokenized first, and again where something had to be cut.
-        parts, starts = self._join_and_encode(batch)
-        bounds = [
-            None if measure else self._upper_bounds(fields, row, start)
-            for fields, row, start in zip(batch, parts, starts, strict=True)
+        joined = self._join(groups)
+        fitted = self._fit(groups, joined, measure)
+        cut = {i: fit for i, fit in fitted.items() if isinstance(fit, _Fitted) and fit.cut}
+        for i, again in zip(cut, self._join([fit.group for fit in cut.values()]), strict=True):
+            joined[i] = again
+        return [
+            fit
+            if isinstance(fit := fitted.get(i), EncodeError)
+            else self._token_group(i, group, row, fit, measure)
+            for i, (group, row) in enumerate(zip(groups, joined, strict=True))
         ]
-        doubtful = [i for i, bound in enumerate(bounds) if bound is None or not self._fits(bound)]
-        if doubtful:
-            fitted = self._fit([batch[i] for i in doubtful], [bounds[i] for i in doubtful])
-            cut = [i for i, (_, cut, _) in zip(doubtful, fitted, strict=True) if cut]
-            joined, _ = self._join_and_encode([fields for fields, cut, _ in fitted if cut])
-            again = dict(zip(cut, joined, strict=True))
-            for i, (_, row_cut, lengths) in zip(doubtful, fitted, strict=True):
-                parts[i] = replace(again.get(i, parts[i]), cut=row_cut, lengths=lengths)
-        return [self._within_max_length(fields, row) for fields, row in zip(batch, parts, strict=True)]
 
-    def kept_texts(
-        self, prompt: str, reference: str, candidates: Sequence[str]
-    ) -> tuple[str, str, Sequence[str]]:
-        """What is left of prompt, reference and candidates after cutting: a suffix and prefixes of them."""
-        [(kept, _, _)] = self._fit([(prompt, reference, candidates, "sft")], [None])
-        return kept[:3]
+    def kept(self, group: TextGroup) -> TextGroup:
+        """What is left of the texts after cutting: an end of the prompt, beginnings of the other fields.
+
+        Raises:
+            EncodeError: As `encode`.
+        """
+        fit = self._fit([group], self._join([group]), measure=True)[0]
+        if isinstance(fit, EncodeError):
+            raise fit
+        return fit.group
+
+    def spell(self, group: TextGroup, encoded: TokenGroup, candidate: int) -> str:
+        """A candidate's sequence as text, spelled as the published client spells it; for reading.
+
+        Tokenized again, a text that spells a control token would become one: ids are what models get.
+
+        Args:
+            group: The texts.
+            encoded: What `encode` made of them.
+            candidate: Index of the candidate.
+        """
+        left = _join(group.prompt, group.reference, group.wrapper)
+        right = _join(group.prompt, group.candidates[candidate], group.wrapper)
+        if encoded.cut:
+            ids = encoded.sequences[candidate]
+            head = self.head_length(ids)
+            left = self.decode(ids[len(self.bos_ids) : head - 1].tolist())
+            right = self.decode(ids[head:-1].tolist())
+        return f"{left}{self.separator}{right}{self.reward_token}"
+
+    def head_length(self, ids: np.ndarray) -> int:
+        """Tokens up to the separator and with it, which no candidate decides; 0 where there is none.
+
+        Args:
+            ids: A sequence, [tokens].
+        """
+        (separators,) = np.nonzero(ids[:-1] == self.separator_id)
+        return int(separators[0]) + 1 if len(separators) else 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, with control tokens spelled out."""
@@ -351,193 +305,133 @@ class PolarTemplate:
             raise PolarError(f"{self.name} puts {names} before a text; a POLAR input has at most one BOS")
         return full[:start]
 
-    def _join_and_encode(self, batch: Sequence[Fields]) -> tuple[list[EncodedParts], list[int]]:
-        """Ids of the joined fields as they are, whatever their length.
-
-        Beside them, for each row, tokens that its head and every tail are known to begin with: the start of
-        its prompt.
-        """
+    def _join(self, groups: Sequence[TextGroup]) -> list[_Joined]:
+        """Ids of the joined fields as they are, whatever their length."""
         # The separator is a token of its own and parts what stands on its two sides. Each side is tokenized
-        # with the separator beside it, in two pieces if the prompt has a safe place to be cut at, and every
-        # piece once however many candidates and rows share it.
+        # with the separator next to it, in two pieces if the prompt has a safe place to be cut at, and every
+        # piece once however many candidates and groups share it.
         pieces: dict[str, int] = {}
 
         def number(piece: str) -> int:
             return pieces.setdefault(piece, len(pieces))
 
-        separator = self._separator_text
-        before_start = "" if self._splits.same_anywhere else separator
+        separator, splits = self._texts.separator, self._texts.splits
+        before_start = "" if splits.same_anywhere else separator
         numbers = []
-        for prompt, reference, candidates, wrapper in batch:
-            start, end = self._splits.last(prompt)
+        for group in groups:
+            prompt, wrapper = group.prompt, group.wrapper
+            start, end = splits.last(prompt)
             if start:
-                left = [number(start), number(f"{_join(end, reference, wrapper)}{separator}")]
+                left = [number(start), number(f"{_join(end, group.reference, wrapper)}{separator}")]
                 shared = number(f"{before_start}{start}")
-                rights = [[shared, number(_join(end, text, wrapper))] for text in candidates]
+                rights = [[shared, number(_join(end, text, wrapper))] for text in group.candidates]
             else:
-                left = [number(f"{_join(prompt, reference, wrapper)}{separator}")]
-                rights = [[number(f"{separator}{_join(prompt, text, wrapper)}")] for text in candidates]
+                left = [number(f"{_join(prompt, group.reference, wrapper)}{separator}")]
+                rights = [[number(f"{separator}{_join(prompt, text, wrapper)}")] for text in group.candidates]
             # The separator ends the left side, so the right sides do not keep theirs.
             numbers.append((left, rights, int(not start or bool(before_start))))
-        ids_of = self._encode_texts(list(pieces))
+        ids_of = self._texts.encode(list(pieces))
 
         bos, reward = (np.array(ids, dtype=np.int32) for ids in (self.bos_ids, [self.reward_token_id]))
-        parts = [
-            EncodedParts(
+        return [
+            _Joined(
                 head=np.concatenate([bos, *(ids_of[n] for n in left)]),
                 tails=[np.concatenate([*(ids_of[n] for n in right), reward])[skip:] for right in rights],
-                cut=Cut(0, 0, (0,) * len(rights)),
+                start=min(len(ids_of[left[0]]), len(ids_of[rights[0][0]]) - skip) if len(left) > 1 else 0,
             )
             for left, rights, skip in numbers
         ]
-        starts = [
-            min(len(ids_of[left[0]]), len(ids_of[rights[0][0]]) - skip) if len(left) > 1 else 0
-            for left, rights, skip in numbers
-        ]
-        return parts, starts
 
-    def _within_max_length(self, fields: Fields, row: EncodedParts) -> EncodedParts:
-        """Cuts what is still too long: a cut text can, rarely, take more tokens than were counted."""
-        room = self.max_length - len(row.head)
-        if max(map(len, row.tails)) <= room:
-            return row
-        if room < 1:
-            raise PolarError(
-                f"prompt and reference alone take {len(row.head) - 1} tokens, more than max_length="
-                f"{self.max_length} leaves them; the prompt begins {fields[0][:40]!r}"
+    def _fit(
+        self, groups: Sequence[TextGroup], joined: Sequence[_Joined], measure: bool
+    ) -> dict[int, _Fitted | EncodeError]:
+        """Cuts what is too long.
+
+        Only fields are counted which the joined ids leave open, every field with ``measure``.
+
+        Returns:
+            By index the groups of which something was counted.
+        """
+        bounds = [self._upper_bounds(group, row) for group, row in zip(groups, joined, strict=True)]
+        doubtful = [i for i, bound in enumerate(bounds) if measure or not self._fits(bound)]
+        tokens = self._texts.count(
+            text for i in doubtful for text in self._open_texts(groups[i], bounds[i], measure)
+        )
+        fitted: dict[int, _Fitted | EncodeError] = {}
+        for i in doubtful:
+            group, bound = groups[i], bounds[i]
+            lengths = FieldLengths(
+                prompt=tokens.get(group.prompt, bound.prompt),
+                reference=tokens.get(group.reference, bound.reference),
+                candidates=tuple(
+                    tokens.get(text, at_most)
+                    for text, at_most in zip(group.candidates, bound.candidates, strict=True)
+                ),
             )
-        excess = (max(0, len(tail) - room) for tail in row.tails)
-        candidates = tuple(a + b for a, b in zip(row.cut.candidates, excess, strict=True))
-        tails = [np.concatenate([tail[:-1][: room - 1], tail[-1:]]) for tail in row.tails]
-        return replace(row, tails=tails, cut=replace(row.cut, candidates=candidates))
+            try:
+                fitted[i] = self._cut(group, lengths)
+            except PolarError as error:
+                fitted[i] = EncodeError(i, str(error))
+        return fitted
 
-    def _upper_bounds(self, fields: Fields, row: EncodedParts, start: int) -> Lengths:
+    def _upper_bounds(self, group: TextGroup, row: _Joined) -> FieldLengths:
         """Tokens that no field can have more of, as far as the ids of the joined texts tell."""
-        prompt, reference, candidates, _ = fields
-        return Lengths(
-            prompt=self._at_most(prompt, len(row.head)),
-            reference=self._at_most(reference, len(row.head) - start),
+        return FieldLengths(
+            prompt=self._texts.at_most(group.prompt, len(row.head)),
+            reference=self._texts.at_most(group.reference, len(row.head) - row.start),
             candidates=tuple(
-                self._at_most(text, len(tail) - start)
-                for text, tail in zip(candidates, row.tails, strict=True)
+                self._texts.at_most(text, len(tail) - row.start)
+                for text, tail in zip(group.candidates, row.tails, strict=True)
             ),
         )
 
-    def _fits(self, lengths: Lengths) -> bool:
+    def _fits(self, lengths: FieldLengths) -> bool:
         return self._prompt_fits(lengths) and max(lengths.candidates) <= self.max_response_length
 
-    def _prompt_fits(self, lengths: Lengths) -> bool:
+    def _prompt_fits(self, lengths: FieldLengths) -> bool:
         """Whether prompt and reference need no cut."""
         return (
             lengths.reference <= self.max_response_length
             and lengths.prompt <= (self._room - lengths.reference) // 2
         )
 
-    def _at_most(self, text: str, joined: int) -> int:
-        """Tokens, BOS counted, that a text cannot exceed which is part of one of that many tokens.
-
-        From its first safe place on it has the tokens that it has in the joined text.
-        """
-        if self._max_tokens_per_byte is None:
-            return sys.maxsize
-        start = self._splits.first(text)
-        by_bytes = self._max_tokens_per_byte * len(text.encode())
-        if start is not None:
-            by_bytes = min(by_bytes, self._max_tokens_per_byte * len(text[:start].encode()) + joined)
-        return len(self.bos_ids) + 1 + by_bytes
-
-    def _fit(
-        self, batch: Sequence[Fields], bounds: Sequence[Lengths | None]
-    ) -> list[tuple[Fields, Cut, Lengths | None]]:
-        """Cuts what is too long.
-
-        Args:
-            batch: The fields of each row.
-            bounds: What is known of their tokens: only what these leave open is counted. None counts every
-                field of the row, and returns the counts with it.
-        """
-        texts = list(
-            dict.fromkeys(
-                text
-                for fields, bound in zip(batch, bounds, strict=True)
-                for text in self._open_texts(fields, bound)
-            )
-        )
-        encoded = self._encode_texts(texts)
-        tokens = {text: len(self.bos_ids) + len(ids) for text, ids in zip(texts, encoded, strict=True)}
-        fitted: list[tuple[Fields, Cut, Lengths | None]] = []
-        for (prompt, reference, candidates, wrapper), bound in zip(batch, bounds, strict=True):
-            known = bound or Lengths(0, 0, (0,) * len(candidates))  # without bounds all texts were counted
-            lengths = Lengths(
-                prompt=tokens.get(prompt, known.prompt),
-                reference=tokens.get(reference, known.reference),
-                candidates=tuple(
-                    tokens.get(text, at_most)
-                    for text, at_most in zip(candidates, known.candidates, strict=True)
-                ),
-            )
-            reference, reference_cut = self._cut_right(reference, lengths.reference)
-            cut_candidates = [
-                self._cut_right(text, n) for text, n in zip(candidates, lengths.candidates, strict=True)
-            ]
-            prompt, prompt_cut = self._cut_left(prompt, lengths.prompt, reference, lengths.reference)
-            cut = Cut(prompt_cut, reference_cut, tuple(n for _, n in cut_candidates))
-            fields = (prompt, reference, [text for text, _ in cut_candidates], wrapper)
-            fitted.append((fields, cut, lengths if bound is None else None))
-        return fitted
-
-    def _open_texts(self, fields: Fields, bound: Lengths | None) -> list[str]:
+    def _open_texts(self, group: TextGroup, bound: FieldLengths, measure: bool) -> list[str]:
         """The texts that may be too long as far as is known."""
-        prompt, reference, candidates, _ = fields
-        if bound is None:
-            return [prompt, reference, *candidates]
-        heads = [] if self._prompt_fits(bound) else [prompt, reference]
+        if measure:
+            return [group.prompt, group.reference, *group.candidates]
+        heads = [] if self._prompt_fits(bound) else [group.prompt, group.reference]
         return heads + [
             text
-            for text, at_most in zip(candidates, bound.candidates, strict=True)
+            for text, at_most in zip(group.candidates, bound.candidates, strict=True)
             if at_most > self.max_response_length
         ]
-
-    def _encode_texts(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, all cores at work."""
-        global _tokenizer_has_threads
-        _tokenizer_has_threads = True
-        ids = []
-        start = 0
-        while start < len(texts):
-            # An encoding takes a hundred times the memory of its ids, so not all are held at once.
-            end, characters = start, 0
-            while end < len(texts) and characters < ENCODED_AT_ONCE:
-                characters += len(texts[end])
-                end += 1
-            encodings = self._text_tokenizer.encode_batch_fast(texts[start:end], add_special_tokens=False)
-            ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-            start = end
-        return ids
-
-    def _encode_text(self, text: str) -> Any:
-        return self._text_tokenizer.encode(text, add_special_tokens=False)
-
-    def _cut_right(self, text: str, tokens: int) -> tuple[str, int]:
-        if tokens <= self.max_response_length:
-            return text, 0
-        encoding = self._encode_text(text)
-        keep = self.max_response_length - len(self.bos_ids)
-        total = len(encoding.ids)
-        offsets = encoding.offsets
-        # A character of several tokens is dropped whole: half of it is not text.
-        while keep > 0 and offsets[keep - 1][1] > offsets[keep][0]:
-            keep -= 1
-        return text[: offsets[keep - 1][1]] if keep > 0 else "", total - keep
 
     @property
     def _room(self) -> int:
         """Tokens for the prompt, twice, and the reference."""
         return self.max_length - TEMPLATE_TOKENS - self.max_response_length
 
-    def _cut_left(self, prompt: str, tokens: int, reference: str, reference_tokens: int) -> tuple[str, int]:
+    def _cut(self, group: TextGroup, lengths: FieldLengths) -> _Fitted:
+        reference, reference_cut = self._cut_response(group.reference, lengths.reference)
+        candidates = [
+            self._cut_response(text, n) for text, n in zip(group.candidates, lengths.candidates, strict=True)
+        ]
+        prompt, prompt_cut = self._cut_prompt(group.prompt, lengths.prompt, reference, lengths.reference)
+        kept = replace(
+            group, prompt=prompt, references=(reference,), candidates=tuple(text for text, _ in candidates)
+        )
+        return _Fitted(
+            kept, FieldLengths(prompt_cut, reference_cut, tuple(n for _, n in candidates)), lengths
+        )
+
+    def _cut_response(self, text: str, tokens: int) -> tuple[str, int]:
+        if tokens <= self.max_response_length:
+            return text, 0
+        return self._texts.cut_right(text, self.max_response_length)
+
+    def _cut_prompt(self, prompt: str, tokens: int, reference: str, reference_tokens: int) -> tuple[str, int]:
         if reference_tokens > self.max_response_length:  # it was cut
-            reference_tokens = len(self.bos_ids) + len(self._encode_text(reference).ids)
+            reference_tokens = self._texts.count([reference])[reference]
         budget = (self._room - reference_tokens) // 2
         if budget <= len(self.bos_ids):
             raise PolarError(
@@ -547,153 +441,35 @@ class PolarTemplate:
                 f"{2 * self.max_response_length + TEMPLATE_TOKENS + 2 * (len(self.bos_ids) + 1)} "
                 f"or lower max_response_length"
             )
-        if tokens <= budget:
-            return prompt, 0
-        encoding = self._encode_text(prompt)
-        total = len(encoding.ids)
-        start = total - (budget - len(self.bos_ids))
-        offsets = encoding.offsets
-        while start < total and offsets[start][0] < offsets[start - 1][1]:
-            start += 1
-        return prompt[offsets[start][0] :] if start < total else "", start
+        return (prompt, 0) if tokens <= budget else self._texts.cut_left(prompt, budget)
 
-
-def _settings_of(folder: Path) -> dict[str, Any]:
-    config = folder / "config.json"
-    if not config.is_file():
-        return {}
-    return json.loads(config.read_text(encoding="utf-8")).get(SETTINGS_KEY, {})
+    def _token_group(
+        self, index: int, group: TextGroup, row: _Joined, fit: _Fitted | None, measure: bool
+    ) -> TokenGroup | EncodeError:
+        tails, cut = row.tails, fit.cut if fit else FieldLengths(0, 0, (0,) * len(row.tails))
+        room = self.max_length - len(row.head)
+        if max(map(len, tails)) > room:  # a cut text can, rarely, take more tokens than were counted
+            if room < 1:
+                return EncodeError(
+                    index,
+                    f"prompt and reference alone take {len(row.head) - 1} tokens, more than max_length="
+                    f"{self.max_length} leaves them; the prompt begins {group.prompt[:40]!r}",
+                )
+            excess = (max(0, len(tail) - room) for tail in tails)
+            cut = replace(cut, candidates=tuple(a + b for a, b in zip(cut.candidates, excess, strict=True)))
+            tails = [np.concatenate([tail[:-1][: room - 1], tail[-1:]]) for tail in tails]
+        return grow_prefix(
+            TokenGroup(
+                prefix=row.head,
+                branches=tails,
+                pairs=np.array(group.pairs, dtype=np.int64).reshape(-1, 2),
+                margins=np.array([margin or 0.0 for margin in group.margins], dtype=np.float32),
+                weights=np.array(group.weights, dtype=np.float32),
+                cut=cut,
+                lengths=fit.lengths if fit and measure else None,
+            )
+        )
 
 
 def _join(prompt: str, response: str, wrapper: Wrapper) -> str:
     return f"{prompt}{response}" if wrapper == "pretrain" or not response else f"{prompt}\n{response}"
-
-
-def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: Iterable[str] = ()) -> str:
-    """Text of a folder's ``tokenizer.json``.
-
-    A folder that has only a tokenizer with code of its own (the published POLAR folders do) is refused,
-    unless ``allow_tokenizer_code`` names the class: then, and only then, that code is run, by transformers.
-
-    Raises:
-        PolarError: No such folder, no tokenizer in it, or code that was not allowed.
-    """
-    path = resolve_folder(folder)
-    file = path / "tokenizer.json"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise PolarError(f"{file}: is not valid UTF-8 ({error}); the file is damaged") from error
-
-    config_file = path / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    names = [name for name in (config.get("auto_map", {}).get("AutoTokenizer") or []) if name]
-    if not names:
-        raise PolarError(
-            f"{path}: has no tokenizer.json; save it once with "
-            f"AutoTokenizer.from_pretrained(...).save_pretrained(...) of a fast tokenizer"
-        )
-    allowed = set(allow_tokenizer_code)
-    fast = [name for name in names if name in allowed]
-    if not fast:
-        raise PolarError(
-            f"{path}: its tokenizer needs Python code from the folder ({', '.join(names)}), which is not run "
-            f"unless it is named: read that file, then put allow_tokenizer_code=({names[-1]!r},) into the "
-            f"config (--allow-tokenizer-code on the command line), or add a tokenizer.json to the folder"
-        )
-    try:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-    except ImportError as error:
-        raise PolarError(
-            "running a tokenizer's own code needs transformers: pip install polar-ft[train]"
-        ) from error
-    tokenizer = get_class_from_dynamic_module(fast[-1], str(path)).from_pretrained(str(path))
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise PolarError(f"{path}: {fast[-1]} is not a fast tokenizer; allow the fast class of {names}")
-    return tokenizer.backend_tokenizer.to_str()
-
-
-def resolve_folder(folder: str | os.PathLike[str]) -> Path:
-    """The local folder of a model: the path itself, or the downloaded snapshot of a hub id.
-
-    Raises:
-        PolarError: Neither a folder nor something that the hub has.
-    """
-    path = Path(folder)
-    if path.is_dir():
-        return path
-    name = os.fspath(folder)
-    if path.exists():
-        raise PolarError(f"{name}: is a file; name the folder that holds the model")
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.startswith("."):
-        try:
-            from huggingface_hub import snapshot_download
-
-            return Path(snapshot_download(name))
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise PolarError(
-                f"{name}: is no folder here, and the HuggingFace hub did not give it either "
-                f"({type(error).__name__}: {reason[:160]}); check the spelling of "
-                f"pretrained_model_name_or_path"
-            ) from error
-    raise PolarError(f"{name}: no such folder; check the spelling of the path")
-
-
-def _without_control_tokens(tokenizer_json: str, separator: str) -> tuple[Tokenizer, str, set[str]]:
-    """A copy of the tokenizer that knows no control token by its name, the separator's secret name, and all.
-
-    Control tokens are renamed rather than removed, so that every id stays what it is.
-    """
-    spec = json.loads(tokenizer_json)
-    nonce = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(12))
-    names = {
-        token["content"]: f"{nonce}{index:x}\uf8ff"
-        for index, token in enumerate(spec["added_tokens"])
-        if token["special"] or token["content"] == separator or _CONTROL_SHAPE.fullmatch(token["content"])
-    }
-    names.setdefault(separator, f"{nonce}s\uf8ff")
-
-    for token in spec["added_tokens"]:
-        if token["content"] == separator:
-            token["normalized"] = False
-        token["content"] = names.get(token["content"], token["content"])
-    if not any(token["content"] == names[separator] for token in spec["added_tokens"]):
-        raise PolarError(
-            f"{separator!r} is an ordinary word of this tokenizer, which text could write as well; "
-            f"name an added token in reward_tokens=dict(separator=...)"
-        )
-
-    model = spec["model"]
-    if isinstance(model.get("vocab"), dict):
-        model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
-    elif isinstance(model.get("vocab"), list):  # Unigram: [piece, log-probability]
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    if model.get("merges"):
-        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-        model["merges"] = [pair for pair in pairs if "".join(pair) not in names]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    spec["post_processor"] = None
-    return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False)), names[separator], set(names.values())
-
-
-def _max_tokens_per_byte(spec: dict[str, Any]) -> int | None:
-    """How many tokens a UTF-8 byte of text can become at most, one dummy prefix aside; None if unknown.
-
-    One, for every model whose smallest unit is a byte or a character; three where NFC may decompose a
-    character first (Unicode Standard Annex 15, maximum expansion); other normalizers are not bounded here.
-    """
-
-    def kinds(node: dict[str, Any] | None) -> set[str]:
-        if node is None:
-            return set()
-        if node["type"] == "Sequence":
-            return set().union(*(kinds(child) for child in node["normalizers"]))
-        return {node["type"]}
-
-    found = kinds(spec.get("normalizer"))
-    if found <= {"Prepend", "Replace", "Strip"}:
-        return 1
-    return 3 if found <= {"Prepend", "Replace", "Strip", "NFC"} else None

@@ -1,13 +1,16 @@
-"""Where a text can be cut in two whose token ids, one after the other, are those of the whole text.
+"""A tokenizer for texts: control tokens hidden, ids and cuts of texts, safe places to cut a text in two.
 
-All candidates of a prompt begin with it, so the prompt need not be tokenized once for each of them. Which
-places are safe follows from how the tokenizer works, never from a look at some examples. The places meant
-here are the spaces between two ASCII letters, such as the first one in "sky is blue?": the left part ends
-with the letter before it.
+*Control tokens*: the tokenizer at work is a copy in which every control token has an unguessable name, so a
+text that spells one is read as those characters (`hide_control_tokens`).
 
-Why the two parts do not depend on each other, step by step of a `tokenizers.Tokenizer`:
+*Safe places*: all candidates of a prompt begin with it, so the prompt need not be tokenized once for each of
+them. `TextSplits` knows where a text can be cut in two whose token ids, one after the other, are those of the
+whole text. Which places are safe follows from how the tokenizer works, never from a look at some examples.
+The places meant here are the spaces between two ASCII letters, such as the first one in "sky is blue?": the
+left part ends with the letter before it. Why the two parts do not depend on each other, step by step of a
+`tokenizers.Tokenizer`:
 
-- *Added tokens* are looked for first. None that text can spell holds a space or swallows one beside it.
+- *Added tokens* are looked for first. None that text can spell holds a space or swallows one next to it.
 - *Normalizer*: none; NFC, under which neither ASCII letter nor space composes with the other; or the
   replacement of each space by "▁", with or without a "▁" put before every text (then the right part leaves
   its space out, for which that "▁" stands).
@@ -17,12 +20,239 @@ Why the two parts do not depend on each other, step by step of a `tokenizers.Tok
 - *BPE* merges neighbours whose merged form is in the vocabulary. Where no piece has a space after a letter,
   nothing is merged across the place, and what is merged on one side does not depend on the other. After a
   pattern that splits at the place, it holds in any case.
+
+Needs the packages ``tokenizers`` and ``numpy`` alone.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import secrets
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from polar_ft.errors import PolarError
+from polar_ft.files import read_json, resolve_folder
+
+# Characters that the tokenizer is given at once.
+ENCODED_AT_ONCE = 1_000_000
+
+# Added tokens that look like this are instructions to a model even where the tokenizer does not flag them
+# special ("[UNUSED_TOKEN_130]" may not be); added runs of spaces or words are ordinary text.
+_CONTROL_SHAPE = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+
+_tokenizer_has_threads = False
+
+
+def _tokenize_without_threads() -> None:
+    # A forked process has none of the tokenizer's threads and would wait for them for ever. The library
+    # handles that itself, but not where TOKENIZERS_PARALLELISM is set.
+    if _tokenizer_has_threads:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_tokenize_without_threads)
+
+
+class TextTokenizer:
+    """Ids of texts, in which no text becomes a control token.
+
+    Args:
+        tokenizer_json: The text of a ``tokenizer.json``.
+        separator: A control token that is to be joined with texts, under its hidden name.
+        bos_tokens: How many BOS tokens are put before a text; lengths count them, as xtuner 0.2.0 does.
+
+    Attributes:
+        separator: The hidden name of the separator.
+        splits: The safe places of texts.
+
+    Raises:
+        PolarError: The separator is an ordinary word of the vocabulary.
+    """
+
+    def __init__(self, tokenizer_json: str, separator: str, bos_tokens: int) -> None:
+        self._tokenizer, self.separator, unspellable = hide_control_tokens(tokenizer_json, separator)
+        self._bos_tokens = bos_tokens
+        spec = json.loads(self._tokenizer.to_str())
+        self._max_tokens_per_byte = _max_tokens_per_byte(spec)
+        self.splits = TextSplits(spec, unspellable)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text without BOS, int32 arrays; all cores work on it."""
+        global _tokenizer_has_threads
+        _tokenizer_has_threads = True
+        ids = []
+        start = 0
+        while start < len(texts):
+            # An encoding takes a hundred times the memory of its ids, so not all are held at once.
+            end, characters = start, 0
+            while end < len(texts) and characters < ENCODED_AT_ONCE:
+                characters += len(texts[end])
+                end += 1
+            encodings = self._tokenizer.encode_batch_fast(texts[start:end], add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            start = end
+        return ids
+
+    def count(self, texts: Iterable[str]) -> dict[str, int]:
+        """Tokens of each different text, BOS counted."""
+        different = list(dict.fromkeys(texts))
+        encoded = self.encode(different)
+        return {text: self._bos_tokens + len(ids) for text, ids in zip(different, encoded, strict=True)}
+
+    def at_most(self, text: str, joined: int) -> int:
+        """Tokens, BOS counted, that a text cannot exceed which is part of one of ``joined`` tokens.
+
+        From its first safe place on it has the tokens that it has in the joined text.
+        """
+        if self._max_tokens_per_byte is None:
+            return sys.maxsize
+        start = self.splits.first(text)
+        by_bytes = self._max_tokens_per_byte * len(text.encode())
+        if start is not None:
+            by_bytes = min(by_bytes, self._max_tokens_per_byte * len(text[:start].encode()) + joined)
+        return self._bos_tokens + 1 + by_bytes
+
+    def cut_right(self, text: str, limit: int) -> tuple[str, int]:
+        """The beginning of a text that has more than ``limit`` tokens, BOS counted, and how many it lost.
+
+        A character of several tokens is dropped as a whole: a part of it is not text.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        keep, total, offsets = limit - self._bos_tokens, len(encoding.ids), encoding.offsets
+        while keep > 0 and offsets[keep - 1][1] > offsets[keep][0]:
+            keep -= 1
+        return text[: offsets[keep - 1][1]] if keep > 0 else "", total - keep
+
+    def cut_left(self, text: str, limit: int) -> tuple[str, int]:
+        """As `cut_right`, the end of the text."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        total, offsets = len(encoding.ids), encoding.offsets
+        start = total - (limit - self._bos_tokens)
+        while start < total and offsets[start][0] < offsets[start - 1][1]:
+            start += 1
+        return text[offsets[start][0] :] if start < total else "", start
+
+
+def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: Iterable[str] = ()) -> str:
+    """Text of a folder's ``tokenizer.json``.
+
+    A folder that has only a tokenizer with code of its own (the published POLAR folders do) is refused,
+    unless ``allow_tokenizer_code`` names the class: then, and only then, that code is run, by transformers.
+
+    Raises:
+        PolarError: No such folder, no tokenizer in it, or code that was not allowed.
+    """
+    path = resolve_folder(folder)
+    file = path / "tokenizer.json"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PolarError(f"{file}: is not valid UTF-8 ({error}); the file is damaged") from error
+
+    config_file = path / "tokenizer_config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    names = [name for name in (config.get("auto_map", {}).get("AutoTokenizer") or []) if name]
+    if not names:
+        raise PolarError(
+            f"{path}: has no tokenizer.json; save it once with "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained(...) of a fast tokenizer"
+        )
+    allowed = set(allow_tokenizer_code)
+    fast = [name for name in names if name in allowed]
+    if not fast:
+        raise PolarError(
+            f"{path}: its tokenizer needs Python code from the folder ({', '.join(names)}), which is not run "
+            f"unless it is named: read that file, then put allow_tokenizer_code=({names[-1]!r},) into the "
+            f"config (--allow-tokenizer-code on the command line), or add a tokenizer.json to the folder"
+        )
+    try:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+    except ImportError as error:
+        raise PolarError(
+            "running a tokenizer's own code needs transformers: pip install polar-ft[train]"
+        ) from error
+    tokenizer = get_class_from_dynamic_module(fast[-1], str(path)).from_pretrained(str(path))
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise PolarError(f"{path}: {fast[-1]} is not a fast tokenizer; allow the fast class of {names}")
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def hide_control_tokens(tokenizer_json: str, separator: str) -> tuple[Tokenizer, str, set[str]]:
+    """Copies a tokenizer with its control tokens under unguessable names.
+
+    They are renamed rather than removed, so that every id stays what it is.
+
+    Args:
+        tokenizer_json: The text of a ``tokenizer.json``.
+        separator: A token that is hidden too, whatever it looks like.
+
+    Returns:
+        The copy, the separator's hidden name, and all hidden names.
+
+    Raises:
+        PolarError: The separator is not an added token.
+    """
+    spec = json.loads(tokenizer_json)
+    nonce = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(12))
+    names = {
+        token["content"]: f"{nonce}{index:x}\uf8ff"
+        for index, token in enumerate(spec["added_tokens"])
+        if token["special"] or token["content"] == separator or _CONTROL_SHAPE.fullmatch(token["content"])
+    }
+    names.setdefault(separator, f"{nonce}s\uf8ff")
+
+    for token in spec["added_tokens"]:
+        if token["content"] == separator:
+            token["normalized"] = False
+        token["content"] = names.get(token["content"], token["content"])
+    if not any(token["content"] == names[separator] for token in spec["added_tokens"]):
+        raise PolarError(
+            f"{separator!r} is an ordinary word of this tokenizer, which text could write as well; "
+            f"name an added token in reward_tokens=dict(separator=...)"
+        )
+
+    model = spec["model"]
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
+    elif isinstance(model.get("vocab"), list):  # Unigram: [piece, log-probability]
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("merges"):
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if "".join(pair) not in names]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    spec["post_processor"] = None
+    return Tokenizer.from_str(json.dumps(spec, ensure_ascii=False)), names[separator], set(names.values())
+
+
+def _max_tokens_per_byte(spec: dict[str, Any]) -> int | None:
+    """How many tokens a UTF-8 byte of text can become at most, one dummy prefix aside; None if unknown.
+
+    One, for every model whose smallest unit is a byte or a character; three where NFC may decompose a
+    character first (Unicode Standard Annex 15, maximum expansion); other normalizers are not bounded here.
+    """
+
+    def kinds(node: dict[str, Any] | None) -> set[str]:
+        if node is None:
+            return set()
+        if node["type"] == "Sequence":
+            return set().union(*(kinds(child) for child in node["normalizers"]))
+        return {node["type"]}
+
+    found = kinds(spec.get("normalizer"))
+    if found <= {"Prepend", "Replace", "Strip"}:
+        return 1
+    return 3 if found <= {"Prepend", "Replace", "Strip", "NFC"} else None
+
 
 _PLACE = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 

@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 from xtuner.dataset.preference_dataset import tokenize_ref
 
 from polar_ft.errors import PolarError
-from polar_ft.template import PolarTemplate, common_prefix_length
+from polar_ft.groups import TextGroup, common_prefix_length
+from polar_ft.template import PolarTemplate
+from tests.encoding import encode, ids_of
 from tests.shared_data import shared_file
 from tests.tokenizers_zoo import KINDS, save, train
 
@@ -81,11 +83,15 @@ def test_ids_are_those_of_xtuner(folder):
     for number in range(300):
         row = {key: rng.choice(texts) for key in ("prompt", "reference", "chosen", "rejected")}
         row["wrapper"] = "pretrain" if number % 3 == 0 else "sft"
-        encoded = template.encode(
-            row["prompt"], row["reference"], [row["chosen"], row["rejected"]], wrapper=row["wrapper"]
+        encoded = encode(
+            template,
+            row["prompt"],
+            row["reference"],
+            [row["chosen"], row["rejected"]],
+            wrapper=row["wrapper"],
         )
-        assert encoded.sequences == xtuner_ids(tokenizer, row, template.reward_token_id)
-        assert encoded.prefix_length == common_prefix_length([np.array(ids) for ids in encoded.sequences])
+        assert ids_of(encoded) == xtuner_ids(tokenizer, row, template.reward_token_id)
+        assert len(encoded.prefix) == common_prefix_length([np.array(ids) for ids in ids_of(encoded)])
 
 
 def test_ids_are_those_of_xtuner_on_real_rows(byte_level):
@@ -104,11 +110,11 @@ def test_ids_are_those_of_xtuner_on_real_rows(byte_level):
                 "rejected": texts[-1],
             }
             rows += 1
-            encoded = template.encode(row["prompt"], row["reference"], [row["chosen"], row["rejected"]])
+            encoded = encode(template, row["prompt"], row["reference"], [row["chosen"], row["rejected"]])
             if encoded.cut or not all(row.values()) or not all(survives(tokenizer, t) for t in row.values()):
                 continue
             qualified += 1
-            assert encoded.sequences == xtuner_ids(tokenizer, row, template.reward_token_id)
+            assert ids_of(encoded) == xtuner_ids(tokenizer, row, template.reward_token_id)
     print(f"{qualified} of {rows} rows qualify for the comparison with xtuner, all equal")
     assert qualified > 0.9 * rows
 
@@ -123,8 +129,10 @@ def test_responses_are_cut_as_xtuner_cuts_them(byte_level):
         "chosen": "The capital of France is Paris, a large city on the river, again and again and again.",
         "rejected": "no",
     }
-    encoded = template.encode(row["prompt"], row["reference"], [row["chosen"], row["rejected"]], measure=True)
-    assert encoded.sequences == xtuner_ids(tokenizer, row, template.reward_token_id, 400, 20)
+    encoded = encode(
+        template, row["prompt"], row["reference"], [row["chosen"], row["rejected"]], measure=True
+    )
+    assert ids_of(encoded) == xtuner_ids(tokenizer, row, template.reward_token_id, 400, 20)
     assert encoded.lengths.reference - 20 == encoded.cut.reference > 0
     assert encoded.cut.candidates[0] > 0
     assert encoded.cut.candidates[1] == 0
@@ -136,25 +144,25 @@ def test_prompt_budget_differs_from_xtuner_on_purpose(byte_level):
     tokenizer = AutoTokenizer.from_pretrained(byte_level)
     template = PolarTemplate.from_pretrained(byte_level, max_length=120, max_response_length=40)
     row = {"prompt": "a long prompt, " * 20, "reference": "short", "chosen": "yes", "rejected": "no"}
-    ours = template.encode(row["prompt"], row["reference"], [row["chosen"], row["rejected"]])
+    ours = encode(template, row["prompt"], row["reference"], [row["chosen"], row["rejected"]])
     theirs = xtuner_ids(tokenizer, row, template.reward_token_id, 120, 40)
-    assert len(ours.sequences[0]) < len(theirs[0])
+    assert len(ids_of(ours)[0]) < len(theirs[0])
     long_candidate = "a much longer candidate than the others, by far, with many words"
-    other = template.encode(row["prompt"], row["reference"], ["yes", long_candidate])
-    assert other.sequences[0] == ours.sequences[0]
-    assert max(map(len, other.sequences)) <= 120
+    other = encode(template, row["prompt"], row["reference"], ["yes", long_candidate])
+    assert ids_of(other)[0] == ids_of(ours)[0]
+    assert max(map(len, ids_of(other))) <= 120
 
 
 def test_empty_texts_differ_from_xtuner_only_where_its_budget_is_wrong(byte_level):
     """With a budget of 0 xtuner's ``ids[-0:]`` keeps the whole prompt; ours names the limit instead."""
     template = PolarTemplate.from_pretrained(byte_level)
-    ids = template.encode("", "", [""]).sequences[0]
+    ids = ids_of(encode(template, "", "", [""]))[0]
     assert ids == [*template.bos_ids, template.separator_id, template.reward_token_id]
-    with_prompt = template.encode("p", "", ["", "x"])
+    with_prompt = encode(template, "p", "", ["", "x"])
     p = template.tokenizer.encode("p", add_special_tokens=False).ids
     head = [*template.bos_ids, *p, template.separator_id, *p]
-    assert with_prompt.sequences[0] == [*head, template.reward_token_id]
-    assert with_prompt.sequences[1] == [
+    assert ids_of(with_prompt)[0] == [*head, template.reward_token_id]
+    assert ids_of(with_prompt)[1] == [
         *head,
         *template.tokenizer.encode("\nx", add_special_tokens=False).ids,
         template.reward_token_id,
@@ -167,8 +175,8 @@ def test_text_never_becomes_a_control_token(folder):
     rng = random.Random(1)
     for _ in range(100):
         texts = ["".join(rng.choice(CONTROL + WORDS) for _ in range(rng.randint(0, 8))) for _ in range(4)]
-        encoded = template.encode(texts[0], texts[1], texts[2:])
-        for ids in encoded.sequences:
+        encoded = encode(template, texts[0], texts[1], texts[2:])
+        for ids in ids_of(encoded):
             inner = ids[len(template.bos_ids) : -1]
             assert ids[: len(template.bos_ids)] == template.bos_ids
             assert ids[-1] == template.reward_token_id
@@ -179,26 +187,26 @@ def test_text_never_becomes_a_control_token(folder):
 @given(texts=st.lists(st.text(max_size=200), min_size=3, max_size=5), limit=st.integers(4, 40))
 def test_limits_hold_for_any_text(byte_level, texts, limit):
     template = PolarTemplate.from_pretrained(byte_level, max_length=4 * limit + 10, max_response_length=limit)
-    encoded = template.encode(texts[0], texts[1], texts[2:], measure=True)
-    prefix = encoded.sequences[0][: encoded.prefix_length]
-    for ids in encoded.sequences:
+    encoded = encode(template, texts[0], texts[1], texts[2:], measure=True)
+    prefix = ids_of(encoded)[0][: len(encoded.prefix)]
+    for ids in ids_of(encoded):
         assert len(ids) <= template.max_length
         assert ids.count(template.separator_id) == 1
-        assert ids[: encoded.prefix_length] == prefix
+        assert ids[: len(encoded.prefix)] == prefix
     # The part up to the candidate does not depend on the other candidates.
-    alone = template.encode(texts[0], texts[1], texts[2:3])
-    assert alone.sequences[0] == encoded.sequences[0]
+    alone = encode(template, texts[0], texts[1], texts[2:3])
+    assert ids_of(alone)[0] == ids_of(encoded)[0]
 
 
 def test_a_batch_is_what_its_members_are(folder):
     template = PolarTemplate.from_pretrained(folder)
     rng = random.Random(2)
     fields = [
-        (random_text(rng), random_text(rng), [random_text(rng) for _ in range(rng.randint(1, 4))], "sft")
+        (random_text(rng), random_text(rng), [random_text(rng) for _ in range(rng.randint(1, 4))])
         for _ in range(20)
     ]
-    batch = template.encode_batch(fields)
-    assert [e.sequences for e in batch] == [template.encode(p, r, c).sequences for p, r, c, _ in fields]
+    batch = template.encode([TextGroup(p, (r,), tuple(c)) for p, r, c in fields])
+    assert [ids_of(e) for e in batch] == [ids_of(encode(template, p, r, c)) for p, r, c in fields]
 
 
 def test_text_that_tokenizes_longer_once_it_is_cut_is_cut_further(tmp_path):
@@ -207,11 +215,11 @@ def test_text_that_tokenizes_longer_once_it_is_cut_is_cut_further(tmp_path):
     template = PolarTemplate.from_pretrained(folder, max_length=120, max_response_length=20)
     prompt = "What is the capital of France? 中文文本也要正确处理。 " * 4
     reference = "It is Paris, the capital; it is Paris. 参考答案是巴黎。"
-    encoded = template.encode(prompt, reference, ["Paris", reference])
+    encoded = encode(template, prompt, reference, ["Paris", reference])
     assert encoded.cut.prompt
     assert encoded.cut.reference
     assert encoded.cut.candidates[1]
-    for ids in encoded.sequences:
+    for ids in ids_of(encoded):
         assert len(ids) <= 120
         assert ids.count(template.separator_id) == 1
 
@@ -219,7 +227,7 @@ def test_text_that_tokenizes_longer_once_it_is_cut_is_cut_further(tmp_path):
 def test_a_reference_that_leaves_no_room_is_named(byte_level):
     template = PolarTemplate.from_pretrained(byte_level, max_length=90, max_response_length=42)
     with pytest.raises(PolarError, match=r"leaves the prompt a budget.*raise max_length to at least"):
-        template.encode("a prompt", "a long reference " * 20, ["x"])
+        encode(template, "a prompt", "a long reference " * 20, ["x"])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +251,7 @@ def test_missing_tokens_can_be_added(tmp_path):
     )
     size = len(PolarTemplate.from_pretrained(folder))
     assert (template.separator_id, template.reward_token_id) == (size, size + 1)
-    ids = template.encode("p", "r", ["<|polar_score|>"]).sequences[0]
+    ids = ids_of(encode(template, "p", "r", ["<|polar_score|>"]))[0]
     assert ids.count(template.reward_token_id) == 1
     assert ids[-1] == size + 1
 
@@ -267,7 +275,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_unless_named(tmp_path):
         PolarTemplate.from_pretrained(folder)
     template = PolarTemplate.from_pretrained(folder, allow_tokenizer_code=("tok_own.OwnFast",))
     expected = PolarTemplate(tokenizer_json)
-    assert template.encode("p", "r", ["c"]).sequences == expected.encode("p", "r", ["c"]).sequences
+    assert ids_of(encode(template, "p", "r", ["c"])) == ids_of(encode(expected, "p", "r", ["c"]))
 
 
 def test_a_misspelt_path_is_named(tmp_path):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from functools import cache
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from polar_ft.groups import TextGroup
 from polar_ft.template import PolarTemplate
-from polar_ft.text_splits import _KNOWN_PATTERNS, TextSplits
+from polar_ft.tokenizer import _KNOWN_PATTERNS, TextSplits
+from tests.encoding import ids_of
 from tests.tokenizers_zoo import CORPUS, train
 
 WORDS = [
@@ -76,21 +77,21 @@ def text_of(rng: random.Random, words: int) -> str:
 @pytest.mark.parametrize("kind", KNOWN)
 def test_ids_are_those_of_whole_texts(kind):
     template, whole = PolarTemplate(tokenizer_json(kind)), PolarTemplate(tokenizer_json(kind))
-    assert template._splits.known
-    whole._splits.known = False
+    assert template._texts.splits.known
+    whole._texts.splits.known = False
     rng = random.Random(0)
     rows = [
-        (
+        TextGroup(
             text_of(rng, rng.randint(0, 20)),
-            text_of(rng, rng.randint(0, 10)),
-            [text_of(rng, rng.randint(0, 10)) for _ in range(3)],
+            (text_of(rng, rng.randint(0, 10)),),
+            tuple(text_of(rng, rng.randint(0, 10)) for _ in range(3)),
             rng.choice(["sft", "pretrain"]),
         )
         for _ in range(1500)
     ]
-    assert sum(bool(template._splits.last(row[0])[0]) for row in rows) > 500
-    for ours, expected in zip(template.encode_batch(rows), whole.encode_batch(rows), strict=True):
-        assert ours == expected
+    assert sum(bool(template._texts.splits.last(row.prompt)[0]) for row in rows) > 500
+    for ours, expected in zip(template.encode(rows), whole.encode(rows), strict=True):
+        assert (ids_of(ours), ours.cut) == (ids_of(expected), expected.cut)
 
 
 @pytest.mark.parametrize("kind", KNOWN)
@@ -100,17 +101,18 @@ def test_fields_near_their_limit_are_cut_as_whole_texts(kind):
     template = PolarTemplate(tokenizer_json(kind), **limits)
     rng = random.Random(1)
     rows = [
-        (
+        TextGroup(
             text_of(rng, rng.randint(5, 40)),
-            text_of(rng, rng.randint(0, 25)),
-            [text_of(rng, rng.randint(0, 14))],
-            "sft",
+            (text_of(rng, rng.randint(0, 25)),),
+            (text_of(rng, rng.randint(0, 14)),),
         )
         for _ in range(300)
     ]
     # Measuring counts every field by itself.
-    expected = [replace(row, lengths=None) for row in template.encode_batch(rows, measure=True)]
-    assert template.encode_batch(rows) == expected
+    expected = template.encode(rows, measure=True)
+    found = template.encode(rows)
+    assert all(group.lengths is None for group in found)
+    assert [(ids_of(group), group.cut) for group in found] == [(ids_of(g), g.cut) for g in expected]
     cut = sum(bool(row.cut) for row in expected)
     assert 50 < cut < 300
 
@@ -164,9 +166,9 @@ def test_a_separator_that_swallows_spaces_keeps_doing_so():
     for token in spec["added_tokens"]:
         token["rstrip"] = token["content"] == "<|reward|>"
     template, whole = (PolarTemplate(json.dumps(spec)) for _ in range(2))
-    assert template._splits.known
-    whole._splits.known = False
-    fields = ("  the sky is blue and wide ", "reference text", ["a b", " c"], "sft")
-    expected = whole.encode_batch([fields])
-    assert template.encode_batch([fields]) == expected
-    assert len(expected[0].sequences[0]) > 20
+    assert template._texts.splits.known
+    whole._texts.splits.known = False
+    group = TextGroup("  the sky is blue and wide ", ("reference text",), ("a b", " c"))
+    [expected], [found] = whole.encode([group]), template.encode([group])
+    assert ids_of(found) == ids_of(expected)
+    assert len(ids_of(expected)[0]) > 20

@@ -17,13 +17,14 @@ import numpy as np
 
 from polar_ft.client import background
 from polar_ft.client.contact import Profile, ServerType, probe_sequences
-from polar_ft.client.encoded_text import check, encode_ids, encode_texts
+from polar_ft.client.encoded_text import EncodedElement, check, encode
 from polar_ft.client.servers import LOGGER, Server, parse_addresses
 from polar_ft.client.transport import Settings, Transport
 from polar_ft.client.wire import WIRES
 from polar_ft.errors import PolarError
+from polar_ft.groups import TokenGroup
 from polar_ft.reward_scale import RewardScale
-from polar_ft.template import EncodedParts, PolarTemplate
+from polar_ft.template import PolarTemplate
 
 API_KEY_VARIABLE = "POLAR_API_KEY"
 
@@ -148,8 +149,9 @@ class RewardModelClient:
             PolarError: An element cannot be encoded; names it.
         """
         one = _is_one(data)
-        texts, n_cut = encode_texts(self.template, list(check([data] if one else data)))
-        self._report_cut(n_cut, len(texts))
+        encoded = encode(self.template, list(check([data] if one else data)))
+        self._report_cut(_n_cut(encoded), len(encoded))
+        texts = [element.text for element in encoded]
         return texts[0] if one else texts
 
     def __call__(self, data: Any) -> list[float]:
@@ -166,10 +168,11 @@ class RewardModelClient:
 
     async def score_async(self, data: Any) -> list[float]:
         """As calling the client, from a coroutine, whose event loop goes on meanwhile."""
-        inputs, n_cut = await asyncio.to_thread(
-            lambda: encode_ids(self.template, list(check([data] if _is_one(data) else data)))
+        encoded = await asyncio.to_thread(
+            lambda: encode(self.template, list(check([data] if _is_one(data) else data)))
         )
-        self._report_cut(n_cut, len(inputs))
+        self._report_cut(_n_cut(encoded), len(encoded))
+        inputs = [element.ids for element in encoded]
         return self._scaled(await asyncio.wrap_future(self._start(inputs)))
 
     def sglang_request_reward(
@@ -199,18 +202,18 @@ class RewardModelClient:
         """As `sglang_request_reward`, in LMDeploy's wire format."""
         return self._request(data, "lmdeploy", retry_delay, max_retries)
 
-    def submit_encoded(self, encoded: Sequence[EncodedParts]) -> Future[list[list[float]]]:
-        """Starts scoring what `PolarTemplate.encode_parts` gave.
+    def submit_encoded(self, encoded: Sequence[TokenGroup]) -> Future[list[list[float]]]:
+        """Starts scoring what `PolarTemplate.encode` gave.
 
         Returns:
             A future of a reward for each candidate, `[encoded][candidates]`; cancelling it stops the
             requests.
         """
-        inputs = [np.concatenate([parts.head, tail]) for parts in encoded for tail in parts.tails]
+        inputs = [ids for group in encoded for ids in group.sequences]
 
         async def score() -> list[list[float]]:
             rewards = iter(self._scaled(await self._score(inputs, self.server_type, self._settings)))
-            return [[next(rewards) for _ in parts.tails] for parts in encoded]
+            return [[next(rewards) for _ in group.branches] for group in encoded]
 
         return background.start(score())
 
@@ -258,8 +261,9 @@ class RewardModelClient:
         n_cut = 0
         try:
             while window := list(islice(elements, ELEMENTS_AT_ONCE)):
-                inputs, cut = encode_ids(self.template, window)
-                n_cut += cut
+                encoded = encode(self.template, window)
+                n_cut += _n_cut(encoded)
+                inputs = [element.ids for element in encoded]
                 under_way.append(background.start(self._score(inputs, server_type, settings)))
                 if len(under_way) > 2:  # the next is encoded while these are scored
                     _extend(rewards, under_way.popleft())
@@ -305,6 +309,10 @@ class RewardModelClient:
 
 def _is_one(data: Any) -> bool:
     return isinstance(data, (str, Mapping))
+
+
+def _n_cut(encoded: Iterable[EncodedElement]) -> int:
+    return sum(element.is_cut for element in encoded)
 
 
 def _extend(rewards: list[float], future: Future[list[float]]) -> None:

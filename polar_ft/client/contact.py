@@ -28,7 +28,8 @@ import numpy as np
 
 from polar_ft.client.errors import RewardServerError, WireError
 from polar_ft.client.wire import ROUTES, WIRES, Wire, read_rewards, request_body
-from polar_ft.template import Fields, PolarTemplate
+from polar_ft.groups import TextGroup
+from polar_ft.template import PolarTemplate
 
 ServerType = Literal["auto", "sglang", "vllm", "lmdeploy"]
 
@@ -87,18 +88,17 @@ class Profile:
 
 def probe_sequences(template: PolarTemplate) -> list[np.ndarray]:
     """The known inputs, `[inputs][tokens]`: texts that any reward model tells apart."""
-    candidates = [
+    candidates = (
         "Beijing.",
         "Shanghai.",
         "",
         "I will not answer that.",
         "北京是中国的首都。",
         "zq)(x%% 9 9 9 9 9 9",
-    ]
-    question: Fields = ("What is the capital of China?", "Beijing.", candidates, "sft")
-    other: Fields = ("Write a haiku about rain.", "", ["7", "Rain on the tin roof"], "sft")
-    encoded = template.encode_parts([question, other])
-    return [np.concatenate([parts.head, tail]) for parts in encoded for tail in parts.tails]
+    )
+    question = TextGroup("What is the capital of China?", ("Beijing.",), candidates)
+    other = TextGroup("Write a haiku about rain.", ("",), ("7", "Rain on the tin roof"))
+    return [ids for group in template.encode([question, other]) for ids in group.sequences]
 
 
 async def identify(server: str, ask: Ask, server_type: ServerType) -> Profile:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import tee
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from polar_ft.data.score_rows import parse_score_rows
 from polar_ft.errors import PolarError
-from polar_ft.scoring.rows import ScoreRow, groups_of, parse_score_rows
-from polar_ft.template import EncodedParts, Fields, PolarTemplate
+from polar_ft.groups import TextGroup, merge_texts
+from polar_ft.template import EncodeError, PolarTemplate
 
 
 class EncodedText(str):
@@ -50,12 +52,12 @@ class Checked:
     Attributes:
         number: Its index in the data.
         text: The element, where it is a string.
-        row: Its fields, where it is a dict; of a string empty.
+        group: Its texts, where it is a dict; of a string empty.
     """
 
     number: int
     text: str | None
-    row: ScoreRow
+    group: TextGroup
 
 
 def check(data: Iterable[Any]) -> Iterator[Checked]:
@@ -76,78 +78,53 @@ def check(data: Iterable[Any]) -> Iterator[Checked]:
         yield Checked(number, element if isinstance(element, str) else None, row)
 
 
-def encode_texts(template: PolarTemplate, elements: Sequence[Checked]) -> tuple[list[EncodedText], int]:
-    """Texts with ids; otherwise as `encode_ids`."""
+@dataclass(frozen=True, slots=True)
+class EncodedElement:
+    """An element of the data as token ids.
 
-    def spell(fields: Fields, parts: EncodedParts, candidate: int, ids: np.ndarray) -> EncodedText:
-        prompt, reference, candidates, wrapper = fields
+    Attributes:
+        ids: From BOS to the reward token, int32 array [tokens].
+        spelled: The same as text, see `PolarTemplate.spell`.
+        is_cut: Whether something was cut off.
+    """
 
-        def join(response: str) -> str:
-            return f"{prompt}{response}" if wrapper == "pretrain" or not response else f"{prompt}\n{response}"
+    ids: np.ndarray
+    spelled: Callable[[], str]
+    is_cut: bool = False
 
-        left, right = join(reference), join(candidates[candidate])
-        if parts.cut:
-            left = template.decode(parts.head[len(template.bos_ids) : -1].tolist())
-            right = template.decode(parts.tails[candidate][:-1].tolist())
-        return EncodedText(f"{left}{template.separator}{right}{template.reward_token}", ids)
-
-    return _encode(template, elements, spell, EncodedText)
+    @property
+    def text(self) -> EncodedText:
+        """The text with its ids."""
+        return EncodedText(self.spelled(), self.ids)
 
 
-def encode_ids(template: PolarTemplate, elements: Sequence[Checked]) -> tuple[list[np.ndarray], int]:
-    """Token ids of what `check` gave.
-
-    Returns:
-        Int32 arrays, `[inputs][tokens]`, in the order of the elements; and of how many something was cut.
+def encode(template: PolarTemplate, elements: Sequence[Checked]) -> list[EncodedElement]:
+    """Encodes what `check` gave, in the same order.
 
     Raises:
         PolarError: An element cannot be encoded; names it.
     """
-    return _encode(
-        template, elements, lambda fields, parts, candidate, ids: ids, lambda text, ids: np.asarray(ids)
-    )
-
-
-Item = TypeVar("Item")
-
-
-def _encode(
-    template: PolarTemplate,
-    elements: Sequence[Checked],
-    of_fields: Callable[[Fields, EncodedParts, int, np.ndarray], Item],
-    of_text: Callable[[str, np.ndarray], Item],
-) -> tuple[list[Item], int]:
-    placed: dict[int, Item] = {}
+    placed: dict[int, EncodedElement] = {}
     dicts = [place for place, element in enumerate(elements) if element.text is None]
-    fields, members = groups_of(elements[place].row for place in dicts)
-    n_cut = 0
-    for group, indices, parts in zip(
-        fields,
-        members,
-        _parts(template, fields, [elements[dicts[m[0]]].number for m in members]),
-        strict=True,
-    ):
-        for candidate, (index, tail) in enumerate(zip(indices, parts.tails, strict=True)):
-            ids = np.concatenate([parts.head, tail])
-            placed[dicts[index]] = of_fields(group, parts, candidate, ids)
-            n_cut += bool(parts.cut.prompt or parts.cut.reference or parts.cut.candidates[candidate])
+    merged = merge_texts([elements[place].group for place in dicts])
+    try:
+        encoded = template.encode([texts.group for texts in merged])
+    except EncodeError as error:
+        first, _ = merged[error.index].members[0]
+        raise PolarError(f"data[{elements[dicts[first]].number}]: {error}") from None
+    for texts, group in zip(merged, encoded, strict=True):
+        sequences, cut = group.sequences, group.cut
+        for number, (candidate,) in texts.members:
+            placed[dicts[number]] = EncodedElement(
+                sequences[candidate],
+                partial(template.spell, texts.group, group, candidate),
+                is_cut=bool(cut.prompt or cut.reference or cut.candidates[candidate]),
+            )
     for place, element in enumerate(elements):
         if element.text is not None:
-            placed[place] = of_text(element.text, _ids_of_text(template, element.text, element.number))
-    return [placed[place] for place in range(len(elements))], n_cut
-
-
-def _parts(template: PolarTemplate, fields: Sequence[Fields], numbers: Sequence[int]) -> list[EncodedParts]:
-    try:
-        return template.encode_parts(fields)
-    except PolarError:
-        # The template knows texts, not elements: one by one shows which it is.
-        for field, number in zip(fields, numbers, strict=True):
-            try:
-                template.encode_parts([field])
-            except PolarError as error:
-                raise PolarError(f"data[{number}]: {error}") from None
-        raise
+            ids = _ids_of_text(template, element.text, element.number)
+            placed[place] = EncodedElement(ids, partial(str, element.text))
+    return [placed[place] for place in range(len(elements))]
 
 
 def _ids_of_text(template: PolarTemplate, text: str, number: int) -> np.ndarray:

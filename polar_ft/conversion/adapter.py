@@ -21,6 +21,7 @@ from polar_ft.conversion.huggingface import (
 )
 from polar_ft.conversion.model_card import adapter_card
 from polar_ft.errors import PolarError
+from polar_ft.files import read_json, resolve_folder
 from polar_ft.model.adapter_folder import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, KEY, peft_config, peft_name
 from polar_ft.model.internlm2 import llama_part, to_internlm2_name
 from polar_ft.model.lora import (
@@ -32,8 +33,8 @@ from polar_ft.model.lora import (
     base_digest,
     merged,
 )
-from polar_ft.model.weights import decoder_config, empty_decoder, grown_rows, open_checkpoint, read_json
-from polar_ft.template import PolarTemplate, resolve_folder
+from polar_ft.model.weights import decoder_config, empty_decoder, grown_rows, open_checkpoint
+from polar_ft.template import PolarTemplate
 
 _NAMED = 10  # tensors in an error message
 _EMBEDDINGS = "embed_tokens.weight"

@@ -22,9 +22,10 @@ from transformers import PretrainedConfig
 
 from polar_ft.conversion.model_card import model_card
 from polar_ft.errors import PolarError
+from polar_ft.files import read_json, resolve_folder
 from polar_ft.model.internlm2 import fuse_wqkv, to_internlm2_name, to_llama_names
-from polar_ft.model.weights import decoder_config, empty_decoder, read_json
-from polar_ft.template import SETTINGS_KEY, PolarTemplate, resolve_folder
+from polar_ft.model.weights import decoder_config, empty_decoder
+from polar_ft.template import SETTINGS_KEY, PolarTemplate
 
 HEAD = "v_head.weight"
 # Llama's and Qwen2's name, and InternLM2's.

@@ -55,15 +55,17 @@ _WITH_TRANSFORMERS = """
 
 ```python
 import torch
+from polar_ft.groups import TextGroup
 from polar_ft.template import PolarTemplate
 from transformers import {auto_class}
 
 template = PolarTemplate.from_pretrained("{name}")
 model = {auto_class}.from_pretrained("{name}"{trust}).eval()
-ids = template.encode("What is the capital of China?", "Beijing.", ["Beijing.", "Shanghai."]).sequences
+group = TextGroup("What is the capital of China?", ("Beijing.",), ("Beijing.", "Shanghai."))
+[encoded] = template.encode([group])
 with torch.no_grad():
-    for candidate in ids:
-        inputs = torch.tensor([candidate])
+    for candidate in encoded.sequences:
+        inputs = torch.tensor([candidate.tolist()])
         print(model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits.item())
 ```
 """

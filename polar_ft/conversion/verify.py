@@ -12,11 +12,12 @@ from polar_ft.conversion.huggingface import HEAD
 from polar_ft.data.reading import DataSource, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
+from polar_ft.files import read_json, resolve_folder
 from polar_ft.model.internlm2 import llama_part, to_internlm2_name
 from polar_ft.model.reward_model import RewardHead
-from polar_ft.model.weights import decoder_config, empty_decoder, read_json
+from polar_ft.model.weights import decoder_config, empty_decoder
 from polar_ft.scoring.scorer import RewardScorer
-from polar_ft.template import PolarTemplate, resolve_folder
+from polar_ft.template import PolarTemplate
 
 # Of the range of the rewards, by the dtype that is written. float32 is the same weights and the same sums;
 # the other two are as much as rounding the weights (relative 2⁻¹² and 2⁻⁹) may come to in a deep model.

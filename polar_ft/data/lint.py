@@ -10,12 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, Field
 
 from polar_ft.data.reading import DataSource, OnBytes, RowProblem, read_examples
-from polar_ft.data.records import Example
-from polar_ft.errors import PolarError
-from polar_ft.template import Encoded, PolarTemplate
+from polar_ft.data.records import Example, RowError
+from polar_ft.groups import TokenGroup
+from polar_ft.template import EncodeError, PolarTemplate
 
 FIELDS = ("prompt", "reference", "chosen", "rejected")
 BATCH = 64
@@ -213,13 +214,13 @@ class _Lint:
         self.prompt_files: dict[int, int] = {}
         self.files: dict[str, int] = {}
 
-    def add(self, example: Example, encoded: Encoded | None) -> None:
+    def add(self, example: Example, encoded: TokenGroup | None) -> None:
         report = self.report
         report.rows += 1
         report.pairs += len(example.pairs)
         report.ties_left_out += example.n_ties
         report.rows_without_pairs += not example.pairs
-        report.rows_with_several_references += bool(example.more_references)
+        report.rows_with_several_references += len(example.references) > 1
         subset = report.subsets.setdefault(example.subset or "", SubsetCount())
         subset.rows += 1
         subset.pairs += len(example.pairs)
@@ -245,7 +246,7 @@ class _Lint:
                 tokens_cut = cut.candidates[i] if cut else 0
                 self._measure(name, example.candidates[i], candidate_lengths[i], tokens_cut)
                 if encoded is not None:
-                    self.lengths["sequence"][len(encoded.sequences[i])] += 1
+                    self.lengths["sequence"][len(encoded.prefix) + len(encoded.branches[i])] += 1
             report.chosen_longer += candidate_lengths[chosen] > candidate_lengths[rejected]
             report.chosen_shorter += candidate_lengths[chosen] < candidate_lengths[rejected]
             self._compare(example, chosen, rejected, encoded)
@@ -257,7 +258,7 @@ class _Lint:
             self.report.truncated[name].count += 1
             self.report.truncated[name].tokens += cut
 
-    def _compare(self, example: Example, chosen: int, rejected: int, encoded: Encoded | None) -> None:
+    def _compare(self, example: Example, chosen: int, rejected: int, encoded: TokenGroup | None) -> None:
         report = self.report
         better, worse = example.candidates[chosen], example.candidates[rejected]
         report.chosen_equals_rejected += better == worse
@@ -265,7 +266,7 @@ class _Lint:
             report.reference_equals_chosen += example.reference == better
             report.reference_equals_rejected += example.reference == worse
         if encoded is not None and report.chosen_equals_rejected_after_truncation is not None:
-            same = encoded.sequences[chosen] == encoded.sequences[rejected]
+            same = np.array_equal(encoded.branches[chosen], encoded.branches[rejected])
             report.chosen_equals_rejected_after_truncation += same
         pair = _hash(example.prompt, example.reference, better, worse)
         exchanged = _hash(example.prompt, example.reference, worse, better)
@@ -287,12 +288,12 @@ def _hash(*texts: str) -> int:
     return int.from_bytes(digest, "big")
 
 
-Measured = list[tuple[Example, "Encoded | RowProblem | None"]]
+Measured = list[tuple[Example, "TokenGroup | RowProblem | None"]]
 
 
 def _encode(
     examples: Iterable[Example], template: PolarTemplate | None
-) -> Iterator[tuple[Example, Encoded | RowProblem | None]]:
+) -> Iterator[tuple[Example, TokenGroup | RowProblem | None]]:
     """Encodes examples in threads, in order; the tokenizer leaves Python's lock while it works."""
     if template is None:
         yield from ((example, None) for example in examples)
@@ -310,11 +311,9 @@ def _encode(
 
 
 def _encode_batch(batch: list[Example], template: PolarTemplate) -> Measured:
-    fields = [(example.prompt, example.reference, example.candidates, example.wrapper) for example in batch]
-    try:
-        return list(zip(batch, template.encode_batch(fields, measure=True), strict=True))
-    except PolarError as error:
-        if len(batch) == 1:
-            file, _, line = batch[0].source.rpartition(":")
-            return [(batch[0], RowProblem(file, int(line), "", str(error)))]
-        return [measured for example in batch for measured in _encode_batch([example], template)]
+    return [
+        (example, RowProblem.at(example.source, RowError("", str(encoded))))
+        if isinstance(encoded, EncodeError)
+        else (example, encoded)
+        for example, encoded in zip(batch, template.encode_each(batch, measure=True), strict=True)
+    ]

@@ -20,7 +20,8 @@ from rich.text import Text
 from polar_ft.data.reading import DataSource, RowProblem, read_rows
 from polar_ft.data.records import Example, parse_row
 from polar_ft.errors import DataError, PolarError
-from polar_ft.template import Encoded, PolarTemplate
+from polar_ft.groups import TokenGroup
+from polar_ft.template import PolarTemplate
 
 Kind = Literal["text", "control", "cut"]
 
@@ -78,7 +79,7 @@ def read_example(source: DataSource, index: int) -> Example:
         raise DataError(f"{place}: {error}") from error
 
 
-def sections(example: Example, template: PolarTemplate) -> tuple[Encoded, list[Section]]:
+def sections(example: Example, template: PolarTemplate) -> tuple[TokenGroup, list[Section]]:
     """The tokens of an example, as the model reads them, and between them what was cut.
 
     Args:
@@ -91,29 +92,18 @@ def sections(example: Example, template: PolarTemplate) -> tuple[Encoded, list[S
     Raises:
         PolarError: The reference leaves no room for the prompt.
     """
-    fields = (example.prompt, example.reference, example.candidates)
-    encoded = template.encode(*fields, wrapper=example.wrapper, measure=True)
-    whole = encoded
-    if encoded.cut:
-        # The same without limits: where the two differ is what was cut.
-        unlimited = PolarTemplate(
-            template.tokenizer_json,
-            separator=template.separator,
-            reward_token=template.reward_token,
-            max_length=2**40,
-            max_response_length=2**30,
-        )
-        whole = unlimited.encode(*fields, wrapper=example.wrapper)
-
+    [encoded] = template.encode([example], measure=True)
+    # Where the same without limits differs is what was cut.
+    [uncut] = template.with_limits(2**40, 2**30).encode([example]) if encoded.cut else [encoded]
     shown = [
-        _sequence(template, kept, full, encoded, number)
-        for number, (kept, full) in enumerate(zip(encoded.sequences, whole.sequences, strict=True))
+        _sequence(template, kept.tolist(), full.tolist(), encoded, number)
+        for number, (kept, full) in enumerate(zip(encoded.sequences, uncut.sequences, strict=True))
     ]
-    shared = _tokens_of_prefix(shown[0], encoded.prefix_length)
+    shared = _tokens_of_prefix(shown[0], len(encoded.prefix))
     result = [Section("shared prefix", shown[0][:shared])]
     names = _candidate_names(example)
     for name, tokens in zip(names, shown, strict=True):
-        result.append(Section(name, tokens[_tokens_of_prefix(tokens, encoded.prefix_length) :]))
+        result.append(Section(name, tokens[_tokens_of_prefix(tokens, len(encoded.prefix)) :]))
     return encoded, result
 
 
@@ -129,7 +119,7 @@ def _candidate_names(example: Example) -> list[str]:
 
 
 def _sequence(
-    template: PolarTemplate, kept: Sequence[int], full: Sequence[int], encoded: Encoded, candidate: int
+    template: PolarTemplate, kept: Sequence[int], full: Sequence[int], encoded: TokenGroup, candidate: int
 ) -> list[Token]:
     """The kept tokens of a sequence, and in their places those that were cut."""
     kept_middle, full_middle = kept.index(template.separator_id), full.index(template.separator_id)
@@ -188,7 +178,7 @@ def _tokens_of_prefix(tokens: Sequence[Token], prefix_length: int) -> int:
     return len(tokens)
 
 
-def summary_table(example: Example, encoded: Encoded) -> Table:
+def summary_table(example: Example, encoded: TokenGroup) -> Table:
     """Tokens of each field and what was cut off it."""
     table = Table(box=None, pad_edge=False)
     for name in ("field", "tokens", "cut", "kept"):

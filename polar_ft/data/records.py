@@ -30,9 +30,9 @@ from pydantic import (
 )
 
 from polar_ft.errors import PolarError
+from polar_ft.groups import TextGroup, Wrapper
 
 Pairing = Literal["adjacent", "all"]
-Wrapper = Literal["sft", "pretrain"]
 
 
 class RowError(PolarError):
@@ -100,43 +100,27 @@ def text_of(value: str | Sequence[Message]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One (prompt, reference) with its candidates: what everything downstream consumes.
+class Example(TextGroup):
+    """A `TextGroup` with what its row says of it.
 
     Attributes:
-        prompt: Text of the prompt.
-        reference: Text of the reference, may be empty; of several the first.
-        candidates: Texts to be scored.
-        pairs: (chosen, rejected) as indices into ``candidates``; empty where all candidates are tied.
-        margins: For each pair by how much the data says that chosen is better, None where it does not say.
-        weights: For each pair its weight in the loss, positive.
-        wrapper: How prompt and response are joined: "sft" with ⏎, "pretrain" without.
         id: The row's own id, else its source.
         subset: The part of the data that the row belongs to, for reports.
         extra: Fields of the row that are not known here.
         source: "file:line" (a row's number in Parquet and data sets), from 1.
         n_ties: Pairs that were left out because both candidates are ranked the same.
-        candidate_info: For each candidate of a ranked row what the row says of it beside its text
+        candidate_info: For each candidate of a ranked row what the row says of it next to its text
             (policy, score or rank, unknown fields); empty for a pair row.
         reference_info: The same for the response that became the reference.
-        more_references: The other references of a row that has several; training uses the first alone.
     """
 
-    prompt: str
-    reference: str
-    candidates: tuple[str, ...]
-    pairs: tuple[tuple[int, int], ...]
-    margins: tuple[float | None, ...]
-    weights: tuple[float, ...]
-    wrapper: Wrapper
-    id: str
-    subset: str | None
-    extra: dict[str, Any]
-    source: str
+    id: str = ""
+    subset: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
     n_ties: int = 0
     candidate_info: tuple[dict[str, Any], ...] = ()
     reference_info: dict[str, Any] = field(default_factory=dict)
-    more_references: tuple[str, ...] = ()
 
 
 class _Row(_Strict):
@@ -164,8 +148,8 @@ class PairRow(_Row):
     (('four', 'five'), ((0, 1),))
     >>> row = parse_row({"prompt": "2 + 2?", "references": ["4", "IV"], "chosen": "four", "rejected": "five"})
     >>> example = row.to_example("pairs.jsonl:2")
-    >>> example.reference, example.more_references
-    ('4', ('IV',))
+    >>> example.references
+    ('4', 'IV')
     """
 
     reference: Text
@@ -181,10 +165,9 @@ class PairRow(_Row):
             pairing: Of no effect here; ranked rows take the same argument.
             weight: Factor on the row's own weight.
         """
-        reference, *more = self._texts_of_references(self.reference)
         return Example(
             prompt=text_of(self.prompt),
-            reference=reference,
+            references=self._texts_of_references(self.reference),
             candidates=(text_of(self.chosen), text_of(self.rejected)),
             pairs=((0, 1),),
             margins=(self.margin,),
@@ -194,7 +177,6 @@ class PairRow(_Row):
             subset=self.subset,
             extra=dict(self.model_extra or {}),
             source=source,
-            more_references=tuple(more),
         )
 
 
@@ -237,7 +219,7 @@ class Response(_Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Ranking:
+class RankedPairs:
     """Which responses of a ranked row are compared.
 
     Attributes:
@@ -281,7 +263,7 @@ class RankedRow(_Row):
             raise ValueError(f"has {len(self.responses)} responses; {why} needs at least {needed}")
         return self
 
-    def ranking(self, pairing: Pairing = "adjacent") -> Ranking:
+    def ranking(self, pairing: Pairing = "adjacent") -> RankedPairs:
         """Orders the responses and pairs them.
 
         Args:
@@ -302,7 +284,7 @@ class RankedRow(_Row):
             None if candidates[a].score is None else candidates[a].goodness - candidates[b].goodness
             for a, b in pairs
         ]
-        return Ranking(reference, candidates, pairs, margins, n_ties=len(compared) - len(pairs))
+        return RankedPairs(reference, candidates, pairs, margins, n_ties=len(compared) - len(pairs))
 
     def to_example(self, source: str, *, pairing: Pairing = "adjacent", weight: float = 1.0) -> Example:
         """The row as an `Example`; ties are left out and counted.
@@ -315,10 +297,9 @@ class RankedRow(_Row):
         ranking = self.ranking(pairing)
         best = ranking.reference
         own = best.text if best is not None else self.reference or ""
-        reference, *more = self._texts_of_references(own)
         return Example(
             prompt=text_of(self.prompt),
-            reference=reference,
+            references=self._texts_of_references(own),
             candidates=tuple(response.text for response in ranking.candidates),
             pairs=tuple(ranking.pairs),
             margins=tuple(ranking.margins),
@@ -331,7 +312,6 @@ class RankedRow(_Row):
             n_ties=ranking.n_ties,
             candidate_info=tuple(response.info() for response in ranking.candidates),
             reference_info=best.info() if best is not None else {},
-            more_references=tuple(more),
         )
 
 

@@ -14,8 +14,8 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from polar_ft.data.packing import Group, Layout
 from polar_ft.errors import PolarError
+from polar_ft.groups import Layout, TokenGroup, select_pairs
 
 
 class GroupSizes(Protocol):
@@ -26,7 +26,7 @@ class GroupSizes(Protocol):
     tokens: dict[str, np.ndarray]  # layout → [groups], tokens to compute
     attended: dict[str, np.ndarray]  # layout → [groups], query-key pairs of attention
 
-    def group(self, index: int) -> Group: ...
+    def group(self, index: int) -> TokenGroup: ...
 
     def source(self, index: int) -> str: ...
 
@@ -270,8 +270,8 @@ class StepPlan:
             first = last
         return pieces
 
-    def _piece_tokens(self, group: Group, first: int, last: int) -> int:
-        piece = select_pairs(group, first, last)
+    def _piece_tokens(self, group: TokenGroup, first: int, last: int) -> int:
+        piece = select_pairs(group, slice(first, last))
         return piece.tree_tokens() if self.layout == "tree" else piece.flat_tokens()
 
     def _raise_too_small(self, pieces: Sequence[Piece], step: int) -> NoReturn:
@@ -309,24 +309,3 @@ def split_evenly(order: np.ndarray, pairs: np.ndarray, parts: int) -> list[np.nd
     for part in range(parts - 1, 0, -1):
         starts[part] = min(starts[part], count - (parts - part))
     return np.split(order, starts[1:])
-
-
-def select_pairs(group: Group, first: int, last: int) -> Group:
-    """The group with pairs ``first`` to ``last`` only, and only the branches that they need.
-
-    >>> group = Group(np.array([5]), [np.array([1]), np.array([2]), np.array([3])],
-    ...               np.array([[0, 1], [1, 2]]), np.zeros(2), np.ones(2))
-    >>> part = select_pairs(group, 1, 2)
-    >>> [branch.tolist() for branch in part.branches], part.pairs.tolist()
-    ([[2], [3]], [[0, 1]])
-    """
-    if first == 0 and last == len(group.pairs):
-        return group
-    used, pairs = np.unique(group.pairs[first:last], return_inverse=True)
-    return Group(
-        prefix=group.prefix,
-        branches=[group.branches[index] for index in used],
-        pairs=pairs.reshape(-1, 2),
-        margins=group.margins[first:last],
-        weights=group.weights[first:last],
-    )

@@ -11,6 +11,7 @@ import bisect
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,14 +35,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from polar_ft.data.packing import Group
 from polar_ft.data.reading import DataSource, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
-from polar_ft.template import EncodedParts, Fields, PolarTemplate, common_prefix_length
+from polar_ft.groups import MergedTexts, TokenGroup, merge_texts, merge_token_groups, select_pairs
+from polar_ft.template import EncodeError, PolarTemplate
 
-FORMAT = 1  # raise when the layout or meaning of the cache changes
+FORMAT = 2  # raise when the layout or meaning of the cache changes
 BATCH = 512
+
+# Groups as they were tokenized; and, of prompts and references that several batches hold, the merged groups.
+_ROWS, _MERGED = "groups.arrow", "merged.arrow"
 
 SCHEMA = pa.schema(
     [
@@ -132,8 +136,9 @@ class TokenizedGroups:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.summary = TokenizationSummary.model_validate_json((folder / "summary.json").read_text())
-        self._rows = _RowReader(folder / "groups.arrow")
+        self._reader = _RowReader(folder)
         with np.load(folder / "sizes.npz") as sizes:
+            self._rows = sizes["rows"]
             self.pairs = sizes["pairs"]
             self.weights = sizes["weights"]
             self.tokens = {"tree": sizes["tree_tokens"], "flat": sizes["flat_tokens"]}
@@ -144,19 +149,19 @@ class TokenizedGroups:
 
     def __getstate__(self) -> dict[str, Any]:
         # A DataLoader worker maps the file itself.
-        return {name: value for name, value in self.__dict__.items() if name != "_rows"}
+        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._rows = _RowReader(self.folder / "groups.arrow")
+        self._reader = _RowReader(self.folder)
 
-    def group(self, index: int) -> Group:
+    def group(self, index: int) -> TokenGroup:
         """The group of that index."""
-        return self._rows.group(index)
+        return self._reader.group(int(self._rows[index]))
 
     def source(self, index: int) -> str:
         """File and line of the first row of the group."""
-        return self._rows.source(index)
+        return self._reader.source(int(self._rows[index]))
 
 
 def tokenize(
@@ -198,38 +203,6 @@ def tokenize(
     return groups
 
 
-def merge_groups(groups: Sequence[Group]) -> Group:
-    """One group of several with the same prompt and reference; equal candidates become one branch.
-
-    >>> rest = np.array([[0, 1]]), np.zeros(1), np.ones(1)
-    >>> a = Group(np.array([5]), [np.array([1, 9]), np.array([2, 9])], *rest)
-    >>> b = Group(np.array([5]), [np.array([3, 9]), np.array([1, 9])], *rest)
-    >>> merged = merge_groups([a, b])
-    >>> [branch.tolist() for branch in merged.branches], merged.pairs.tolist()
-    ([[1, 9], [2, 9], [3, 9]], [[0, 1], [2, 0]])
-    """
-    sequences: dict[bytes, int] = {}
-    ids: list[np.ndarray] = []
-    pairs = []
-    for group in groups:
-        index = []
-        for branch in group.branches:
-            sequence = np.concatenate([group.prefix, branch])
-            number = sequences.setdefault(sequence.tobytes(), len(ids))
-            if number == len(ids):
-                ids.append(sequence)
-            index.append(number)
-        pairs.append(np.asarray(index)[group.pairs])
-    prefix = common_prefix_length(ids)
-    return Group(
-        prefix=ids[0][:prefix],
-        branches=[sequence[prefix:] for sequence in ids],
-        pairs=np.concatenate(pairs),
-        margins=np.concatenate([group.margins for group in groups]),
-        weights=np.concatenate([group.weights for group in groups]),
-    )
-
-
 def _cache_key(sources: Sequence[DataSource], template: PolarTemplate, dropout: float, seed: int) -> str:
     """Name of the cache folder: changes with the files (path, size, time of change), settings and format."""
     parts: list[Any] = [FORMAT, template.fingerprint, dropout, seed if dropout else 0]
@@ -246,15 +219,26 @@ def _write_cache(
 ) -> None:
     started = time.monotonic()
     partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was interrupted
+    partial.mkdir()
     summary = TokenizationSummary()
-    examples = read_examples(sources)
-    keys: list[bytes] = []
-    with _ArrowWriter(partial / "rows.arrow") as writer:
-        for rows in _tokenize_batches(examples, template, dropout, seed, summary):
-            keys += [row["key"] for row in rows]
+    rows_of: dict[bytes, list[int]] = {}  # in the order of first appearance
+    sizes: list[list[float]] = []
+    with _ArrowWriter(partial / _ROWS) as writer:
+        for rows in _tokenize_batches(read_examples(sources), template, dropout, seed, summary):
+            for row in rows:
+                rows_of.setdefault(row.key, []).append(len(sizes))
+                sizes.append(_sizes(row.group))
             writer.write(rows)
-    _merge_rows(partial, keys, summary)
+    order = _merge_repeated(partial, rows_of, sizes)
+    columns = dict(zip(_SIZES, np.array(sizes).reshape(-1, len(_SIZES))[order].T, strict=True))
+    arrays = {
+        name: values if name == "weights" else values.astype(np.int64) for name, values in columns.items()
+    }
+    np.savez(partial / "sizes.npz", rows=order, **arrays)  # type: ignore[arg-type]
+    summary.groups = len(order)
+    for name in ("pairs", "tree_tokens", "flat_tokens"):
+        setattr(summary, name, int(arrays[name].sum()))
     summary.seconds = round(time.monotonic() - started, 2)
     (partial / "summary.json").write_text(summary.model_dump_json(indent=1))
     partial.rename(folder)
@@ -266,21 +250,17 @@ def _tokenize_batches(
     dropout: float,
     seed: int,
     summary: TokenizationSummary,
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[_Row]]:
     """Rows of the cache, a batch at a time. While batches are encoded, the next one is read."""
 
-    def encode(batch: list[Example]) -> list[tuple[_Bundle, EncodedParts]]:
-        bundles = _bundle(batch)
-        fields = [bundle.fields for bundle in bundles]
+    def encode(batch: list[Example]) -> list[tuple[MergedTexts, TokenGroup]]:
+        merged = merge_texts(batch)
         try:
-            return list(zip(bundles, template.encode_parts(fields), strict=True))
-        except PolarError:  # find the row, so that the message names it
-            for bundle in bundles:
-                try:
-                    template.encode_parts([bundle.fields])
-                except PolarError as error:
-                    raise PolarError(f"{bundle.examples[0].source}: {error}") from error
-            raise
+            encoded = template.encode([texts.group for texts in merged])
+        except EncodeError as error:
+            first, _ = merged[error.index].members[0]
+            raise PolarError(f"{batch[first].source}: {error}") from error
+        return list(zip(merged, encoded, strict=True))
 
     progress = Progress(
         SpinnerColumn(),
@@ -295,17 +275,19 @@ def _tokenize_batches(
     with progress, ThreadPoolExecutor(2) as pool:
         task = progress.add_task("tokenizing", total=None)
         iterator = iter(examples)
-        pending: deque[Future[list[tuple[_Bundle, EncodedParts]]]] = deque()
+        pending: deque[tuple[list[Example], Future[list[tuple[MergedTexts, TokenGroup]]]]] = deque()
         while True:
             batch = [_drop_reference(e, dropout, seed, summary) for e in islice(iterator, BATCH)]
             if batch:
-                pending.append(pool.submit(encode, batch))
+                pending.append((batch, pool.submit(encode, batch)))
             if not pending:
                 return
             if len(pending) > 2 or not batch:
-                encoded = pending.popleft().result()
-                progress.advance(task, sum(len(bundle.examples) for bundle, _ in encoded))
-                yield [row for pair in encoded if (row := _to_row(*pair, summary)) is not None]
+                examples_of_rows, future = pending.popleft()
+                encoded = future.result()
+                progress.advance(task, len(examples_of_rows))
+                rows = (_to_row(examples_of_rows, texts, tokens, summary) for texts, tokens in encoded)
+                yield [row for row in rows if row is not None]
 
 
 def _drop_reference(example: Example, dropout: float, seed: int, summary: TokenizationSummary) -> Example:
@@ -317,135 +299,86 @@ def _drop_reference(example: Example, dropout: float, seed: int, summary: Tokeni
     if int.from_bytes(digest, "big") / 2**64 >= dropout:
         return example
     summary.references_dropped += 1
-    return replace(example, reference="")
+    return replace(example, references=("",))
 
 
-@dataclass(frozen=True)
-class _Bundle:
-    """Examples of one (prompt, reference), so that what they share is encoded once.
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of the cache: a group, and where its texts are from."""
 
-    Attributes:
-        examples: In the order of the data, at least one.
-        candidates: Their different candidates, each with its index.
-    """
-
-    examples: list[Example]
-    candidates: dict[str, int]
-
-    @property
-    def fields(self) -> Fields:
-        first = self.examples[0]
-        return first.prompt, first.reference, list(self.candidates), first.wrapper
+    key: bytes
+    group: TokenGroup
+    source: str
 
 
-def _bundle(batch: Iterable[Example]) -> list[_Bundle]:
-    bundles: dict[tuple[str, str, str], _Bundle] = {}
-    for example in batch:
-        key = (example.wrapper, example.prompt, example.reference)
-        bundle = bundles.setdefault(key, _Bundle([], {}))
-        bundle.examples.append(example)
-        for candidate in example.candidates:
-            bundle.candidates.setdefault(candidate, len(bundle.candidates))
-    return list(bundles.values())
-
-
-def _to_row(bundle: _Bundle, encoded: EncodedParts, summary: TokenizationSummary) -> dict[str, Any] | None:
-    cut, tails = encoded.cut, encoded.tails
-    used: dict[int, int] = {}  # a candidate without a pair is not computed
-    pairs: list[int] = []
-    margins: list[float] = []
-    weights: list[float] = []
-    source = ""
-    for example in bundle.examples:
-        index = [bundle.candidates[candidate] for candidate in example.candidates]
+def _to_row(
+    batch: Sequence[Example], texts: MergedTexts, encoded: TokenGroup, summary: TokenizationSummary
+) -> _Row | None:
+    """Makes the row of a group from the pairs that teach something, and counts; None where there is none."""
+    cut = encoded.cut
+    source_of_pair: list[str] = []
+    for number, place in texts.members:
+        example = batch[number]
         summary.rows += 1
         summary.ties += example.n_ties
         summary.prompts_cut += bool(cut.prompt)
         summary.references_cut += bool(cut.reference)
-        summary.candidates_cut += sum(bool(cut.candidates[i]) for i in index)
-        for (c, r), margin, weight in zip(example.pairs, example.margins, example.weights, strict=True):
-            chosen, rejected = index[c], index[r]
-            if chosen == rejected or np.array_equal(tails[chosen], tails[rejected]):
-                summary.identical_pairs += 1
-                continue
-            pairs += (used.setdefault(chosen, len(used)), used.setdefault(rejected, len(used)))
-            margins.append(margin or 0.0)
-            weights.append(weight)
-            source = source or example.source
-    if not pairs:
+        summary.candidates_cut += sum(bool(cut.candidates[i]) for i in place)
+        source_of_pair += [example.source] * len(example.pairs)
+    merged = merge_token_groups([encoded])
+    different = np.flatnonzero(merged.pairs[:, 0] != merged.pairs[:, 1])
+    summary.identical_pairs += len(merged.pairs) - len(different)
+    if not len(different):
         return None
-    first = bundle.examples[0]
-    text = "\0".join((first.wrapper, first.prompt, first.reference))
-    branches = [tails[i] for i in used]
-    shared = common_prefix_length(branches)
-    return {
-        "key": hashlib.blake2b(text.encode(), digest_size=16).digest(),
-        "ids": np.concatenate([encoded.head, branches[0][:shared], *(tail[shared:] for tail in branches)]),
-        "prefix": len(encoded.head) + shared,
-        "branches": [len(tail) - shared for tail in branches],
-        "pairs": pairs,
-        "margins": margins,
-        "weights": weights,
-        "source": source,
-    }
+    key = hashlib.blake2b("\0".join(texts.group.key).encode(), digest_size=16).digest()
+    return _Row(key, select_pairs(merged, different), source_of_pair[different[0]])
 
 
-def _merge_rows(folder: Path, keys: list[bytes], summary: TokenizationSummary) -> None:
-    """Writes ``groups.arrow``, rows of one prompt and reference merged, in the order of first appearance."""
-    rows_of: dict[bytes, list[int]] = {}
-    for row, key in enumerate(keys):
-        rows_of.setdefault(key, []).append(row)
-    rows = _RowReader(folder / "rows.arrow")
-    sizes: dict[str, list[float]] = {
-        name: []
-        for name in ("pairs", "weights", "tree_tokens", "flat_tokens", "tree_attended", "flat_attended")
-    }
-    with _ArrowWriter(folder / "groups.arrow") as writer:
+def _merge_repeated(folder: Path, rows_of: dict[bytes, list[int]], sizes: list[list[float]]) -> np.ndarray:
+    """Merges groups whose prompt and reference came in several batches, into a second file.
+
+    Their rows in the first file are not used any more; all others stay where they were written.
+
+    Args:
+        folder: Of the cache.
+        rows_of: Rows of each key.
+        sizes: Of each row; those of the merged groups are appended.
+
+    Returns:
+        The row of each group, [groups] int64; the rows of the second file follow those of the first.
+    """
+    rows = _RowReader(folder)
+    order = []
+    with _ArrowWriter(folder / _MERGED) as writer:
         batch = []
         for key, members in rows_of.items():
-            # Merging also drops equal candidates within one row.
-            group = merge_groups([rows.group(row) for row in members])
-            for name, value in _sizes(group).items():
-                sizes[name].append(value)
-            batch.append(_group_to_row(group, key, rows.source(members[0])))
+            if len(members) == 1:
+                order.append(members[0])
+                continue
+            group = merge_token_groups([rows.group(row) for row in members])
+            order.append(len(sizes))
+            sizes.append(_sizes(group))
+            batch.append(_Row(key, group, rows.source(members[0])))
             if len(batch) == BATCH:
                 writer.write(batch)
                 batch = []
         writer.write(batch)
-    (folder / "rows.arrow").unlink()
-    arrays: dict[str, Any] = {
-        name: np.array(values, dtype=np.float64 if name in ("weights",) else np.int64)
-        for name, values in sizes.items()
-    }
-    np.savez(folder / "sizes.npz", **arrays)
-    summary.groups = len(rows_of)
-    summary.pairs = int(arrays["pairs"].sum())
-    summary.tree_tokens = int(arrays["tree_tokens"].sum())
-    summary.flat_tokens = int(arrays["flat_tokens"].sum())
+    return np.array(order, dtype=np.int64)
 
 
-def _sizes(group: Group) -> dict[str, float]:
-    return {
-        "pairs": len(group.pairs),
-        "weights": float(group.weights.sum(dtype=np.float64)),
-        "tree_tokens": group.tree_tokens(),
-        "flat_tokens": group.flat_tokens(),
-        "tree_attended": group.attended("tree"),
-        "flat_attended": group.attended("flat"),
-    }
+# What a step plan needs to know of a group.
+_SIZES = ("pairs", "weights", "tree_tokens", "flat_tokens", "tree_attended", "flat_attended")
 
 
-def _group_to_row(group: Group, key: bytes, source: str) -> dict[str, Any]:
-    return {
-        "key": key,
-        "ids": np.concatenate([group.prefix, *group.branches]).astype(np.int32),
-        "prefix": len(group.prefix),
-        "branches": [len(branch) for branch in group.branches],
-        "pairs": group.pairs.reshape(-1),
-        "margins": group.margins,
-        "weights": group.weights,
-        "source": source,
-    }
+def _sizes(group: TokenGroup) -> list[float]:
+    return [
+        len(group.pairs),
+        float(group.weights.sum(dtype=np.float64)),
+        group.tree_tokens(),
+        group.flat_tokens(),
+        group.attended("tree"),
+        group.attended("flat"),
+    ]
 
 
 class _ArrowWriter:
@@ -460,10 +393,22 @@ class _ArrowWriter:
         self.writer.close()
         self.sink.close()
 
-    def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        if rows:
-            columns = [_column([row[field.name] for row in rows], field.type) for field in SCHEMA]
-            self.writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+    def write(self, rows: Sequence[_Row]) -> None:
+        if not rows:
+            return
+        groups = [row.group for row in rows]
+        values: dict[str, list[Any]] = {
+            "key": [row.key for row in rows],
+            "ids": [np.concatenate([group.prefix, *group.branches]) for group in groups],
+            "prefix": [len(group.prefix) for group in groups],
+            "branches": [[len(branch) for branch in group.branches] for group in groups],
+            "pairs": [group.pairs.reshape(-1) for group in groups],
+            "margins": [group.margins for group in groups],
+            "weights": [group.weights for group in groups],
+            "source": [row.source for row in rows],
+        }
+        columns = [_column(values[field.name], field.type) for field in SCHEMA]
+        self.writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
 
 def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
@@ -481,18 +426,22 @@ def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 class _RowReader:
-    """Rows of an Arrow file by number."""
+    """Rows of a cache by number: those of the first file, then those of the second, if it is there."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = pa.ipc.open_file(pa.memory_map(str(path)))
-        self.batches = [_Batch(self.file.get_batch(i)) for i in range(self.file.num_record_batches)]
+    def __init__(self, folder: Path) -> None:
+        files = [
+            pa.ipc.open_file(pa.memory_map(str(folder / name)))
+            for name in (_ROWS, _MERGED)
+            if (folder / name).is_file()
+        ]
+        self.batches = [_Batch(file.get_batch(i)) for file in files for i in range(file.num_record_batches)]
         self.starts = np.concatenate([[0], np.cumsum([len(b.prefix) for b in self.batches])]).tolist()
 
     def _locate(self, row: int) -> tuple[_Batch, int]:
         number = bisect.bisect_right(self.starts, row) - 1
         return self.batches[number], row - self.starts[number]
 
-    def group(self, row: int) -> Group:
+    def group(self, row: int) -> TokenGroup:
         batch, index = self._locate(row)
         return batch.group(index)
 
@@ -516,10 +465,10 @@ class _Batch:
         offsets, values = self.lists[name]
         return values[offsets[row] : offsets[row + 1]]
 
-    def group(self, row: int) -> Group:
+    def group(self, row: int) -> TokenGroup:
         prefix = int(self.prefix[row])
-        ids = self._values("ids", row).astype(np.int64)
-        return Group(
+        ids = self._values("ids", row)
+        return TokenGroup(
             prefix=ids[:prefix],
             branches=np.split(ids[prefix:], np.cumsum(self._values("branches", row))[:-1]),
             pairs=self._values("pairs", row).reshape(-1, 2).astype(np.int64),

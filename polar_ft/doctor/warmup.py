@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from polar_ft.data.packing import Layout
+from polar_ft.groups import Layout
 
 
 class Request(BaseModel):
@@ -94,12 +94,13 @@ def run(request: Request) -> Warmup:
     import torch
     from torch import nn
 
-    from polar_ft.data.packing import Pack, build_pack
-    from polar_ft.data.step_plan import Piece, StepPlan, select_pairs
+    from polar_ft.data.step_plan import Piece, StepPlan
     from polar_ft.data.tokenized import TokenizedGroups
     from polar_ft.doctor.peak import MemoryPeak
+    from polar_ft.groups import select_pairs
     from polar_ft.model.lora import LoraSettings
     from polar_ft.model.losses import pair_loss
+    from polar_ft.model.packing import Pack, build_pack
     from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
     from polar_ft.model.weights import decoder_config, empty_decoder
 
@@ -126,7 +127,7 @@ def run(request: Request) -> Warmup:
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
 
     def pack_of(pieces: list[Piece]) -> Pack:
-        parts = [select_pairs(groups.group(p.group), p.first_pair, p.last_pair) for p in pieces]
+        parts = [select_pairs(groups.group(p.group), slice(p.first_pair, p.last_pair)) for p in pieces]
         return build_pack(parts, layout).to(device)
 
     def compute(pack: Pack) -> float:

@@ -22,7 +22,7 @@ from polar_ft.evaluation.evaluator import Scorer
 from polar_ft.evaluation.gates import GateResult
 from polar_ft.evaluation.references import Aggregation, ReferenceSettings
 from polar_ft.evaluation.scores import SCORES_FILE
-from polar_ft.template import resolve_folder
+from polar_ft.files import first_line, resolve_folder
 
 DEFAULT_OUT = Path("work_dirs/eval")
 
@@ -291,7 +291,7 @@ def load_scorer(folder: Path, *, device: str | None, dtype: Dtype, **settings: A
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise PolarError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise PolarError(f"--device {device}: {first_line(error)}") from error
     return RewardScorer.from_pretrained(
         folder,
         device=device,

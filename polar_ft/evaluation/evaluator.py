@@ -8,7 +8,8 @@ from typing import Protocol, TypeVar
 
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
-from polar_ft.template import Cut, Encoded, Lengths, PolarTemplate
+from polar_ft.groups import FieldLengths, TokenGroup
+from polar_ft.template import EncodeError, PolarTemplate
 
 Result = TypeVar("Result")
 OnChunk = Callable[[Sequence[Example]], None]
@@ -41,8 +42,8 @@ class Scorer(Protocol):
 class FieldTokens:
     """Tokens of each field of an example before cutting, and how many of them were cut off."""
 
-    lengths: Lengths
-    cut: Cut
+    lengths: FieldLengths
+    cut: FieldLengths
 
 
 def example_chars(example: Example) -> int:
@@ -70,7 +71,7 @@ def score_references(
         ValueError: The scorer lost rows.
     """
     requests = [
-        replace(example, reference=text, more_references=())
+        replace(example, references=(text,))
         for example, texts in zip(examples, references, strict=True)
         for text in texts
     ]
@@ -102,16 +103,16 @@ def count_tokens(
     """
 
     def count(chunk: list[Example]) -> list[FieldTokens]:
-        each = [replace(e, reference=text) for e in chunk for text in (e.reference, *e.more_references)]
+        each = [replace(e, references=(text,)) for e in chunk for text in e.references]
         counts = map(_field_tokens, encode_examples(template, each, measure=True))
-        return [_longest([next(counts) for _ in range(1 + len(e.more_references))]) for e in chunk]
+        return [_longest([next(counts) for _ in e.references]) for e in chunk]
 
     return _by_chunks(count, examples, on_chunk)
 
 
 def encode_examples(
     template: PolarTemplate, examples: Sequence[Example], *, measure: bool = False
-) -> list[Encoded]:
+) -> list[TokenGroup]:
     """The examples as the model sees them.
 
     Args:
@@ -123,22 +124,9 @@ def encode_examples(
         PolarError: A row does not fit the model's limits; the message names it.
     """
     try:
-        return template.encode_batch(
-            [
-                (example.prompt, example.reference, example.candidates, example.wrapper)
-                for example in examples
-            ],
-            measure=measure,
-        )
-    except PolarError as error:
-        if len(examples) == 1:
-            raise PolarError(f"{examples[0].source}: {error}") from error
-        # The template knows texts, not rows: one by one shows which row it is.
-        return [
-            encoded
-            for example in examples
-            for encoded in encode_examples(template, [example], measure=measure)
-        ]
+        return template.encode(examples, measure=measure)
+    except EncodeError as error:
+        raise PolarError(f"{examples[error.index].source}: {error}") from error
 
 
 def _longest(counts: Sequence[FieldTokens]) -> FieldTokens:
@@ -155,8 +143,8 @@ def _longest(counts: Sequence[FieldTokens]) -> FieldTokens:
     )
 
 
-def _field_tokens(encoded: Encoded) -> FieldTokens:
-    assert encoded.lengths is not None, "encode_batch(measure=True) gives lengths"
+def _field_tokens(encoded: TokenGroup) -> FieldTokens:
+    assert encoded.lengths is not None, "encode(measure=True) gives lengths"
     return FieldTokens(encoded.lengths, encoded.cut)
 
 

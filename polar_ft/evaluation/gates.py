@@ -232,7 +232,7 @@ def _score(
 ) -> list[list[float]]:
     """Rewards of texts as candidates of a sample's row, all of them in one call."""
     requests = [
-        replace(pair.example, reference=text, more_references=(), candidates=texts, pairs=())
+        replace(pair.example, references=(text,), candidates=texts, pairs=(), margins=(), weights=())
         for pair, texts in wanted
         for text in pair.references.own
     ]

@@ -62,7 +62,7 @@ class RowReferences:
 
 def references_of(example: Example) -> tuple[str, ...]:
     """All references of a row."""
-    return (example.reference, *example.more_references)
+    return example.references
 
 
 def plan_references(examples: Sequence[Example], use: ReferenceSettings) -> list[RowReferences]:

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polar_ft.data.reading import RowProblem, expand, raise_problems, read_rows
-from polar_ft.data.records import Example, RowError, Wrapper, parse_row
+from polar_ft.data.records import Example, RowError, parse_row
+from polar_ft.data.score_rows import parse_score_rows
 from polar_ft.errors import DataError, PolarError
+from polar_ft.groups import Wrapper
 from polar_ft.reward_scale import FILE_NAME, RewardScale
-from polar_ft.scoring.rows import parse_score_rows
 
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -157,15 +158,10 @@ def _rollout(row: Mapping[str, Any], source: str) -> Example:
         raise RowError(name, reason) from None
     return Example(
         prompt=fields.prompt,
-        reference=fields.reference,
-        candidates=(fields.output,),
-        pairs=(),
-        margins=(),
-        weights=(),
+        references=fields.references,
+        candidates=fields.candidates,
         wrapper=fields.wrapper,
         id=source,
-        subset=None,
-        extra={},
         source=source,
     )
 

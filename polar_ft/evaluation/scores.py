@@ -185,7 +185,7 @@ def input_hash(example: Example) -> str:
     texts = [
         example.wrapper,
         example.prompt,
-        (example.reference, *example.more_references),
+        example.references,
         example.candidates,
         example.pairs,
     ]

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from polar_ft.data.packing import Segments
 from polar_ft.errors import PolarError
+from polar_ft.model.packing import Segments
 
 Backend = Literal["flash_attn", "torch", "sdpa"]
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from polar_ft.data.packing import Group, build_pack
+from polar_ft.groups import TokenGroup
+from polar_ft.model.packing import build_pack
 
 Checkpointing = Literal["auto", "none", "selective", "full"]
 
@@ -23,7 +24,7 @@ def activation_bytes_per_token(decoder: Any, tokens: int = 64) -> int:
         tokens: Length of the sequence to measure with.
     """
     parameter = next(decoder.layers[0].parameters())
-    group = Group.of_sequences([[0] * tokens], 1)
+    group = TokenGroup.of_sequences([[0] * tokens])
     pack = build_pack([group], "flat").to(parameter.device)
     shape = (1, len(pack.input_ids), decoder.config.hidden_size)
     # The decoder's dtype, not the parameter's: weights held in four bits are bytes.

@@ -20,60 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-Layout = Literal["tree", "flat"]
+from polar_ft.groups import Layout, TokenGroup
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Group:
-    """All candidates of one (prompt, reference), tokenized, with the pairs among them.
-
-    Attributes:
-        prefix: Token ids that all candidates share, int array [prefix].
-        branches: Token ids of each candidate after the prefix, int arrays, each with the reward token last.
-        pairs: (chosen, rejected) indices into ``branches``, int array [pairs, 2].
-        margins: Margin of each pair given by the data, float array [pairs]; 0 where none is given.
-        weights: Weight of each pair in the loss, float array [pairs].
-    """
-
-    prefix: np.ndarray
-    branches: list[np.ndarray]
-    pairs: np.ndarray
-    margins: np.ndarray
-    weights: np.ndarray
-
-    @classmethod
-    def of_sequences(cls, sequences: Sequence[Sequence[int]], prefix_length: int) -> Group:
-        """A group for scoring: no pairs."""
-        return cls(
-            prefix=np.asarray(sequences[0][:prefix_length], dtype=np.int64),
-            branches=[np.asarray(ids[prefix_length:], dtype=np.int64) for ids in sequences],
-            pairs=np.zeros((0, 2), dtype=np.int64),
-            margins=np.zeros(0, dtype=np.float32),
-            weights=np.zeros(0, dtype=np.float32),
-        )
-
-    def tree_tokens(self) -> int:
-        """Tokens computed when the prefix is shared."""
-        return len(self.prefix) + sum(map(len, self.branches))
-
-    def flat_tokens(self) -> int:
-        """Tokens of all pairs as separate sequences, chosen and rejected, repeats counted."""
-        lengths = np.array([len(self.prefix) + len(branch) for branch in self.branches])
-        return int(lengths[self.pairs].sum())
-
-    def attended(self, layout: Layout) -> int:
-        """Query-key pairs of causal attention."""
-        prefix = len(self.prefix)
-        branches = np.array([len(branch) for branch in self.branches], dtype=np.int64)
-        if layout == "tree":
-            return int(prefix**2 // 2 + (branches * prefix + branches**2 // 2).sum())
-        return int(((prefix + branches[self.pairs]) ** 2 // 2).sum())
 
 
 @dataclass(frozen=True)
@@ -162,13 +116,13 @@ def _map_tensors(record: T, function: Callable[[torch.Tensor], torch.Tensor]) ->
     return replace(record, **changed)  # type: ignore[type-var]
 
 
-def build_pack(groups: Sequence[Group], layout: Layout = "tree", filler_id: int = 0) -> Pack:
+def build_pack(groups: Sequence[TokenGroup], layout: Layout = "tree", filler_id: int = 0) -> Pack:
     """Lays groups end to end.
 
     A prefix [5, 6] with branches [7, 9] and [8, 9] as a tree, then flat:
 
-    >>> group = Group(np.array([5, 6]), [np.array([7, 9]), np.array([8, 9])], np.array([[0, 1]]),
-    ...               np.zeros(1), np.ones(1))
+    >>> group = TokenGroup(np.array([5, 6]), [np.array([7, 9]), np.array([8, 9])], np.array([[0, 1]]),
+    ...                    np.zeros(1), np.ones(1))
     >>> pack = build_pack([group])
     >>> pack.input_ids.tolist(), pack.position_ids.tolist()
     ([5, 6, 7, 9, 8, 9], [0, 1, 2, 3, 2, 3])
@@ -211,7 +165,7 @@ class _PackBuilder:
         self.weights: list[np.ndarray] = []
         self.total = 0
 
-    def add_tree(self, group: Group) -> None:
+    def add_tree(self, group: TokenGroup) -> None:
         first_candidate = len(self.rewards)
         prefix_length = len(group.prefix)
         prefix_keys = np.arange(self.total, self.total + prefix_length)
@@ -224,7 +178,7 @@ class _PackBuilder:
             self.rewards.append(self.total - 1)
         self._add_pairs(group, first_candidate + group.pairs)
 
-    def add_flat(self, group: Group) -> None:
+    def add_flat(self, group: TokenGroup) -> None:
         first_candidate = len(self.rewards)
         # Without pairs (scoring) every candidate once; with pairs both sides of each, as flat training does.
         order = group.pairs.reshape(-1) if len(group.pairs) else np.arange(len(group.branches))
@@ -244,7 +198,7 @@ class _PackBuilder:
         self.k_lengths.append(len(keys))
         self.total += len(ids)
 
-    def _add_pairs(self, group: Group, pairs: np.ndarray) -> None:
+    def _add_pairs(self, group: TokenGroup, pairs: np.ndarray) -> None:
         self.pairs.append(pairs)
         self.margins.append(group.margins)
         self.weights.append(group.weights)

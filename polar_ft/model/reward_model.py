@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import rotate_half
 
-from polar_ft.data.packing import Pack
 from polar_ft.model.attention import IMPLEMENTATION, Backend, packed_attention
+from polar_ft.model.packing import Pack
 
 
 class RewardHead(nn.Linear):

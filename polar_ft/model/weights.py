@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from polar_ft.errors import PolarError
+from polar_ft.files import first_line, read_json, resolve_folder
 from polar_ft.model.adapter_folder import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, merge_into, read_adapter
 from polar_ft.model.internlm2 import internlm2_config_to_llama, split_wqkv, to_llama_names
-from polar_ft.template import resolve_folder
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -232,25 +231,6 @@ def grown_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([rows, mean.expand(size - len(rows), -1)])
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of a model folder.
-
-    Raises:
-        PolarError: The file is not there, or is not a JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PolarError(
-            f"{file.parent}: has no {file.name}; name a folder that holds a whole model"
-        ) from error
-    except ValueError as error:  # also of the decoding
-        raise PolarError(f"{file}: is not valid JSON ({error}); the file is damaged") from error
-    if not isinstance(content, dict):
-        raise PolarError(f"{file}: is not a JSON object; the file is damaged")
-    return content
-
-
 class _Float32Frequencies:
     """Rotary frequencies stay float32 when the model is cast.
 
@@ -312,7 +292,7 @@ def _open_file(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # safetensors, zipfile and pickle each have their own
         raise PolarError(
-            f"{file}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); the file is cut "
+            f"{file}: cannot be read ({type(error).__name__}: {first_line(error)}); the file is cut "
             f"short, or only a pointer of git-lfs: copy or download it anew"
         ) from error
 

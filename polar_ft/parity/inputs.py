@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate, Wrapper
+from polar_ft.groups import TextGroup, Wrapper
+from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate
 
 Messages = list[dict[str, str]]
 
@@ -78,10 +79,10 @@ class ParityInput:
             for candidate in self.candidates
         ]
 
-    def texts(self) -> tuple[str, str, list[str], Wrapper]:
-        """Prompt, reference, candidates and wrapper as the template takes them."""
+    def group(self) -> TextGroup:
+        """The texts, as the template takes them."""
         prompt, reference, *candidates = map(_text, (self.prompt, self.reference, *self.candidates))
-        return prompt, reference, candidates, self.wrapper
+        return TextGroup(prompt, (reference,), tuple(candidates), self.wrapper)
 
 
 def _text(value: str | Messages) -> str:

@@ -15,13 +15,14 @@ from polar_ft.client import RewardModelClient
 from polar_ft.client.contact import ServerType
 from polar_ft.client.wire import WIRES
 from polar_ft.errors import PolarError
-from polar_ft.model.weights import read_json
+from polar_ft.files import read_json, resolve_folder
+from polar_ft.groups import TokenGroup
 from polar_ft.parity.inputs import ParityInput, parity_inputs
 from polar_ft.parity.report import TOLERANCES, Comparison, ParityReport, Rewards, compare
 from polar_ft.parity.rewards import client_rewards, scorer_rewards, training_rewards, transformers_rewards
 from polar_ft.parity.rope import always_scaled_base, rope_base
 from polar_ft.scoring.scorer import RewardScorer
-from polar_ft.template import Encoded, PolarTemplate, resolve_folder
+from polar_ft.template import PolarTemplate
 
 # Unless told otherwise texts are at most this long: an engine with a small context takes them, a CPU computes
 # them, and cutting is the same on them as on longer ones.
@@ -49,7 +50,7 @@ class _Basis:
     config: dict[str, Any]
     template: PolarTemplate
     inputs: list[ParityInput]
-    encoded: list[Encoded]
+    encoded: list[TokenGroup]
     device: torch.device
     dtype: torch.dtype
     expected: Rewards
@@ -191,7 +192,7 @@ def _score(
         config=config,
         template=scorer.template,
         inputs=inputs,
-        encoded=scorer.template.encode_batch([item.texts() for item in inputs]),
+        encoded=scorer.template.encode([item.group() for item in inputs]),
         device=scorer.device,
         dtype=scorer.dtype,
         expected=expected,

@@ -8,8 +8,8 @@ from itertools import combinations
 
 from pydantic import BaseModel
 
+from polar_ft.groups import TokenGroup
 from polar_ft.parity.inputs import ParityInput
-from polar_ft.template import Encoded
 
 Rewards = list[list[float]]
 
@@ -131,7 +131,7 @@ class ParityReport(BaseModel):
 def compare(
     name: str,
     inputs: Sequence[ParityInput],
-    encoded: Sequence[Encoded],
+    encoded: Sequence[TokenGroup],
     expected: Rewards,
     found: Rewards,
     tolerance: float | None,

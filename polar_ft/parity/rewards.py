@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from polar_ft.data.packing import Group, build_pack
 from polar_ft.errors import PolarError
+from polar_ft.files import first_line
+from polar_ft.groups import TokenGroup
+from polar_ft.model.packing import build_pack
 from polar_ft.parity.inputs import ParityInput
 from polar_ft.parity.report import Rewards
-from polar_ft.template import Encoded, PolarTemplate
+from polar_ft.template import PolarTemplate
 
 if TYPE_CHECKING:
     from polar_ft.client import RewardModelClient
@@ -37,7 +40,7 @@ def client_rewards(client: RewardModelClient, inputs: Sequence[ParityInput]) -> 
 def training_rewards(
     folder: Path,
     template: PolarTemplate,
-    encoded: Sequence[Encoded],
+    encoded: Sequence[TokenGroup],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Rewards:
@@ -67,7 +70,7 @@ def training_rewards(
 
 
 def transformers_rewards(
-    folder: Path, encoded: Sequence[Encoded], dtype: torch.dtype, device: torch.device, *, own_code: bool
+    folder: Path, encoded: Sequence[TokenGroup], dtype: torch.dtype, device: torch.device, *, own_code: bool
 ) -> Rewards:
     """Transformers' own classes, one sequence at a time.
 
@@ -87,20 +90,20 @@ def transformers_rewards(
     try:
         model = loader.from_pretrained(folder, torch_dtype=dtype, trust_remote_code=own_code)
     except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise PolarError(f"{folder}: transformers cannot load it ({reason})") from error
     model.to(device).eval()
     with torch.inference_mode():
         return [[_logit(model, ids, device) for ids in item.sequences] for item in encoded]
 
 
-def _logit(model: Any, ids: list[int], device: torch.device) -> float:
-    input_ids = torch.tensor([ids], device=device)
+def _logit(model: Any, ids: np.ndarray, device: torch.device) -> float:
+    input_ids = torch.from_numpy(ids).long().unsqueeze(0).to(device)
     return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits.item()
 
 
-def _packs(encoded: Sequence[Encoded]) -> Iterator[list[Group]]:
-    groups: list[Group] = []
+def _packs(encoded: Sequence[TokenGroup]) -> Iterator[list[TokenGroup]]:
+    groups: list[TokenGroup] = []
     tokens = 0
     for item in encoded:
         group = _training_group(item)
@@ -112,12 +115,11 @@ def _packs(encoded: Sequence[Encoded]) -> Iterator[list[Group]]:
     yield groups
 
 
-def _training_group(encoded: Encoded) -> Group:
+def _training_group(encoded: TokenGroup) -> TokenGroup:
     """All candidates, every one in a pair with every other."""
-    group = Group.of_sequences(encoded.sequences, encoded.prefix_length)
-    pairs = np.array(list(combinations(range(len(encoded.sequences)), 2)), dtype=np.int64)
+    pairs = np.array(list(combinations(range(len(encoded.branches)), 2)), dtype=np.int64).reshape(-1, 2)
     ones = np.ones(len(pairs), dtype=np.float32)
-    return Group(group.prefix, group.branches, pairs.reshape(-1, 2), 0 * ones, ones)
+    return replace(encoded, pairs=pairs, margins=0 * ones, weights=ones)
 
 
 def _by_input(rewards: Sequence[float], inputs: Sequence[ParityInput]) -> Rewards:

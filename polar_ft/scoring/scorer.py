@@ -9,15 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from polar_ft.data.packing import Group, build_pack
-from polar_ft.data.records import Example
+from polar_ft.data.score_rows import parse_score_rows
 from polar_ft.errors import PolarError
+from polar_ft.files import first_line, resolve_folder
+from polar_ft.groups import TextGroup, TokenGroup, merge_texts, split_by_tokens, windows
 from polar_ft.model.attention import Backend
+from polar_ft.model.packing import build_pack
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 from polar_ft.model.weights import load_backbone
 from polar_ft.reward_scale import RewardScale
-from polar_ft.scoring.rows import groups_of, parse_score_rows, windows
-from polar_ft.template import Encoded, PolarTemplate, resolve_folder
+from polar_ft.template import PolarTemplate
 
 # Batches that `RewardScorer.score` looks at together, to find what belongs together and is of like length.
 _BATCHES_AT_ONCE = 16
@@ -84,7 +85,7 @@ class RewardScorer:
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-            raise PolarError(f"device {device}: {str(error).splitlines()[0]}") from error
+            raise PolarError(f"device {device}: {first_line(error)}") from error
         if dtype == "auto" and device.type == "cpu":
             dtype = torch.float32
         template = PolarTemplate.from_pretrained(folder, **template_settings)
@@ -139,12 +140,14 @@ class RewardScorer:
         rows = parse_score_rows([data] if isinstance(data, Mapping) else data)
         rewards: list[float] = []
         for window in windows(rows, _BATCHES_AT_ONCE * _CHARS_PER_TOKEN * self.tokens_per_batch):
-            fields, members = groups_of(window)
-            scored = self.score_encoded(self.template.encode_batch(fields))
-            placed = dict.fromkeys(range(len(window)), 0.0)
-            for indices, values in zip(members, scored, strict=True):
-                placed.update(zip(indices, values, strict=True))
-            rewards += placed.values()
+            merged = merge_texts(window)
+            scored = self.score_examples([texts.group for texts in merged])
+            placed = {
+                number: values[candidate]
+                for texts, values in zip(merged, scored, strict=True)
+                for number, (candidate,) in texts.members
+            }
+            rewards += [placed[number] for number in range(len(window))]
         return rewards if measured is None else measured.apply(rewards)
 
     def reward_scale(self) -> RewardScale:
@@ -158,34 +161,34 @@ class RewardScorer:
         return RewardScale.load(self.folder)
 
     def score_examples(
-        self, examples: Sequence[Example], on_scored: Callable[[int], None] | None = None
+        self, groups: Sequence[TextGroup], on_scored: Callable[[int], None] | None = None
     ) -> list[list[float]]:
-        """A reward for each candidate of each example, in their order.
+        """A reward for each candidate of each group, in their order, against the group's first reference.
 
         Args:
-            examples: What to score.
-            on_scored: Called with the number of examples done since the last call; for progress bars.
+            groups: What to score.
+            on_scored: Called with the number of groups done since the last call; for progress bars.
+
+        Raises:
+            EncodeError: A group does not fit the model's limits; ``index`` says which.
         """
-        encoded = self.template.encode_batch(
-            [(e.prompt, e.reference, e.candidates, e.wrapper) for e in examples]
-        )
-        return self.score_encoded(encoded, on_scored)
+        return self.score_encoded(self.template.encode(groups), on_scored)
 
     def score_encoded(
-        self, encoded: Sequence[Encoded], on_scored: Callable[[int], None] | None = None
+        self, groups: Sequence[TokenGroup], on_scored: Callable[[int], None] | None = None
     ) -> list[list[float]]:
-        """A reward for each sequence of each `Encoded`, in their order."""
-        rewards: list[list[float]] = [[] for _ in encoded]
-        for batch in forward_batches(encoded, self.tokens_per_batch):
+        """As `score_examples`, of groups that are encoded already."""
+        rewards: list[list[float]] = [[] for _ in groups]
+        for batch in forward_batches(groups, self.tokens_per_batch):
             values = self.score_groups([group for _, group in batch])
             for (index, _), group_rewards in zip(batch, values, strict=True):
                 rewards[index] += group_rewards
             if on_scored is not None:
-                done = sum(len(rewards[i]) == len(encoded[i].sequences) for i in {i for i, _ in batch})
+                done = sum(len(rewards[i]) == len(groups[i].branches) for i in {i for i, _ in batch})
                 on_scored(done)
         return rewards
 
-    def score_groups(self, groups: Sequence[Group]) -> list[list[float]]:
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """A reward for each branch of each group, all in one forward, whatever their number."""
         pack = build_pack(groups).to(self.device)
         with torch.inference_mode():
@@ -194,22 +197,26 @@ class RewardScorer:
         return [[next(values) for _ in group.branches] for group in groups]
 
 
-def forward_batches(encoded: Sequence[Encoded], tokens_per_batch: int) -> Iterable[list[tuple[int, Group]]]:
+def forward_batches(
+    groups: Sequence[TokenGroup], tokens_per_batch: int
+) -> Iterable[list[tuple[int, TokenGroup]]]:
     """What each forward computes: groups of like length, at most ``tokens_per_batch`` tokens where possible.
 
     Args:
-        encoded: What to score.
+        groups: What to score.
         tokens_per_batch: Tokens of a batch. A group longer than that is cut into several.
 
     Yields:
-        The groups of a batch, each with the index of its `Encoded`; pieces of one `Encoded` come in the order
-        of its sequences.
+        The groups of a batch, each with its index in ``groups``; pieces of one group come in the order of its
+        branches.
     """
     pieces = [
-        (index, piece) for index, item in enumerate(encoded) for piece in _pieces(item, tokens_per_batch)
+        (index, piece)
+        for index, group in enumerate(groups)
+        for piece in split_by_tokens(group, tokens_per_batch)
     ]
-    pieces.sort(key=lambda piece: -len(encoded[piece[0]].sequences[0]))
-    batch: list[tuple[int, Group]] = []
+    pieces.sort(key=lambda piece: -len(groups[piece[0]].prefix) - len(groups[piece[0]].branches[0]))
+    batch: list[tuple[int, TokenGroup]] = []
     tokens = 0
     for index, group in pieces:
         size = group.tree_tokens()
@@ -220,17 +227,3 @@ def forward_batches(encoded: Sequence[Encoded], tokens_per_batch: int) -> Iterab
         tokens += size
     if batch:
         yield batch
-
-
-def _pieces(encoded: Encoded, tokens_per_batch: int) -> Iterable[Group]:
-    prefix = encoded.prefix_length
-    piece: list[list[int]] = []
-    tokens = prefix
-    for ids in encoded.sequences:
-        if piece and tokens + len(ids) - prefix > tokens_per_batch:
-            yield Group.of_sequences(piece, prefix)
-            piece, tokens = [], prefix
-        piece.append(ids)
-        tokens += len(ids) - prefix
-    if piece:
-        yield Group.of_sequences(piece, prefix)

@@ -164,7 +164,7 @@ class Server:
 
         candidates = await self.encode(read)
         rewards = await self.score(request, candidates)
-        return rewards, [len(candidate.head) + len(candidate.tail) for candidate in candidates]
+        return rewards, [len(candidate.ids) for candidate in candidates]
 
     def close(self) -> None:
         """Answers what was taken and ends the threads."""
@@ -302,12 +302,12 @@ def _add_reward_routes(app: FastAPI, server: Server) -> None:
         several = isinstance(body, RewardsRequest)
         inputs = body.inputs if isinstance(body, RewardsRequest) else [body]
         _check_number(sum(len(one.candidates) for one in inputs))
-        groups, cuts = await server.encode(lambda: server.reader.from_fields([x.fields() for x in inputs]))
+        groups, cuts = await server.encode(lambda: server.reader.from_groups([x.group() for x in inputs]))
         candidates = [candidate for group in groups for candidate in group]
         scored = await server.score(request, candidates)
         values = iter(scored if scale is None else scale.apply(scored))
         grouped = [[next(values) for _ in group] for group in groups]
-        usage = Usage(tokens=sum(len(one.head) + len(one.tail) for one in candidates))
+        usage = Usage(tokens=sum(len(one.ids) for one in candidates))
         cut = [CutTokens.of(one) for one in cuts]
         if several:
             return RewardsResponse(model=server.name, rewards=grouped, cut=cut, usage=usage)

@@ -1,11 +1,11 @@
 """What many clients ask, scored together: a queue and the one thread that runs the model.
 
-The unit of the queue is one candidate: its head, which all candidates of a (prompt, reference) begin with,
-and its tail, the rest. Whenever the model is free it takes the candidate that waits longest, then the others
-with the same head, whoever sent them, then other heads, until the batch is full. Those of one head are
-computed as a tree (`polar_ft.data.packing`). Nobody waits for a batch to fill; but where several heads wait,
-the newest, if several candidates of it have come, is left for the next batch: more of them may be on their
-way, and the prefix would be computed once for these and once for those.
+The unit of the queue is one candidate; its head is what all candidates of a (prompt, reference) begin with.
+Whenever the model is free it takes the candidate that waits longest, then the others with the same head,
+whoever sent them, then other heads, until the batch is full. Those of one head are computed as a tree
+(`polar_ft.groups`). Nobody waits for a batch to fill; but where several heads wait, the newest, if several
+candidates of it have come, is left for the next batch: more of them may be on their way, and the prefix would
+be computed once for these and once for those.
 
 Oldest first, where letters are heads and a batch holds three candidates::
 
@@ -30,8 +30,7 @@ from typing import Protocol
 
 import numpy as np
 
-from polar_ft.data.packing import Group
-from polar_ft.template import common_prefix_length
+from polar_ft.groups import TokenGroup, common_prefix_length
 
 # Of the newest batch in the running mean of tokens a second.
 _NEW = 0.2
@@ -40,7 +39,7 @@ _NEW = 0.2
 class GroupScorer(Protocol):
     """The model: `polar_ft.scoring.scorer.RewardScorer`."""
 
-    def score_groups(self, groups: Sequence[Group]) -> list[list[float]]:
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         """A reward for each branch of each group."""
 
 
@@ -66,15 +65,21 @@ class ScoringError(Exception):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sequence of token ids, cut where what only it has begins.
+    """One sequence of token ids in the queue.
 
     Attributes:
-        head: int32 array; what candidates of one (prompt, reference) share, may be empty.
-        tail: int32 array, at least the reward token.
+        ids: From BOS to the reward token, int32 array [tokens].
+        head_length: Tokens that candidates of one (prompt, reference) share, the separator the last; 0 where
+            nothing says so.
     """
 
-    head: np.ndarray
-    tail: np.ndarray
+    ids: np.ndarray
+    head_length: int
+
+    @property
+    def head(self) -> bytes:
+        """The same for candidates of one (prompt, reference)."""
+        return self.ids[: self.head_length].tobytes()
 
 
 class _Tree:
@@ -82,17 +87,17 @@ class _Tree:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self._first: Candidate | None = None
-        self._shared = self._members = self._tail_tokens = 0
+        self._first: np.ndarray | None = None
+        self._shared = self._members = self._all_tokens = 0
 
     def add(self, candidate: Candidate) -> None:
         """Adds a candidate."""
         if self._first is None:
-            self._first, self._shared = candidate, len(candidate.tail)
-        self._shared = min(self._shared, common_prefix_length([self._first.tail, candidate.tail]))
+            self._first, self._shared = candidate.ids, len(candidate.ids)
+        self._shared = min(self._shared, common_prefix_length([self._first, candidate.ids]))
         self._members += 1
-        self._tail_tokens += len(candidate.tail)
-        self.tokens = len(candidate.head) + self._tail_tokens - (self._members - 1) * self._shared
+        self._all_tokens += len(candidate.ids)
+        self.tokens = self._all_tokens - (self._members - 1) * self._shared
 
 
 class Job:
@@ -105,7 +110,7 @@ class Job:
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
         self.candidates = candidates
-        self.heads = [candidate.head.tobytes() for candidate in candidates]
+        self.heads = [candidate.head for candidate in candidates]
         trees: dict[bytes, _Tree] = {}
         for head, candidate in zip(self.heads, candidates, strict=True):
             trees.setdefault(head, _Tree()).add(candidate)
@@ -262,7 +267,7 @@ class Batcher:
             heads.pop()  # more of them may be on their way; when the next batch is made it is not the newest
         for head in heads:
             waiting = [one for one in self._queue[head] if not one.job.future.done()]
-            if batch and waiting and len(waiting[0].candidate.head) > room:
+            if batch and waiting and waiting[0].candidate.head_length > room:
                 continue
             tree = _Tree()
             taken = 0
@@ -288,7 +293,7 @@ class Batcher:
         jobs = {id(waiting.job): waiting.job for members in batch for waiting in members}
         started = time.perf_counter()
         try:
-            groups = [_group([waiting.candidate for waiting in members]) for members in batch]
+            groups = [TokenGroup.of_sequences([one.candidate.ids for one in members]) for members in batch]
             rewards = self.scorer.score_groups(groups)
         except Exception as error:
             if len(jobs) > 1:  # One request must not spoil those of others.
@@ -304,11 +309,7 @@ class Batcher:
         tokens = sum(group.tree_tokens() for group in groups)
         self._note_speed(tokens / max(seconds, 1e-6))
         # Before they are answered, so that a client that looks at the metrics next finds itself there.
-        sequence_tokens = sum(
-            len(waiting.candidate.head) + len(waiting.candidate.tail)
-            for members in batch
-            for waiting in members
-        )
+        sequence_tokens = sum(len(waiting.candidate.ids) for members in batch for waiting in members)
         self.on_batch(BatchInfo(sum(map(len, batch)), len(jobs), tokens, sequence_tokens, seconds))
         for members, values in zip(batch, rewards, strict=True):
             for waiting, reward in zip(members, values, strict=True):
@@ -319,16 +320,3 @@ class Batcher:
         self._tokens_per_second = (
             tokens_per_second if before is None else (1 - _NEW) * before + _NEW * tokens_per_second
         )
-
-
-def _group(candidates: Sequence[Candidate]) -> Group:
-    """Candidates of one head as a tree; the tails, which begin with the prompt again, share more of it."""
-    tails = [candidate.tail for candidate in candidates]
-    shared = common_prefix_length(tails)
-    return Group(
-        prefix=np.concatenate([candidates[0].head, tails[0][:shared]]),
-        branches=[tail[shared:] for tail in tails],
-        pairs=np.zeros((0, 2), dtype=np.int64),
-        margins=np.zeros(0, dtype=np.float32),
-        weights=np.zeros(0, dtype=np.float32),
-    )

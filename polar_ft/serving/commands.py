@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from polar_ft.errors import PolarError
+from polar_ft.files import first_line
 
 if TYPE_CHECKING:
     from polar_ft.scoring.scorer import RewardScorer
@@ -173,7 +174,7 @@ def _load(model: str, device: str | None, dtype: str, settings: dict) -> RewardS
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise PolarError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise PolarError(f"--device {device}: {first_line(error)}") from error
     return RewardScorer.from_pretrained(
         model, device=device, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **settings
     )

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from polar_ft.errors import PolarError
+from polar_ft.groups import FieldLengths, TextGroup
 from polar_ft.serving.batching import Candidate
-from polar_ft.template import Cut, Fields, PolarTemplate
+from polar_ft.template import PolarTemplate
 
 
 class InputError(PolarError):
@@ -28,23 +29,16 @@ class InputReader:
         self.vocab_size = vocab_size
         # Takes the two sides of a spelled-out text as they are: with an empty prompt and the wrapper that
         # adds nothing they are "reference" and "candidate". What it would have to cut is refused.
-        self._sides = PolarTemplate(
-            template.tokenizer_json,
-            separator=template.separator,
-            reward_token=template.reward_token,
-            max_length=3 * template.max_length,
-            max_response_length=template.max_length,
-            name=template.name,
-        )
+        self._sides = template.with_limits(3 * template.max_length, template.max_length)
 
-    def from_fields(self, fields: Sequence[Fields]) -> tuple[list[list[Candidate]], list[Cut]]:
+    def from_groups(self, groups: Sequence[TextGroup]) -> tuple[list[list[Candidate]], list[FieldLengths]]:
         """Candidates of each (prompt, reference), and what was cut off.
 
         Raises:
             PolarError: A reference leaves no room for the prompt.
         """
-        parts = self.template.encode_parts(fields)
-        return [[Candidate(part.head, tail) for tail in part.tails] for part in parts], [p.cut for p in parts]
+        encoded = self.template.encode(groups)
+        return [list(map(self._candidate, group.sequences)) for group in encoded], [g.cut for g in encoded]
 
     def from_texts(self, texts: Sequence[str]) -> list[Candidate]:
         """Candidates of texts in which the published client has spelled the control tokens out; see `split`.
@@ -53,12 +47,12 @@ class InputReader:
             InputError: Not such a text, or longer than the model's limit.
         """
         sides = [self.split(text, index) for index, text in enumerate(texts)]
-        parts = self._sides.encode_parts([("", left, [right], "pretrain") for left, right in sides])
+        encoded = self._sides.encode([TextGroup("", (left,), (right,), "pretrain") for left, right in sides])
         candidates = []
-        for index, part in enumerate(parts):
-            tokens = len(part.head) + len(part.tails[0]) + part.cut.reference + sum(part.cut.candidates)
-            self._check_length(tokens, f"text {index}")
-            candidates.append(Candidate(part.head, part.tails[0]))
+        for index, group in enumerate(encoded):
+            [ids] = group.sequences
+            self._check_length(len(ids) + group.cut.reference + sum(group.cut.candidates), f"text {index}")
+            candidates.append(self._candidate(ids))
         return candidates
 
     def from_ids(self, sequences: Sequence[Sequence[int]]) -> list[Candidate]:
@@ -112,10 +106,10 @@ class InputReader:
                 f"{name} ends with id {ids[-1]}, not with {self.template.reward_token_id} "
                 f"({self.template.reward_token!r}), whose reward is asked for"
             )
-        array = np.array(ids, dtype=np.int32)
-        (separators,) = np.nonzero(array[:-1] == self.template.separator_id)
-        cut = int(separators[0]) + 1 if len(separators) else 0
-        return Candidate(array[:cut], array[cut:])
+        return self._candidate(np.array(ids, dtype=np.int32))
+
+    def _candidate(self, ids: np.ndarray) -> Candidate:
+        return Candidate(ids, self.template.head_length(ids))
 
     def _check_length(self, tokens: int, name: str) -> None:
         if tokens > self.template.max_length:

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
 
-from polar_ft.data.records import PlainText, Text, Wrapper, text_of
-from polar_ft.template import Cut, Fields
+from polar_ft.data.records import PlainText, Text, text_of
+from polar_ft.groups import FieldLengths, TextGroup, Wrapper
 
 
 class _Strict(BaseModel):
@@ -32,13 +32,13 @@ class RewardInput(_Strict):
         default="sft", description='How prompt and response are joined: "sft" with a line break.'
     )
 
-    def fields(self) -> Fields:
-        """As the template takes them."""
-        return (
-            text_of(self.prompt),
-            text_of(self.reference),
-            [text_of(candidate) for candidate in self.candidates],
-            self.wrapper,
+    def group(self) -> TextGroup:
+        """The texts, as the template takes them."""
+        return TextGroup(
+            prompt=text_of(self.prompt),
+            references=(text_of(self.reference),),
+            candidates=tuple(map(text_of, self.candidates)),
+            wrapper=self.wrapper,
         )
 
 
@@ -78,7 +78,7 @@ class CutTokens(BaseModel):
     candidates: list[int]
 
     @classmethod
-    def of(cls, cut: Cut) -> CutTokens:
+    def of(cls, cut: FieldLengths) -> CutTokens:
         """The same for the wire."""
         return cls(prompt=cut.prompt, reference=cut.reference, candidates=list(cut.candidates))
 

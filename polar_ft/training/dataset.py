@@ -12,11 +12,13 @@ from mmengine.logging import print_log
 from torch.utils.data import Dataset, Sampler
 from xtuner.registry import BUILDER
 
-from polar_ft.data.packing import Layout, build_pack
 from polar_ft.data.reading import as_sources
-from polar_ft.data.step_plan import StepPlan, select_pairs
+from polar_ft.data.step_plan import StepPlan
 from polar_ft.data.tokenized import TokenizedGroups, tokenize
-from polar_ft.template import PolarTemplate, resolve_folder
+from polar_ft.files import resolve_folder
+from polar_ft.groups import Layout, select_pairs
+from polar_ft.model.packing import build_pack
+from polar_ft.template import PolarTemplate
 from polar_ft.training.step import StepBatch
 
 
@@ -44,7 +46,7 @@ class RewardDataset(Dataset):
         packs = [
             build_pack(
                 [
-                    select_pairs(self.groups.group(piece.group), piece.first_pair, piece.last_pair)
+                    select_pairs(self.groups.group(piece.group), slice(piece.first_pair, piece.last_pair))
                     for piece in pieces
                 ],
                 self.plan.layout,

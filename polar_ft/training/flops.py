@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polar_ft.data.packing import Group, Layout
+from polar_ft.groups import Layout, TokenGroup
 
 # Dense bfloat16, operations a second, from NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -55,7 +55,7 @@ def attention_flops(config: Mapping[str, Any], attended: float) -> float:
     return 12 * config["num_hidden_layers"] * config["hidden_size"] * attended
 
 
-def step_flops(config: Mapping[str, Any], groups: Sequence[Group], layout: Layout) -> float:
+def step_flops(config: Mapping[str, Any], groups: Sequence[TokenGroup], layout: Layout) -> float:
     """Operations of forward and backward for groups, recomputation not counted.
 
     Counts all layers for all tokens, also the last one, which computes less: the figure is what the plain

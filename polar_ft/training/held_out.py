@@ -12,15 +12,16 @@ import torch.distributed as dist
 from mmengine.dist import get_rank, get_world_size
 from numpy.typing import NDArray
 
-from polar_ft.data.packing import Group, Pack, build_pack
 from polar_ft.data.reading import Sources, as_sources, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.evaluator import encode_examples
 from polar_ft.evaluation.pairs import Categories, PairTable
-from polar_ft.evaluation.references import ReferenceSettings, aggregate, references_of
+from polar_ft.evaluation.references import ReferenceSettings, aggregate
+from polar_ft.groups import TokenGroup
+from polar_ft.model.packing import Pack, build_pack
 from polar_ft.scoring.scorer import forward_batches
-from polar_ft.template import Encoded, PolarTemplate
+from polar_ft.template import PolarTemplate
 
 ENCODED_AT_ONCE = 1024
 
@@ -61,7 +62,7 @@ class HeldOutPairs:
         self.subsets = _subsets(examples)
 
         # Of each example how often it is scored, and how many rewards each time gives.
-        self._shapes = [(len(references_of(e)), len(e.candidates)) for e in examples]
+        self._shapes = [(len(e.references), len(e.candidates)) for e in examples]
         encoded = _encode(template, examples)
         self.digest = _digest(examples, encoded)
         self._batches = _of_this_rank(encoded, tokens_per_batch)
@@ -121,7 +122,7 @@ class HeldOutPairs:
         return np.array(rewards)
 
 
-def _summary(rows: Sequence[Example], pairs: int, encoded: Iterable[Encoded]) -> str:
+def _summary(rows: Sequence[Example], pairs: int, encoded: Iterable[TokenGroup]) -> str:
     ties, cut = sum(row.n_ties for row in rows), sum(bool(item.cut) for item in encoded)
     parts = [f"{len(rows):,} rows, {pairs:,} pairs"]
     if ties:
@@ -146,9 +147,9 @@ def _subsets(examples: Iterable[Example]) -> Categories | None:
     return Categories.from_values(["(no subset)" if name is None else name for name in names])
 
 
-def _encode(template: PolarTemplate, examples: Iterable[Example]) -> list[Encoded]:
+def _encode(template: PolarTemplate, examples: Iterable[Example]) -> list[TokenGroup]:
     """Every example with each of its references."""
-    scored = [replace(e, reference=text) for e in examples for text in references_of(e)]
+    scored = [replace(e, references=(text,)) for e in examples for text in e.references]
     return [
         encoded
         for start in range(0, len(scored), ENCODED_AT_ONCE)
@@ -156,10 +157,10 @@ def _encode(template: PolarTemplate, examples: Iterable[Example]) -> list[Encode
     ]
 
 
-def _digest(examples: Iterable[Example], encoded: Iterable[Encoded]) -> str:
+def _digest(examples: Iterable[Example], encoded: Iterable[TokenGroup]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for example in examples:
-        digest.update(repr((example.pairs, example.subset, len(references_of(example)))).encode())
+        digest.update(repr((example.pairs, example.subset, len(example.references))).encode())
     for item in encoded:
         digest.update(repr(list(map(len, item.sequences))).encode())
         digest.update(np.concatenate(item.sequences).astype(np.int64).tobytes())
@@ -167,14 +168,14 @@ def _digest(examples: Iterable[Example], encoded: Iterable[Encoded]) -> str:
 
 
 def _of_this_rank(
-    encoded: Sequence[Encoded], tokens_per_batch: int
-) -> list[tuple[list[Group], NDArray[np.int64]]]:
+    encoded: Sequence[TokenGroup], tokens_per_batch: int
+) -> list[tuple[list[TokenGroup], NDArray[np.int64]]]:
     """The groups of each forward of this rank, and the places of their rewards among all; empty ones last."""
     rank, ranks = get_rank(), get_world_size()
     # Where there is little to score, every rank shall have some of it.
-    share = -(-sum(_tokens(item) for item in encoded) // ranks)
-    next_place = np.cumsum([0, *(len(item.sequences) for item in encoded)])
-    batches: list[tuple[list[Group], NDArray[np.int64]]] = []
+    share = -(-sum(item.tree_tokens() for item in encoded) // ranks)
+    next_place = np.cumsum([0, *(len(item.branches) for item in encoded)])
+    batches: list[tuple[list[TokenGroup], NDArray[np.int64]]] = []
     for batch in forward_batches(encoded, min(tokens_per_batch, share)):
         places = []
         for index, group in batch:
@@ -183,8 +184,3 @@ def _of_this_rank(
         batches.append(([group for _, group in batch], np.concatenate(places)))
     own = batches[rank::ranks]
     return own + [([], np.zeros(0, dtype=np.int64))] * (-(-len(batches) // ranks) - len(own))
-
-
-def _tokens(encoded: Encoded) -> int:
-    """Tokens computed when the prefix is shared."""
-    return encoded.prefix_length + sum(len(ids) - encoded.prefix_length for ids in encoded.sequences)

@@ -11,13 +11,13 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from xtuner.registry import BUILDER
 
-from polar_ft.data.packing import Pack
 from polar_ft.errors import PolarError
 from polar_ft.model.attention import Backend
 from polar_ft.model.fused import use_fused_kernels
 from polar_ft.model.lora import Adapter, LoraSettings
 from polar_ft.model.losses import LossType, PenaltyType, pair_loss, pair_penalty
 from polar_ft.model.memory import Checkpointing, activation_bytes_per_token, free_memory, layers_to_checkpoint
+from polar_ft.model.packing import Pack
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 from polar_ft.model.weights import grow_embeddings, load_backbone
 from polar_ft.template import PolarTemplate

@@ -13,8 +13,8 @@ from types import TracebackType
 from filelock import FileLock
 
 from polar_ft.errors import PolarError
+from polar_ft.files import resolve_folder
 from polar_ft.model.tiny_base import make_tiny_base, texts_of
-from polar_ft.template import resolve_folder
 from polar_ft.training import upstream
 from polar_ft.training.checkpoints import Manifest, verify
 from polar_ft.training.ranks import tell_ending

@@ -20,7 +20,7 @@ from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from polar_ft.data.packing import Pack
+from polar_ft.model.packing import Pack
 from polar_ft.training.ranks import beat
 
 

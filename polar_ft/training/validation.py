@@ -18,12 +18,12 @@ from mmengine.hooks import Hook, IterTimerHook
 from mmengine.logging import print_log
 from xtuner.registry import BUILDER
 
-from polar_ft.data.packing import Pack
 from polar_ft.data.reading import Sources
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.figures import Figures, compute_figures
 from polar_ft.evaluation.progress import progress_text
 from polar_ft.evaluation.statistics.accuracy import Interval, PairMetrics
+from polar_ft.model.packing import Pack
 from polar_ft.template import PolarTemplate
 from polar_ft.training import checkpoint_hook
 from polar_ft.training.checkpoints import point_to, pointed_to, remove_checkpoint

@@ -24,6 +24,7 @@ from polar_ft.template import PolarTemplate
 from tests import tokenizers_zoo
 from tests.client.conftest import make_data
 from tests.client.fake_server import FakeServer, reward_of
+from tests.encoding import encode, ids_of
 
 ENGINES = ("sglang", "vllm", "lmdeploy", "polar_ft")
 
@@ -37,8 +38,8 @@ def expected(template: PolarTemplate, data: list[dict]) -> list[float]:
     rewards = []
     for row in data:
         fields = (text(row["prompt"]), text(row["reference"]), [text(row["output"])])
-        encoded = template.encode(*fields, wrapper=row.get("wrapper", "sft"))
-        rewards.append(reward_of(encoded.sequences[0]))
+        encoded = encode(template, *fields, wrapper=row.get("wrapper", "sft"))
+        rewards.append(reward_of(ids_of(encoded)[0]))
     return rewards
 
 
@@ -91,7 +92,7 @@ def test_spelling_is_the_published_one(connect, serve):
 def test_ids_are_those_of_the_template(connect, serve, template):
     client = connect(serve())
     ids = client.encode({"prompt": "p", "reference": "", "output": "<|reward|>[UNUSED_TOKEN_130]"}).ids
-    assert ids == template.encode("p", "", ["<|reward|>[UNUSED_TOKEN_130]"]).sequences[0]
+    assert ids == ids_of(encode(template, "p", "", ["<|reward|>[UNUSED_TOKEN_130]"]))[0]
     # What a text spells is no control token: there is one of each.
     assert ids.count(template.separator_id) == ids.count(template.reward_token_id) == 1
 

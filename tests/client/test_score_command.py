@@ -18,12 +18,13 @@ import pytest
 
 from polar_ft.client.bulk import scoring
 from polar_ft.client.bulk.journal import open_journal
-from polar_ft.client.bulk.rows import parse_asked
+from polar_ft.client.bulk.rows import parse_row_to_score
 from polar_ft.client.bulk.scoring import DataSet, score_data_set
 from polar_ft.data.records import RowError
 from polar_ft.errors import DataError, PolarError
 from polar_ft.template import PolarTemplate
 from tests.client.fake_server import Answer, FakeServer, reward_of
+from tests.encoding import encode, ids_of
 
 
 def make_rows(n: int) -> list[dict[str, Any]]:
@@ -51,7 +52,7 @@ def expected_row(template: PolarTemplate, row: dict[str, Any]) -> dict[str, Any]
     """The row with its rewards, worked out apart from the code under test."""
 
     def rewards(reference: str, candidates: list[str]) -> list[float]:
-        return [reward_of(ids) for ids in template.encode(row["prompt"], reference, candidates).sequences]
+        return [reward_of(ids) for ids in ids_of(encode(template, row["prompt"], reference, candidates))]
 
     if "output" in row:
         return {**row, "reward": rewards(row["reference"], [row["output"]])[0]}
@@ -134,7 +135,7 @@ def test_bad_rows_are_named_before_anything_is_scored(score, serve, tmp_path):
 )
 def test_wrong_rows(row, field):
     with pytest.raises(RowError) as caught:
-        parse_asked(row)
+        parse_row_to_score(row)
     assert caught.value.field == field
 
 
@@ -152,7 +153,7 @@ def test_failed_run_goes_on(score, serve, template, tmp_path):
     assert result.n_resumed > 0
     assert read(tmp_path / "out.jsonl") == [expected_row(template, row) for row in rows]
     # 60 rows have 15 * (1 + 3 + 2 + 2) candidates, no two of them the same.
-    n_resumed = sum(len(parse_asked(row).fields[2]) for row in rows) - len(well.scored)
+    n_resumed = sum(len(parse_row_to_score(row).group.candidates) for row in rows) - len(well.scored)
     assert n_resumed > 0
     assert len({tuple(ids) for ids in well.scored}) == len(well.scored)
 
@@ -227,13 +228,13 @@ def test_rows_ahead_are_bounded(score, serve, tmp_path, monkeypatch):
         n_parsed += 1
         # The first pass, which checks, has read all 800 of them.
         furthest = max(furthest, n_parsed - 800 - n_scored())
-        return parse_asked(row)
+        return parse_row_to_score(row)
 
     def n_scored() -> int:
         with server.lock:
             return len(server.scored)
 
-    monkeypatch.setattr(scoring, "parse_asked", counting)
+    monkeypatch.setattr(scoring, "parse_row_to_score", counting)
     rows = [{"prompt": f"p{i}", "reference": "r", "output": "o"} for i in range(800)]
 
     class StopError(Exception):

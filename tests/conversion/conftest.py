@@ -16,6 +16,7 @@ from filelock import FileLock
 from polar_ft.model.tiny_base import make_tiny_base
 from polar_ft.model.weights import load_backbone
 from polar_ft.template import PolarTemplate
+from tests.encoding import encode, ids_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +64,7 @@ def template(base: Path) -> PolarTemplate:
 def sequences(template: PolarTemplate) -> list[list[int]]:
     """Token ids of five candidates of different lengths."""
     candidates = ["Beijing.", "It is Beijing, I think.", "", "Shanghai!", "no " * 30]
-    return template.encode("Which city is the capital of China?", "Beijing.", candidates).sequences
+    return ids_of(encode(template, "Which city is the capital of China?", "Beijing.", candidates))
 
 
 @pytest.fixture

@@ -22,10 +22,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from polar_ft.conversion import huggingface
 from polar_ft.conversion.huggingface import write_hf_folder
 from polar_ft.errors import PolarError
+from polar_ft.groups import TokenGroup
 from polar_ft.model.weights import load_backbone
 from polar_ft.scoring.scorer import RewardScorer
-from polar_ft.template import PolarTemplate, common_prefix_length
+from polar_ft.template import PolarTemplate
 from tests.conversion.conftest import ROOT
+from tests.encoding import encode, ids_of
 
 
 def scores_of_state(base, state, sequences):
@@ -77,10 +79,7 @@ def test_scores_are_those_of_training(base, trained, exported, sequences):
     for model in (shipped, by_code):
         torch.testing.assert_close(scores_of_model(model, sequences), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(scores_of_model(by_code, sequences, pad=2), expected, rtol=0, atol=1e-5)
-    from polar_ft.template import Cut, Encoded
-
-    encoded = Encoded(sequences, common_prefix_length(sequences), Cut(0, 0, (0,) * len(sequences)))
-    ours = torch.tensor(scorer.score_encoded([encoded])[0])
+    ours = torch.tensor(scorer.score_encoded([TokenGroup.of_sequences(sequences)])[0])
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -267,11 +266,11 @@ def test_other_bases_become_sequence_classifiers(base, tmp_path, kind):
     again = PolarTemplate.from_pretrained(out)  # now the tokens are there
     assert again.settings == template.settings
 
-    encoded = template.encode("Which city?", "Beijing.", ["Beijing.", "Shanghai, it is", "no " * 9])
+    encoded = encode(template, "Which city?", "Beijing.", ["Beijing.", "Shanghai, it is", "no " * 9])
     expected = torch.tensor(RewardScorer(model.llm, model.v_head, template).score_encoded([encoded])[0])
     assert expected.std() > 0.1
     for pad in (None, 2):
-        scores = scores_of_model(loaded, encoded.sequences, pad)
+        scores = scores_of_model(loaded, ids_of(encoded), pad)
         torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
     reloaded = RewardScorer.from_pretrained(out).score_encoded([encoded])[0]
     torch.testing.assert_close(torch.tensor(reloaded), expected, rtol=0, atol=1e-5)

@@ -38,14 +38,14 @@ def test_several_references_in_both_forms() -> None:
     several = {"references": ["4", MESSAGES]}
     row = {key: value for key, value in pair().items() if key != "reference"}
     example = parse_row({**row, **several}).to_example("f:1")
-    assert (example.reference, example.more_references) == ("4", ("Hi\nHello",))
+    assert example.references == ("4", "Hi\nHello")
     # A ranked row with references of its own takes none of its responses for one; two are enough.
     responses = [{"content": "a", "score": 2}, {"content": "b", "score": 1}]
     example = parse_row({"prompt": "?", "responses": responses, **several}).to_example("f:1")
-    assert (example.reference, example.more_references) == ("4", ("Hi\nHello",))
+    assert example.references == ("4", "Hi\nHello")
     assert (example.candidates, example.pairs) == (("a", "b"), ((0, 1),))
     # Parquet has the column in every row.
-    assert parse_row({**pair(), "references": None}).to_example("f:1").more_references == ()
+    assert parse_row({**pair(), "references": None}).to_example("f:1").references == ("4",)
     assert parse_row({**row, "reference": None, "references": ["4"]}).to_example("f:1").reference == "4"
 
 

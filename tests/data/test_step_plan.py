@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polar_ft.data.packing import Group
 from polar_ft.data.step_plan import StepPlan, split_evenly
 from polar_ft.errors import PolarError
+from polar_ft.groups import TokenGroup
 
 
 class Groups:
     """Groups in memory, with the sizes that a plan asks for."""
 
-    def __init__(self, groups: list[Group]) -> None:
+    def __init__(self, groups: list[TokenGroup]) -> None:
         self.groups = groups
         self.pairs = np.array([len(group.pairs) for group in groups])
         self.weights = np.array([group.weights.sum() for group in groups])
@@ -25,7 +25,7 @@ class Groups:
         }
         self.attended = {layout: tokens**2 // 2 for layout, tokens in self.tokens.items()}
 
-    def group(self, index: int) -> Group:
+    def group(self, index: int) -> TokenGroup:
         return self.groups[index]
 
     def source(self, index: int) -> str:
@@ -39,7 +39,7 @@ def make_groups(count: int, seed: int = 0, most: int = 6) -> Groups:
         branches = int(rng.integers(2, most + 2))
         pairs = [(i, i + 1) for i in range(branches - 1)]
         groups.append(
-            Group(
+            TokenGroup(
                 np.zeros(rng.integers(1, 60), dtype=np.int64),
                 [np.zeros(rng.integers(1, 40), dtype=np.int64) for _ in range(branches)],
                 np.array(pairs),

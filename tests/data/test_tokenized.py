@@ -13,12 +13,13 @@ import pytest
 pytest.importorskip("torch")  # the groups are laid out for training
 
 from polar_ft.data import tokenized
-from polar_ft.data.packing import Group
 from polar_ft.data.reading import as_sources
 from polar_ft.data.tokenized import TokenizedGroups, tokenize
 from polar_ft.errors import DataError, PolarError
+from polar_ft.groups import TokenGroup
 from polar_ft.template import PolarTemplate
 from tests.data.rows import pair, ranked
+from tests.encoding import encode, ids_of
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-def sequences(group: Group) -> list[list[int]]:
+def sequences(group: TokenGroup) -> list[list[int]]:
     return [[*group.prefix.tolist(), *branch.tolist()] for branch in group.branches]
 
 
@@ -44,7 +45,7 @@ def test_groups_are_what_the_template_encodes(template, cache, write_rows):
     file = write_rows("rows.jsonl", rows)
     groups = tokenize(as_sources(file), template, cache)
     assert all_sequences(groups) == [
-        template.encode(row["prompt"], row["reference"], [row["chosen"], row["rejected"]]).sequences
+        ids_of(encode(template, row["prompt"], row["reference"], [row["chosen"], row["rejected"]]))
         for row in rows
     ]
     for index in range(3):
@@ -61,7 +62,7 @@ def test_groups_are_what_the_template_encodes(template, cache, write_rows):
 def test_second_start_does_not_tokenize(template, cache, write_rows, monkeypatch):
     sources = as_sources(write_rows("rows.jsonl", [pair()]))
     first = tokenize(sources, template, cache)
-    monkeypatch.setattr(PolarTemplate, "encode_parts", None)
+    monkeypatch.setattr(PolarTemplate, "encode", None)
     second = tokenize(sources, template, cache, seed=7)  # without reference_dropout the seed decides nothing
     assert all_sequences(second) == all_sequences(first)
     assert second.summary == first.summary
@@ -137,7 +138,7 @@ def test_rows_of_one_prompt_and_reference_are_one_group(template, cache, write_r
     groups = tokenize(as_sources(write_rows("rows.jsonl", rows)), template, cache)
     assert len(groups) == 4
     merged = groups.group(0)
-    assert sequences(merged) == template.encode("2 + 2?", "4", ["four", "five", "4."]).sequences
+    assert sequences(merged) == ids_of(encode(template, "2 + 2?", "4", ["four", "five", "4."]))
     assert merged.pairs.tolist() == [[0, 1], [2, 0]]
     assert merged.weights.tolist() == [1.0, 3.0]
     assert groups.weights.tolist() == [4.0, 1.0, 1.0, 1.0]
@@ -148,7 +149,7 @@ def test_ranked_rows(template, cache, write_rows):
     groups = tokenize(as_sources(write_rows("rows.jsonl", [ranked(9, 3, 2, 2, 1)])), template, cache)
     (group,) = [groups.group(index) for index in range(len(groups))]
     candidates = [f"text {number}" for number in (1, 2, 3, 4)]
-    assert sequences(group) == template.encode("Which?", "text 0", candidates).sequences
+    assert sequences(group) == ids_of(encode(template, "Which?", "text 0", candidates))
     chosen_and_rejected = group.pairs.tolist()
     assert chosen_and_rejected[0] == [0, 1]
     assert chosen_and_rejected[-1][1] == 3
@@ -163,7 +164,7 @@ def test_a_candidate_without_a_pair_is_not_computed(template, cache, write_rows)
     other = pair(prompt=row["prompt"], reference="A", chosen="C", rejected="D")
     groups = tokenize(as_sources(write_rows("rows.jsonl", [row, other])), template, cache)
     assert (len(groups), groups.summary.rows, groups.summary.ties) == (1, 2, 1)
-    assert sequences(groups.group(0)) == template.encode(row["prompt"], "A", ["C", "D"]).sequences
+    assert sequences(groups.group(0)) == ids_of(encode(template, row["prompt"], "A", ["C", "D"]))
 
 
 def test_cuts_of_a_group_are_counted_by_row(template, cache, write_rows):
@@ -194,7 +195,7 @@ def test_reference_dropout(template, cache, write_rows):
         return [
             number
             for number, found in enumerate(all_sequences(groups))
-            if found == template.encode(str(number), "", ["four", "five"]).sequences
+            if found == ids_of(encode(template, str(number), "", ["four", "five"]))
         ]
 
     dropped = prompts_without_reference(groups)
@@ -242,7 +243,7 @@ def test_many_batches(template, cache, write_rows, monkeypatch):
     groups = tokenize(as_sources(write_rows("rows.jsonl", rows)), template, cache)
     assert len(groups) == 15
     for index in (0, 7, 14):
-        expected = template.encode(str(index), "4", ["four", str(2 * index), str(2 * index + 1)]).sequences
+        expected = ids_of(encode(template, str(index), "4", ["four", str(2 * index), str(2 * index + 1)]))
         assert sequences(groups.group(index)) == expected
 
 
@@ -254,16 +255,16 @@ def test_groups_go_to_workers_of_a_data_loader(template, cache, write_rows):
 def _tokenize_and_count(folder, file, cache, results, die=False):
     """In a process of its own: tokenizes, and tells how many batches it encoded; or dies while it writes."""
     template = PolarTemplate.from_pretrained(folder, max_length=256, max_response_length=64)
-    encode_parts = PolarTemplate.encode_parts
+    encode_groups = PolarTemplate.encode
     batches = []
 
     def counted(self, batch, **settings):
         batches.append(len(batch))
-        return encode_parts(self, batch, **settings)
+        return encode_groups(self, batch, **settings)
 
-    PolarTemplate.encode_parts = counted
+    PolarTemplate.encode = counted
     if die:
-        tokenized._merge_rows = lambda *_: os._exit(9)
+        tokenized._merge_repeated = lambda *_: os._exit(9)
     groups = tokenize(as_sources(file), template, cache)
     results.put((len(batches), len(groups)))
 

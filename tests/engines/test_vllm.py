@@ -20,9 +20,10 @@ import httpx
 import pytest
 
 from polar_ft.client import RewardModelClient, RewardServerError
+from polar_ft.groups import TokenGroup
 from polar_ft.parity.inputs import ParityInput, parity_inputs
 from polar_ft.scoring.scorer import RewardScorer
-from polar_ft.template import Encoded
+from tests.encoding import ids_of
 from tests.engines.conftest import ENVIRONMENT, MAX_LENGTH, MAX_RESPONSE_LENGTH
 from tests.engines.servers import Vllm, vllm_server
 
@@ -45,13 +46,13 @@ def rows(inputs: list[ParityInput]) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def encoded(scorer: RewardScorer, inputs: list[ParityInput]) -> list[Encoded]:
-    return scorer.template.encode_batch([item.texts() for item in inputs])
+def encoded(scorer: RewardScorer, inputs: list[ParityInput]) -> list[TokenGroup]:
+    return scorer.template.encode([item.group() for item in inputs])
 
 
 @pytest.fixture(scope="module")
-def ids(encoded: list[Encoded]) -> list[list[int]]:
-    return [ids for item in encoded for ids in item.sequences]
+def ids(encoded: list[TokenGroup]) -> list[list[int]]:
+    return [ids for item in encoded for ids in ids_of(item)]
 
 
 @pytest.fixture(scope="module")

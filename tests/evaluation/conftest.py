@@ -104,7 +104,7 @@ def _make_example(
 ) -> Example:
     values = {
         "prompt": f"prompt {row}",
-        "reference": f"reference {row}",
+        "references": (f"reference {row}",),
         "candidates": candidates,
         "pairs": pairs,
         "margins": (None,) * len(pairs),
@@ -115,4 +115,6 @@ def _make_example(
         "extra": {},
         "source": f"held_out.jsonl:{row + 1}",
     }
+    if "reference" in fields:
+        fields["references"] = (fields.pop("reference"),)
     return Example(**{**values, **fields})

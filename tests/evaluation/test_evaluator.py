@@ -51,7 +51,7 @@ def test_a_scorer_that_loses_an_example_is_caught(make_example, make_scorer):
 
 
 def test_of_several_references_the_longest_counts(make_example, template):
-    [tokens] = count_tokens(template, [make_example(0, reference="rr", more_references=("r" * 9,))])
+    [tokens] = count_tokens(template, [make_example(0, references=("rr", "r" * 9))])
     # Nine bytes and <s>.
     assert (tokens.lengths.reference, tokens.cut.reference) == (10, 0)
 

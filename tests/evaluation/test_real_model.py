@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from polar_ft.template import PolarTemplate
+from tests.encoding import encode, ids_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -64,11 +65,11 @@ def test_scores_are_those_of_transformers(llama_reward, model_dir, write_rows, t
     template = PolarTemplate.from_pretrained(model_dir)
 
     def by_transformers(row, reference):
-        encoded = template.encode(row["prompt"], reference, [row["chosen"], row["rejected"]])
+        encoded = encode(template, row["prompt"], reference, [row["chosen"], row["rejected"]])
         # The last hidden state through the head; the model's own pooling needs a pad token.
         with torch.inference_mode():
             hidden = [
-                llama_reward.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in encoded.sequences
+                llama_reward.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in ids_of(encoded)
             ]
             return [llama_reward.score(state).item() for state in hidden]
 

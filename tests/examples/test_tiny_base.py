@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.tiny_base import make_tiny_base
 from polar_ft.template import PolarTemplate
+from tests.encoding import encode, ids_of
 
 TEXTS = ["What colour is the lamp?\nIt is blue.", "What colour is the chair?\nIt is green."] * 5
 
@@ -40,9 +41,7 @@ def test_tokenizer_needs_no_code_and_puts_one_bos(base: Path) -> None:
 
 def test_control_tokens_are_those_of_polar(base: Path) -> None:
     template = PolarTemplate.from_pretrained(base)
-    tokens = template.tokens(
-        template.encode("What colour is the lamp?", "It is blue.", ["blue"]).sequences[0]
-    )
+    tokens = template.tokens(ids_of(encode(template, "What colour is the lamp?", "It is blue.", ["blue"]))[0])
     assert tokens[0] == "<s>"
     assert tokens.count("<|reward|>") == 1
     assert tokens[-1] == "[UNUSED_TOKEN_130]"

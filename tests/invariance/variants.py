@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from polar_ft.data.packing import Pack
 from polar_ft.data.step_plan import StepPlan
 from polar_ft.model import reward_model
+from polar_ft.model.packing import Pack
 from polar_ft.training import model
 from polar_ft.training.dataset import RewardDataset, build_reward_dataset
 from polar_ft.training.model import PolarRewardModel

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
-from polar_ft.data.packing import Group, build_pack
 from polar_ft.errors import PolarError
+from polar_ft.groups import TokenGroup
 from polar_ft.model.attention import available_backends, choose_backend
 from polar_ft.model.losses import pair_loss, pair_penalty
+from polar_ft.model.packing import build_pack
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 
 SIZES = dict(
@@ -35,13 +36,13 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32):
     return decoder.to(dtype), head.to(dtype)
 
 
-def make_groups(seed: int = 0) -> list[Group]:
+def make_groups(seed: int = 0) -> list[TokenGroup]:
     rng = np.random.default_rng(seed)
     groups = []
     for branches, pairs in ((2, [[0, 1]]), (4, [[0, 1], [1, 2], [0, 3], [2, 3]]), (3, [[2, 0], [1, 0]])):
         prefix = rng.integers(0, 64, rng.integers(1, 20))
         groups.append(
-            Group(
+            TokenGroup(
                 prefix,
                 [rng.integers(0, 64, rng.integers(1, 9)) for _ in range(branches)],
                 np.array(pairs),
@@ -72,7 +73,7 @@ def test_tree_and_flat_equal_separate_sequences(kind, checkpointing):
     expected = one_by_one(decoder, head, groups)
     (expected * weights).sum().backward()
     gradients = {name: p.grad.clone() for name, p in decoder.named_parameters()}
-    no_pairs = [Group(g.prefix, g.branches, g.pairs[:0], g.margins[:0], g.weights[:0]) for g in groups]
+    no_pairs = [TokenGroup(g.prefix, g.branches, g.pairs[:0], g.margins[:0], g.weights[:0]) for g in groups]
 
     use_packed_attention(decoder)
     for layout in ("tree", "flat"):

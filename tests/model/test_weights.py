@@ -205,7 +205,7 @@ def test_code_of_the_folder_is_not_run(tmp_path):
 def test_no_folder_and_no_weights(tmp_path):
     with pytest.raises(PolarError, match="no such folder; check the spelling"):
         load_backbone(tmp_path / "nothing")
-    with pytest.raises(PolarError, match=r"has no config.json; name a folder that holds a whole model"):
+    with pytest.raises(PolarError, match=r"has no config.json; name a folder that holds a complete model"):
         load_backbone(tmp_path)
     make_internlm2(tmp_path)
     (tmp_path / "model.safetensors").unlink()

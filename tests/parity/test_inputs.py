@@ -8,6 +8,7 @@ import pytest
 
 from polar_ft.parity.inputs import parity_inputs
 from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate
+from tests.encoding import ids_of
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def by_kind(template: PolarTemplate):
     """(input, encoded) of each kind."""
     inputs = parity_inputs(template, 55)
     found = defaultdict(list)
-    for item, encoded in zip(inputs, template.encode_batch([i.texts() for i in inputs]), strict=True):
+    for item, encoded in zip(inputs, template.encode([i.group() for i in inputs]), strict=True):
         found[item.kind].append((item, encoded))
     return found
 
@@ -49,7 +50,7 @@ def test_only_what_should_be_cut_is_cut(by_kind):
 
 
 def test_lengths_go_from_a_few_tokens_to_the_limit(by_kind, template):
-    lengths = [len(ids) for found in by_kind.values() for _, encoded in found for ids in encoded.sequences]
+    lengths = [len(ids) for found in by_kind.values() for _, encoded in found for ids in ids_of(encoded)]
     assert min(lengths) < 32
     assert 0.7 * template.max_length < max(lengths) <= template.max_length
 
@@ -65,7 +66,7 @@ def test_spelled_control_tokens_are_text(by_kind, template):
     ]
     assert set(spelled) == {SEPARATOR_TOKEN, REWARD_TOKEN}
     for _, encoded in found:
-        for ids in encoded.sequences:
+        for ids in ids_of(encoded):
             assert ids.count(template.separator_id) == 1
             assert ids.count(template.reward_token_id) == 1
 
@@ -73,6 +74,6 @@ def test_spelled_control_tokens_are_text(by_kind, template):
 def test_one_row_a_candidate(by_kind):
     item, _ = by_kind["several turns"][0]
     assert [row["output"] for row in item.rows()] == list(item.candidates)
-    prompt, reference, candidates, _ = item.texts()
-    assert prompt == "\n".join(message["content"] for message in item.prompt)
-    assert candidates[0] == reference
+    group = item.group()
+    assert group.prompt == "\n".join(message["content"] for message in item.prompt)
+    assert group.candidates[0] == group.reference

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
+from polar_ft.groups import TokenGroup
 from polar_ft.parity.inputs import ParityInput
 from polar_ft.parity.report import Comparison, compare
-from polar_ft.template import Cut, Encoded
 
 
-def texts(*lengths: int) -> tuple[ParityInput, Encoded]:
+def texts(*lengths: int) -> tuple[ParityInput, TokenGroup]:
     """An input whose candidates have so many tokens."""
     item = ParityInput("short", "p", "r", tuple(f"c{n}" for n in lengths))
-    return item, Encoded([[0] * n for n in lengths], 1, Cut(0, 0, (0,) * len(lengths)))
+    return item, TokenGroup.of_sequences([[0] * n for n in lengths])
 
 
 def compared(expected, found, tolerance=0.1) -> Comparison:

@@ -11,6 +11,7 @@ from polar_ft.errors import DataError, PolarError
 from polar_ft.model.weights import load_backbone
 from polar_ft.reward_scale import RewardScale
 from polar_ft.scoring.scorer import RewardScorer
+from tests.encoding import encode, ids_of
 
 # The published quick start: https://github.com/InternLM/POLAR#data-format
 QUICK_START = [
@@ -35,9 +36,9 @@ def by_transformers(model_folder, scorer):
             for value in (row["prompt"], row["reference"], row["output"])
         ]
         prompt, reference, output = texts
-        (ids,) = scorer.template.encode(
-            prompt, reference, [output], wrapper=row.get("wrapper", "sft")
-        ).sequences
+        (ids,) = ids_of(
+            encode(scorer.template, prompt, reference, [output], wrapper=row.get("wrapper", "sft"))
+        )
         with torch.inference_mode():
             hidden = decoder(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
             return (head @ hidden).item()

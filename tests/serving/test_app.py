@@ -16,6 +16,7 @@ from polar_ft.reward_scale import RewardScale
 from polar_ft.serving.app import create_app
 from polar_ft.serving.guard import Limits
 from polar_ft.serving.telemetry import JsonFormatter
+from tests.encoding import encode, ids_of
 from tests.serving.conftest import http
 from tests.serving.tiny import running
 
@@ -33,7 +34,7 @@ def expected(scorer):
 
 @pytest.fixture(scope="session")
 def sequences(scorer):
-    return scorer.template.encode(PROMPT, REFERENCE, CANDIDATES).sequences
+    return ids_of(encode(scorer.template, PROMPT, REFERENCE, CANDIDATES))
 
 
 def message(response: httpx.Response) -> str:
@@ -233,7 +234,7 @@ class TestLimits:
     @pytest.mark.parametrize("limit", ["max_requests", "max_queue_tokens"])
     def test_a_full_queue(self, held, limit):
         ask = {**ASK, "candidates": CANDIDATES[:1]}
-        tokens = len(held.template.encode(PROMPT, REFERENCE, CANDIDATES[:1]).sequences[0])
+        tokens = len(ids_of(encode(held.template, PROMPT, REFERENCE, CANDIDATES[:1]))[0])
         limits = Limits(**{limit: {"max_requests": 2, "max_queue_tokens": 3 * tokens - 1}[limit]})
         with (
             running(create_app(held, limits=limits)) as address,
@@ -328,10 +329,10 @@ def test_metrics_count_what_was_shared(scorer):
         client.post("/v1/rewards", json=ASK)
         text = client.get("/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    encoded = scorer.template.encode(PROMPT, REFERENCE, CANDIDATES)
-    flat = sum(map(len, encoded.sequences))
+    encoded = encode(scorer.template, PROMPT, REFERENCE, CANDIDATES)
+    flat = sum(map(len, ids_of(encoded)))
     assert float(values["polar_ft_sequence_tokens_total"]) == flat
-    assert float(values["polar_ft_computed_tokens_total"]) == flat - 3 * encoded.prefix_length
+    assert float(values["polar_ft_computed_tokens_total"]) == flat - 3 * len(encoded.prefix)
     assert float(values["polar_ft_candidates_total"]) == 4
     assert float(values["polar_ft_queue_tokens"]) == 0
     assert float(values['polar_ft_requests_total{route="/v1/rewards",status="200"}']) == 1

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polar_ft.data.packing import Group
+from polar_ft.groups import TokenGroup
 from polar_ft.serving.batching import Batcher, Candidate, Job, QueueFullError, ScoringError, ShuttingDownError
 
 POISON, NAN = 666, 999
@@ -26,7 +26,7 @@ class FakeModel:
         if not held:
             self.go.set()
 
-    def score_groups(self, groups: Sequence[Group]) -> list[list[float]]:
+    def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
         self.begun.set()
         assert self.go.wait(30)
         whole = [
@@ -43,7 +43,7 @@ def reward(ids: Sequence[int]) -> float:
 
 
 def candidate(head: Sequence[int], tail: Sequence[int]) -> Candidate:
-    return Candidate(np.array(head, dtype=np.int32), np.array(tail, dtype=np.int32))
+    return Candidate(np.array([*head, *tail], dtype=np.int32), len(head))
 
 
 def start(model: FakeModel, tokens_per_batch: int = 15, max_tokens: int = 10_000) -> Batcher:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_ft.serving.inputs import InputError, InputReader
+from tests.encoding import encode, ids_of
 
 SEPARATOR, REWARD = "<|reward|>", "[UNUSED_TOKEN_130]"
 
@@ -17,7 +18,7 @@ def reader(scorer) -> InputReader:
 
 
 def ids(candidate) -> list[int]:
-    return [*candidate.head.tolist(), *candidate.tail.tolist()]
+    return candidate.ids.tolist()
 
 
 def published(prompt: str, reference: str, output: str) -> str:
@@ -35,11 +36,11 @@ def test_published_texts_have_the_ids_of_the_template(reader, prompt, reference,
     if not output:
         output = "x"  # the published client writes a line break before an empty answer, the template does not
     (candidate,) = reader.from_texts([published(prompt, reference, output)])
-    (expected,) = reader.template.encode(prompt, reference, [output]).sequences
+    (expected,) = ids_of(encode(reader.template, prompt, reference, [output]))
     assert ids(candidate) == expected
     # One separator and one reward token, in their places.
     assert expected.count(reader.template.separator_id) == 1
-    assert expected.index(reader.template.separator_id) == len(candidate.head) - 1
+    assert expected.index(reader.template.separator_id) == candidate.head_length - 1
     assert expected.count(reader.template.reward_token_id) == 1
 
 
@@ -62,12 +63,12 @@ def test_texts_that_could_be_misread_are_refused(reader, text, message):
 
 
 def test_ids_are_taken_as_they_are(reader):
-    sequences = reader.template.encode("What is it?", "Beijing.", ["No", "Yes", ""]).sequences
+    sequences = ids_of(encode(reader.template, "What is it?", "Beijing.", ["No", "Yes", ""]))
     candidates = reader.from_ids(sequences)
     assert [ids(candidate) for candidate in candidates] == sequences
     # All three have one head, so that they are computed as a tree.
-    assert len({candidate.head.tobytes() for candidate in candidates}) == 1
-    assert candidates[0].head[-1] == reader.template.separator_id
+    assert len({candidate.head for candidate in candidates}) == 1
+    assert candidates[0].ids[candidates[0].head_length - 1] == reader.template.separator_id
 
 
 @pytest.mark.parametrize(

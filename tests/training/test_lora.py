@@ -17,14 +17,15 @@ from xtuner.registry import BUILDER
 from polar_ft.conversion.adapter import merge_adapter
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.conversion.convert import convert_checkpoint, read_training_config
-from polar_ft.data.packing import Group, build_pack
 from polar_ft.data.records import parse_row
 from polar_ft.errors import PolarError
 from polar_ft.model.lora import RECORD, Adapter
+from polar_ft.model.packing import build_pack
 from polar_ft.model.weights import load_backbone
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 from polar_ft.training.model import PolarRewardModel
+from tests.encoding import encode, ids_of
 from tests.training import test_other_bases
 from tests.training.conftest import STEPS, TOP_LINES, RunOnce
 from tests.training.runs import REPOSITORY, Run, edit_config, make_rows
@@ -148,8 +149,10 @@ def build(project: Path, template: PolarTemplate, dtype: str = "float32", **lora
 
 
 def a_pack(template: PolarTemplate):
-    encoded = template.encode("What is item 3 like?", "It is red.", ["Item 3 is red.", "Perhaps it is blue."])
-    return build_pack([Group.of_sequences(encoded.sequences, encoded.prefix_length)])
+    encoded = encode(
+        template, "What is item 3 like?", "It is red.", ["Item 3 is red.", "Perhaps it is blue."]
+    )
+    return build_pack([encoded])
 
 
 def test_recomputed_layers_drop_the_same_twice(project, template):
@@ -222,7 +225,7 @@ def test_peft_reads_the_adapter_folder(project, template, examples, tmp_path, mo
     loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     head = load_file(tmp_path / "out" / "reward_head.safetensors")["v_head.weight"]
     example = examples[0]
-    ids = template.encode(example.prompt, example.reference, example.candidates).sequences
+    ids = ids_of(encode(template, example.prompt, example.reference, example.candidates))
     with torch.no_grad():
         scores = [
             (loaded(input_ids=torch.tensor([i]), use_cache=False)[0][0, -1] @ head[0]).item() for i in ids

@@ -20,6 +20,7 @@ from transformers import (
 
 from polar_ft.data.records import parse_row
 from polar_ft.scoring.scorer import RewardScorer
+from tests.encoding import encode, ids_of
 from tests.training.conftest import STEPS, TOP_LINES
 from tests.training.runs import REPOSITORY, edit_config, make_rows
 
@@ -82,8 +83,8 @@ def test_train_convert_and_load(project, run_once, kind, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(out).eval()
     assert model.config.num_labels == 1
     for example, scored in zip(examples, rewards, strict=True):
-        encoded = scorer.template.encode(example.prompt, example.reference, example.candidates)
-        for ids, reward in zip(encoded.sequences, scored, strict=True):
+        encoded = encode(scorer.template, example.prompt, example.reference, example.candidates)
+        for ids, reward in zip(ids_of(encoded), scored, strict=True):
             with torch.inference_mode():
                 logits = model(input_ids=torch.tensor([ids])).logits
             assert logits.item() == pytest.approx(reward, abs=1e-5)

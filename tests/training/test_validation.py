@@ -19,11 +19,13 @@ from polar_ft.data.reading import as_sources, read_examples
 from polar_ft.errors import DataError, PolarError
 from polar_ft.evaluation.figures import compute_figures
 from polar_ft.evaluation.pairs import PairTable
+from polar_ft.groups import against
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 from polar_ft.training import held_out, validation
 from polar_ft.training.held_out import HeldOutPairs
 from polar_ft.training.validation import ValidationHook
+from tests.encoding import ids_of
 from tests.training.conftest import STEPS, TOP_LINES, RunOnce
 from tests.training.runs import Run, edit_config, write_rows
 from tests.training.test_train_command import two_ranks_run  # noqa: F401
@@ -236,11 +238,10 @@ def expected_scores(file: Path, template: PolarTemplate) -> list[tuple[float, fl
     pairs = []
     for example in read_examples(as_sources(str(file))):
         rewards = []
-        for reference in (example.reference, *example.more_references):
-            fields = (example.prompt, reference, example.candidates, example.wrapper)
-            (encoded,) = template.encode_batch([fields])
+        for reference in example.references:
+            (encoded,) = template.encode([against(example, reference)])
             rewards.append(
-                [sum(i * place for place, i in enumerate(ids, 1)) % 1013 for ids in encoded.sequences]
+                [sum(i * place for place, i in enumerate(ids, 1)) % 1013 for ids in ids_of(encoded)]
             )
         means = np.mean(rewards, axis=0)
         pairs += [(means[chosen], means[rejected]) for chosen, rejected in example.pairs]

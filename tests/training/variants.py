@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from polar_ft.data.packing import Pack
+from polar_ft.model.packing import Pack
 from polar_ft.training.model import PolarRewardModel
 
 # Which training forward goes wrong.

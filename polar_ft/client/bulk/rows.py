@@ -12,56 +12,58 @@ Rows have one of these forms; all their fields are kept, and one is added::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from polar_ft.data.records import RankedRow, RowError, parse_row
+from polar_ft.data.score_rows import parse_score_rows
 from polar_ft.errors import DataError
-from polar_ft.scoring.rows import parse_score_rows
-from polar_ft.template import Fields
+from polar_ft.groups import TextGroup
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RowToScore:
     """What a row asks to be scored.
 
     Attributes:
-        fields: Prompt, reference, candidates and wrapper, as a template takes them.
+        group: Prompt, reference and candidates.
         places: For each entry of the row's ``rewards`` the index of its candidate, None for a response that
             serves as the reference; None where the row has one candidate and gets a ``reward``.
     """
 
-    fields: Fields
+    group: TextGroup
     places: tuple[int | None, ...] | None
 
     @property
     def chars(self) -> int:
-        """Characters that the model reads, a measure of the work: candidates repeat what is before them."""
-        prompt, reference, candidates, _ = self.fields
-        return sum(2 * len(prompt) + len(reference) + len(candidate) for candidate in candidates)
+        """Characters that are sent, a measure of the work: each candidate with all that is before it."""
+        before = 2 * len(self.group.prompt) + len(self.group.reference)
+        return sum(before + len(candidate) for candidate in self.group.candidates)
 
 
-def parse_asked(row: Mapping[str, Any]) -> Asked:
-    """Checks a row.
+def parse_row_to_score(row: Mapping[str, Any]) -> RowToScore:
+    """Checks a row and finds what is to be scored in it.
 
     Raises:
         RowError: It has none of the forms, or rewards already.
 
-    >>> parse_asked({"prompt": "2 + 2?", "reference": "4", "candidates": ["four", "five"]})
-    Asked(fields=('2 + 2?', '4', ['four', 'five'], 'sft'), places=(0, 1))
+    >>> asked = parse_row_to_score({"prompt": "2 + 2?", "reference": "4", "candidates": ["four", "five"]})
+    >>> asked.group.candidates, asked.places
+    (('four', 'five'), (0, 1))
     >>> responses = [{"content": text, "score": score} for text, score in [("C", 1), ("A", 3), ("B", 2)]]
-    >>> parse_asked({"prompt": "Which?", "responses": responses})  # A is the best
-    Asked(fields=('Which?', 'A', ['C', 'B'], 'sft'), places=(0, None, 1))
+    >>> asked = parse_row_to_score({"prompt": "Which?", "responses": responses})  # A is the best
+    >>> asked.group.reference, asked.group.candidates, asked.places
+    ('A', ('C', 'B'), (0, None, 1))
     """
     if "output" in row:
-        asked = Asked(_score_fields(row, [row["output"]], "output"), None)
+        asked = RowToScore(_group(row, [row["output"]], "output"), None)
     elif "candidates" in row:
         candidates = row["candidates"]
         if not isinstance(candidates, list) or not candidates:
             raise RowError("candidates", "must be a list of at least one string or list of messages")
-        asked = Asked(_score_fields(row, candidates, "candidates"), tuple(range(len(candidates))))
+        asked = RowToScore(_group(row, candidates, "candidates"), tuple(range(len(candidates))))
     elif {"chosen", "rejected", "responses"} & row.keys():
-        asked = _preference_fields(row)
+        asked = _preference_row(row)
     else:
         raise RowError(
             "", "has nothing to score — it needs output, candidates, chosen and rejected, or responses"
@@ -74,11 +76,11 @@ def parse_asked(row: Mapping[str, Any]) -> Asked:
     return asked
 
 
-def with_rewards(row: Mapping[str, Any], asked: Asked, rewards: Sequence[float]) -> dict[str, Any]:
+def with_rewards(row: Mapping[str, Any], asked: RowToScore, rewards: Sequence[float]) -> dict[str, Any]:
     """The row with the rewards of its candidates, `[candidates]`.
 
     >>> row = {"prompt": "2 + 2?", "reference": "4", "output": "four", "id": 7}
-    >>> with_rewards(row, parse_asked(row), [-0.5])["reward"]
+    >>> with_rewards(row, parse_row_to_score(row), [-0.5])["reward"]
     -0.5
     """
     if asked.places is None:
@@ -86,7 +88,7 @@ def with_rewards(row: Mapping[str, Any], asked: Asked, rewards: Sequence[float])
     return {**row, "rewards": [None if place is None else rewards[place] for place in asked.places]}
 
 
-def _score_fields(row: Mapping[str, Any], candidates: Sequence[Any], name: str) -> Fields:
+def _group(row: Mapping[str, Any], candidates: Sequence[Any], name: str) -> TextGroup:
     shared = {key: row[key] for key in ("prompt", "reference", "wrapper") if row.get(key) is not None}
     try:
         parsed = list(parse_score_rows({**shared, "output": candidate} for candidate in candidates))
@@ -98,18 +100,17 @@ def _score_fields(row: Mapping[str, Any], candidates: Sequence[Any], name: str) 
             own = name if name == "output" else f"{name}[{number}]"
             field = own + field.removeprefix("output")
         raise RowError(field, reason) from None
-    return parsed[0].prompt, parsed[0].reference, [one.output for one in parsed], parsed[0].wrapper
+    return replace(parsed[0], candidates=tuple(text for one in parsed for text in one.candidates))
 
 
-def _preference_fields(row: Mapping[str, Any]) -> Asked:
+def _preference_row(row: Mapping[str, Any]) -> RowToScore:
     checked = parse_row(row)
     example = checked.to_example(":0")
-    if example.more_references:
+    if len(example.references) > 1:
         raise RowError("references", "has several — a reward belongs to one; write a row for each")
     places: list[int | None] = [0, 1]
     if isinstance(checked, RankedRow):
         reference = checked.ranking().reference
         numbers = iter(range(len(example.candidates)))
         places = [None if response is reference else next(numbers) for response in checked.responses]
-    fields = (example.prompt, example.reference, list(example.candidates), example.wrapper)
-    return Asked(fields, tuple(places))
+    return RowToScore(example, tuple(places))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from polar_ft.client.bulk.journal import Journal, another_run, open_journal, remove
-from polar_ft.client.bulk.rows import Asked, parse_asked, with_rewards
+from polar_ft.client.bulk.rows import RowToScore, parse_row_to_score, with_rewards
 from polar_ft.client.client import RewardModelClient
 from polar_ft.client.contact import check_same_model
 from polar_ft.client.errors import RewardServerError
@@ -23,7 +23,8 @@ from polar_ft.data.reading import MAX_LINE_MB, RowProblem, raise_problems, read_
 from polar_ft.data.records import RowError
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError
-from polar_ft.template import EncodedParts, PolarTemplate
+from polar_ft.groups import TokenGroup
+from polar_ft.template import EncodeError, PolarTemplate
 
 # Rows that go to the client together: about a request's worth, for a time left that can be believed.
 BATCH_CHARS = 100_000
@@ -165,7 +166,7 @@ def check(data: DataSet, show: Show) -> Contents:
             if isinstance(row, RowProblem):
                 problems.append(row)
                 continue
-            asked = parse_asked(row)
+            asked = parse_row_to_score(row)
         except RowError as error:
             problems.append(RowProblem.at(place, error))
             if len(problems) >= MOST_PROBLEMS:
@@ -183,11 +184,11 @@ def check(data: DataSet, show: Show) -> Contents:
 class _Batch:
     """Rows that are scored together, each with its number and place."""
 
-    rows: list[tuple[int, str, Asked]] = field(default_factory=list)
+    rows: list[tuple[int, str, RowToScore]] = field(default_factory=list)
     chars: int = 0
     n_cut: int = 0
 
-    def add(self, number: int, place: str, asked: Asked) -> None:
+    def add(self, number: int, place: str, asked: RowToScore) -> None:
         self.rows.append((number, place, asked))
         self.chars += asked.chars
 
@@ -240,7 +241,7 @@ def _batches(data: DataSet, journal: Journal) -> Iterator[_Batch | int]:
     for number, (place, row) in enumerate(data.rows()):
         if isinstance(row, RowProblem):  # it was not there when the rows were checked
             raise PolarError(f"{row}; {_CHANGED}")
-        asked = parse_asked(row)
+        asked = parse_row_to_score(row)
         if number in journal.done:
             yield asked.chars
             continue
@@ -252,18 +253,13 @@ def _batches(data: DataSet, journal: Journal) -> Iterator[_Batch | int]:
         yield batch
 
 
-def _encode(template: PolarTemplate, batch: _Batch) -> list[EncodedParts]:
+def _encode(template: PolarTemplate, batch: _Batch) -> list[TokenGroup]:
     try:
-        encoded = template.encode_parts([asked.fields for _, _, asked in batch.rows])
-    except PolarError:
-        # The template knows texts, not rows: one by one shows which it is.
-        for _, place, asked in batch.rows:
-            try:
-                template.encode_parts([asked.fields])
-            except PolarError as error:
-                raise PolarError(f"{place}: {error}") from None
-        raise
-    batch.n_cut = sum(bool(parts.cut) for parts in encoded)
+        encoded = template.encode([asked.group for _, _, asked in batch.rows])
+    except EncodeError as error:
+        _, place, _ = batch.rows[error.index]
+        raise PolarError(f"{place}: {error}") from None
+    batch.n_cut = sum(bool(group.cut) for group in encoded)
     return encoded
 
 
@@ -282,9 +278,9 @@ def _write(data: DataSet, journal: Journal, out: Path, contents: Contents, show:
         for _, row in data.rows():
             if isinstance(row, RowProblem):
                 raise PolarError(f"{row}; {_CHANGED}")
-            asked = parse_asked(row)
+            asked = parse_row_to_score(row)
             rewards = next(in_order, None)
-            if rewards is None or len(rewards) != len(asked.fields[2]):
+            if rewards is None or len(rewards) != len(asked.group.candidates):
                 raise PolarError(f"{data.path}: {_CHANGED}")
             _update(digest, asked)
             writer.write(with_rewards(row, asked, rewards))
@@ -294,5 +290,6 @@ def _write(data: DataSet, journal: Journal, out: Path, contents: Contents, show:
             raise PolarError(f"{data.path}: {_CHANGED}")
 
 
-def _update(digest: Any, asked: Asked) -> None:
-    digest.update(json.dumps(asked.fields).encode())
+def _update(digest: Any, asked: RowToScore) -> None:
+    group = asked.group
+    digest.update(json.dumps([group.prompt, group.reference, group.candidates, group.wrapper]).encode())

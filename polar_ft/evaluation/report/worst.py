@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from polar_ft.data.records import Example
 from polar_ft.evaluation.pairs import PairTable
+from polar_ft.groups import TextGroup
 from polar_ft.template import PolarTemplate
 
 N_WORST = 20
@@ -120,15 +121,14 @@ def pair_texts(template: PolarTemplate, example: Example, chosen: int, rejected:
         chosen: Index of the chosen candidate among the example's; likewise
         rejected: that of the rejected one.
     """
-    candidates = [example.candidates[chosen], example.candidates[rejected]]
-    prompt, _, (read_chosen, read_rejected) = template.kept_texts(
-        example.prompt, example.reference, candidates
-    )
-    references = (example.reference, *example.more_references)
+    candidates = (example.candidates[chosen], example.candidates[rejected])
+    kept = template.kept(TextGroup(example.prompt, (example.reference,), candidates, example.wrapper))
+    read_chosen, read_rejected = kept.candidates
     return PairTexts(
-        prompt=FieldText(example.prompt, len(example.prompt) - len(prompt), len(example.prompt)),
+        prompt=FieldText(example.prompt, len(example.prompt) - len(kept.prompt), len(example.prompt)),
         references=tuple(
-            FieldText(text, 0, len(template.kept_texts("", text, [])[1])) for text in references
+            FieldText(text, 0, len(template.kept(TextGroup("", (text,), ("",))).reference))
+            for text in example.references
         ),
         chosen=FieldText(candidates[0], 0, len(read_chosen)),
         rejected=FieldText(candidates[1], 0, len(read_rejected)),

@@ -38,9 +38,8 @@ def test_what_is_cut_is_what_the_template_cuts(template, make_example):
     example = make_example(
         0,
         prompt="p" * 300,
-        reference="r" * 70,
+        references=("r" * 70, "s"),
         candidates=("good", "b" * 100, "other"),
-        more_references=("s",),
     )
     texts = pair_texts(template, example, 0, 1)
     assert texts.prompt == FieldText("p" * 300, 300 - 133, 300)
