@@ -14,6 +14,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from polar_ft.data.reading import MAX_LINE_MB, expand
 from polar_ft.data.writing import refuse_to_overwrite
 from polar_ft.errors import PolarError
+from polar_ft.options import (
+    AllowTokenizerCode,
+    ApiKeyFile,
+    Force,
+    MaxLength,
+    MaxLineMb,
+    MaxResponseLength,
+    Split,
+)
 
 # Between two lines where there is no terminal to draw a bar on.
 SECONDS_BETWEEN_LINES = 30.0
@@ -45,18 +54,14 @@ def score(
         Literal["auto", "sglang", "vllm", "lmdeploy"],
         typer.Option(help="What the servers are; auto asks them."),
     ] = "auto",
-    max_length: Annotated[
-        int | None, typer.Option(help="Limit of an input in tokens; default: as the model was trained.")
-    ] = None,
-    max_response_length: Annotated[
-        int | None, typer.Option(help="Limit of the reference and of each candidate in tokens; likewise.")
-    ] = None,
+    max_length: MaxLength = None,
+    max_response_length: MaxResponseLength = None,
     scale: Annotated[
         bool, typer.Option("--scale", help="Apply the reward scale of polar-ft calibrate.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    force: Force = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Score everything anew, whatever an earlier run left.")
+        bool, typer.Option("--restart", help="Score everything again, whatever an earlier run left.")
     ] = False,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at each server.")] = 8,
     tokens_per_request: Annotated[int, typer.Option(min=1, help="Tokens of a request at most.")] = 32768,
@@ -65,18 +70,12 @@ def score(
     check_raw: Annotated[
         bool, typer.Option(help="Insist on evidence that the servers give raw rewards.")
     ] = True,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the servers' API key; default: the environment variable POLAR_API_KEY."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of a HuggingFace data set.")] = "train",
-    max_line_mb: Annotated[float, typer.Option(help="Longest line of IN, in MB.")] = MAX_LINE_MB,
-    allow_tokenizer_code: Annotated[
-        list[str] | None,
-        typer.Option(help="A tokenizer class of the model whose code may be run; may be repeated."),
-    ] = None,
+    api_key_file: ApiKeyFile = None,
+    split: Split = "train",
+    max_line_mb: MaxLineMb = MAX_LINE_MB,
+    allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
-    """Rewards of a data set of any size, from running servers; a killed run goes on where it was."""
+    """Rewards of a data set of any size, from running servers; a killed run resumes."""
     # Imported here: `polar-ft --help` starts at once.
     from polar_ft.client.bulk.scoring import DataSet, score_data_set
     from polar_ft.client.client import RewardModelClient

@@ -37,6 +37,16 @@ from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, show_problem
 from polar_ft.data.split import Side, split_by_prompt
 from polar_ft.data.writing import refuse_to_overwrite
 from polar_ft.errors import PolarError
+from polar_ft.options import (
+    AllowTokenizerCode,
+    Force,
+    MaxLength,
+    MaxLineMb,
+    MaxResponseLength,
+    Pairing,
+    PairingName,
+    Split,
+)
 from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate
 
 data_app = typer.Typer(
@@ -48,19 +58,6 @@ Files = Annotated[
 ]
 Input = Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or a HuggingFace id.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer counts.")]
-MaxLength = Annotated[
-    int | None, typer.Option(help="Longest sequence in tokens. (default: the model's own, else 16384)")
-]
-MaxResponseLength = Annotated[
-    int | None,
-    typer.Option(help="Longest reference and response in tokens. (default: the model's own, else 4096)"),
-]
-AllowCode = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--allow-tokenizer-code", "--allow", help="Tokenizer class of the folder that may be run, by name."
-    ),
-]
 SeparatorToken = Annotated[
     str | None,
     typer.Option(
@@ -74,10 +71,6 @@ RewardToken = Annotated[
 AddTokens = Annotated[
     bool, typer.Option("--add-reward-tokens", help="Add the two tokens where the tokenizer lacks them.")
 ]
-PairingOption = Literal["adjacent", "all"]
-Split = Annotated[str, typer.Option(help="Split of a HuggingFace data set.")]
-MaxLineMb = Annotated[float, typer.Option(help="Refuse a longer line of JSON, in MB.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the output where it exists.")]
 
 
 @data_app.command("check")
@@ -86,9 +79,9 @@ def check_command(
     tokenizer: Tokenizer = None,
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
-    pairing: Annotated[PairingOption, typer.Option(help="How ranked rows become pairs.")] = "adjacent",
+    pairing: Pairing = "adjacent",
     as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON.")] = False,
-    allow_tokenizer_code: AllowCode = None,
+    allow_tokenizer_code: AllowTokenizerCode = None,
     separator: SeparatorToken = None,
     reward_token: RewardToken = None,
     add_reward_tokens: AddTokens = False,
@@ -138,7 +131,7 @@ def convert_command(
     source: Input,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A .jsonl or .jsonl.gz file.")],
     pairing: Annotated[
-        PairingOption | None,
+        PairingName | None,
         typer.Option(
             help="ranked: pair with the next worse response, or all worse ones. (default: adjacent)"
         ),
@@ -230,10 +223,10 @@ def preview_command(
     index: Annotated[int, typer.Option(help="Which row, from 0.")] = 0,
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
-    pairing: Annotated[PairingOption, typer.Option(help="How ranked rows become pairs.")] = "adjacent",
+    pairing: Pairing = "adjacent",
     everything: Annotated[bool, typer.Option("--all", help="Show long runs of tokens in full.")] = False,
     ids: Annotated[bool, typer.Option("--ids", help="Show each token's id behind it.")] = False,
-    allow_tokenizer_code: AllowCode = None,
+    allow_tokenizer_code: AllowTokenizerCode = None,
     separator: SeparatorToken = None,
     reward_token: RewardToken = None,
     add_reward_tokens: AddTokens = False,

@@ -67,7 +67,7 @@ class SubsetCount(BaseModel):
     pairs: int = 0
 
 
-class Report(BaseModel):
+class DataReport(BaseModel):
     """What `check` found. Where it says "pairs" a ranked row counts once for every pair that it gives.
 
     Attributes:
@@ -165,7 +165,7 @@ def check(
     *,
     on_problem: OnProblem | None = None,
     on_bytes: OnBytes | None = None,
-) -> Report:
+) -> DataReport:
     """Reads data to the end and reports what is in it and which rows cannot be used.
 
     Args:
@@ -197,7 +197,7 @@ class _Lint:
     """Counts of a pass. Texts are remembered by 8 bytes of their hash: about 100 bytes a pair."""
 
     def __init__(self, sources: Sequence[DataSource], template: PolarTemplate | None) -> None:
-        self.report = Report(
+        self.report = DataReport(
             files=[source.path for source in sources], unit="characters" if template is None else "tokens"
         )
         if template is not None:
@@ -274,7 +274,7 @@ class _Lint:
         report.contradictory_pairs += exchanged in self.seen_pairs and better != worse
         self.seen_pairs.add(pair)
 
-    def finish(self) -> Report:
+    def finish(self) -> DataReport:
         report = self.report
         report.bad_rows = len(report.problems)
         report.prompts = len(self.prompt_files)

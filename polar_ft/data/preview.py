@@ -45,7 +45,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Section:
+class TokenRun:
     """A run of tokens under one title."""
 
     title: str
@@ -79,7 +79,7 @@ def read_example(source: DataSource, index: int) -> Example:
         raise DataError(f"{place}: {error}") from error
 
 
-def sections(example: Example, template: PolarTemplate) -> tuple[TokenGroup, list[Section]]:
+def sections(example: Example, template: PolarTemplate) -> tuple[TokenGroup, list[TokenRun]]:
     """The tokens of an example, as the model reads them, and between them what was cut.
 
     Args:
@@ -100,10 +100,10 @@ def sections(example: Example, template: PolarTemplate) -> tuple[TokenGroup, lis
         for number, (kept, full) in enumerate(zip(encoded.sequences, uncut.sequences, strict=True))
     ]
     shared = _tokens_of_prefix(shown[0], len(encoded.prefix))
-    result = [Section("shared prefix", shown[0][:shared])]
+    result = [TokenRun("shared prefix", shown[0][:shared])]
     names = _candidate_names(example)
     for name, tokens in zip(names, shown, strict=True):
-        result.append(Section(name, tokens[_tokens_of_prefix(tokens, len(encoded.prefix)) :]))
+        result.append(TokenRun(name, tokens[_tokens_of_prefix(tokens, len(encoded.prefix)) :]))
     return encoded, result
 
 
@@ -195,7 +195,7 @@ def summary_table(example: Example, encoded: TokenGroup) -> Table:
     return table
 
 
-def section_text(section: Section, *, width: int = 100, everything: bool = False, ids: bool = False) -> Text:
+def section_text(section: TokenRun, *, width: int = 100, everything: bool = False, ids: bool = False) -> Text:
     """A section as coloured text; where there is no colour, marks tell the same.
 
     Tokens are parted by ``│``; a control token stands in ``⟦ ⟧``, a run of cut tokens in ``✂ ✂``.
@@ -207,7 +207,7 @@ def section_text(section: Section, *, width: int = 100, everything: bool = False
         ids: Write each token's id behind it, in small digits.
 
     >>> tokens = [Token(1, "<s>", "control"), Token(5, "Hi", "text"), Token(6, "·all", "cut")]
-    >>> section_text(Section("shared prefix", tokens)).plain
+    >>> section_text(TokenRun("shared prefix", tokens)).plain
     '  ⟦<s>⟧│Hi│✂·all✂'
     """
     text = Text("  ")

@@ -23,7 +23,8 @@ from pydantic_core import from_json
 
 from polar_ft.data.json_list import BrokenListError, entries
 from polar_ft.data.records import Example, Pairing, RowError, parse_row
-from polar_ft.errors import DataError, PolarError
+from polar_ft.errors import DataError, PolarError, validation_sentences
+from polar_ft.files import first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 MAX_LINE_MB = 32.0
@@ -113,8 +114,8 @@ def as_sources(sources: Sources) -> list[DataSource]:
             return [DataSource(**fields)]
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"]))
-            what = f"unknown key {key!r}" if first["type"] == "extra_forbidden" else f"{key}: {first['msg']}"
+            unknown = first["type"] == "extra_forbidden"
+            what = f"unknown key {first['loc'][0]!r}" if unknown else validation_sentences(error)[0]
             known = ", ".join(DataSource.model_fields)
             raise PolarError(f"data source {fields}: {what}; it may say {known}") from None
     if not isinstance(sources, Sequence) or not sources:
@@ -410,7 +411,7 @@ def _read_parquet(file: str, on_bytes: OnBytes | None) -> Iterator[Row]:
             if on_bytes is not None:
                 on_bytes(size * batch.num_rows // total)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0][:160]
+        reason = first_line(error, 160)
         problem = RowProblem(
             file, number + 1, "", f"is not readable Parquet ({reason}) — write the file again"
         )
@@ -428,7 +429,7 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
     try:
         dataset = datasets.load_dataset(repository, config or None, split=split)
     except Exception as error:  # the hub, the network, the data set's files: all of them the user's to mend
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = first_line(error)
         raise PolarError(
             f"{name}: no such file here, and as a HuggingFace data set (split {split!r}) it could not be "
             f"loaded ({type(error).__name__}: {reason}); check the spelling, the split and the network"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polar_ft.data.lint import FIELDS, Lengths, Report
+from polar_ft.data.lint import FIELDS, DataReport, Lengths
 from polar_ft.data.reading import RowProblem
 
 SUBSETS_SHOWN = 20
@@ -20,7 +20,7 @@ def show_problems(console: Console, problems: Sequence[RowProblem]) -> None:
         console.print(f"[red]bad row[/] {escape(str(problem))}", soft_wrap=True)
 
 
-def show_report(console: Console, report: Report) -> None:
+def show_report(console: Console, report: DataReport) -> None:
     """Prints the bad rows, then the counts of what is in the data."""
     show_problems(console, report.problems)
     if report.problems:
@@ -72,7 +72,7 @@ def number_table(columns: Sequence[str]) -> Table:
     return table
 
 
-def _lengths_table(report: Report) -> Table:
+def _lengths_table(report: DataReport) -> Table:
     columns = ["", "mean", "50 %", "90 %", "99 %", "longest", "empty"]
     if report.truncated:
         columns += ["fields cut", "tokens cut", "on the"]
@@ -120,7 +120,7 @@ def _flagged(count: int, flag: bool = True) -> str:
     return f"[yellow]{count:,}[/]" if count and flag else f"{count:,}"
 
 
-def _findings_table(report: Report) -> Table:
+def _findings_table(report: DataReport) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -156,7 +156,7 @@ def _findings_table(report: Report) -> Table:
     return table
 
 
-def _subsets_table(report: Report) -> Table:
+def _subsets_table(report: DataReport) -> Table:
     table = number_table(["", "rows", "pairs"])
     ordered = sorted(report.subsets.items(), key=lambda item: -item[1].rows)
     for name, count in ordered[:SUBSETS_SHOWN]:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polar_ft.data.records import Text, text_of
-from polar_ft.errors import DataError
+from polar_ft.errors import DataError, validation_sentences
 from polar_ft.groups import TextGroup, Wrapper
 
 
@@ -50,14 +50,8 @@ def parse_score_rows(data: Iterable[Any]) -> Iterator[TextGroup]:
         try:
             fields = _Row.model_validate(row)
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
-            # The names that pydantic gives the arms of Text are not in the row.
-            path = [part for part in problem["loc"] if part not in ("string", "messages")]
-            where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-            # pydantic would name a function of ours.
-            tag = problem["type"].startswith("union_tag")
-            reason = "must be a string or a list of messages" if tag else problem["msg"]
-            raise DataError(f"data[{index}]{where}: {reason}") from None
+            first = validation_sentences(error, leave_out=("string", "messages"))[0]
+            raise DataError(f"data[{index}].{first}") from None
         yield TextGroup(
             prompt=text_of(fields.prompt),
             references=(text_of(fields.reference),),

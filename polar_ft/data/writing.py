@@ -1,4 +1,4 @@
-"""JSON lines written beside their place and renamed when whole: nothing half-written is left behind."""
+"""JSON lines, written atomically: nothing half-written is left behind."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polar_ft.errors import PolarError
+from polar_ft.files import unfinished
 
 
 class RowWriter:
@@ -67,7 +68,7 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
 
 @contextmanager
 def open_rows(path: Path) -> Iterator[RowWriter]:
-    """A writer of a .jsonl or .jsonl.gz file that appears, whole, when the block ends without an error.
+    """Writes a .jsonl or .jsonl.gz file that appears, complete, when the block ends without an error.
 
     Args:
         path: The file; its folder is made where it is missing.
@@ -75,25 +76,23 @@ def open_rows(path: Path) -> Iterator[RowWriter]:
     Raises:
         PolarError: The file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A gzip file without its time stamp: the same rows give the same bytes.
-        raw = part.open("wb")
-    stream = gzip.GzipFile(path.name, "wb", fileobj=raw, mtime=0) if path.name.endswith(".gz") else raw
-    try:
-        yield RowWriter(path, stream)
+    with unfinished(path) as part:
         with _disk_errors(path):
-            if stream is not raw:
-                stream.close()
-            raw.flush()
-            os.fsync(raw.fileno())
-            raw.close()
-            part.replace(path)
-    finally:
-        with suppress(OSError):  # closing flushes once more, onto a disk that may be full
-            raw.close()
-        part.unlink(missing_ok=True)
+            raw = part.open("wb")
+        # A gzip file without its time stamp: the same rows give the same bytes.
+        stream = gzip.GzipFile(path.name, "wb", fileobj=raw, mtime=0) if path.name.endswith(".gz") else raw
+        try:
+            yield RowWriter(path, stream)
+            with _disk_errors(path):
+                if stream is not raw:
+                    stream.close()
+                raw.flush()
+                os.fsync(raw.fileno())
+        finally:
+            with suppress(OSError):  # closing flushes once more, onto a disk that may be full
+                raw.close()
 
 
 @contextmanager

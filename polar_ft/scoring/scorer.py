@@ -62,7 +62,7 @@ class RewardScorer:
         folder: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | Literal["auto"] = "auto",
+        dtype: torch.dtype | str = "auto",
         tokens_per_batch: int = 16384,
         attention: Backend | Literal["auto"] = "auto",
         **template_settings: Any,
@@ -72,7 +72,7 @@ class RewardScorer:
         Args:
             folder: A HuggingFace folder with a reward head, or a hub id.
             device: None takes CUDA where there is one.
-            dtype: "auto" takes the dtype of the checkpoint on CUDA, and float32 on a CPU.
+            dtype: A dtype or its name; "auto" takes that of the checkpoint on CUDA, and float32 on a CPU.
             tokens_per_batch: See the class.
             attention: See the class.
             **template_settings: Of `PolarTemplate.from_pretrained`; by default what the folder says.
@@ -86,10 +86,12 @@ class RewardScorer:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
             raise PolarError(f"device {device}: {first_line(error)}") from error
-        if dtype == "auto" and device.type == "cpu":
-            dtype = torch.float32
+        if dtype == "auto":
+            wanted = torch.float32 if device.type == "cpu" else None
+        else:
+            wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         template = PolarTemplate.from_pretrained(folder, **template_settings)
-        decoder, head_weight, _ = load_backbone(folder, None if dtype == "auto" else dtype)
+        decoder, head_weight, _ = load_backbone(folder, wanted)
         if head_weight is None:
             raise PolarError(
                 f"{os.fspath(folder)}: has no reward head (v_head.weight or score.weight), so it is a base "

@@ -18,7 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import polar_ft
-from polar_ft.errors import PolarError
+from polar_ft.errors import PolarError, validation_sentences
 from polar_ft.reward_scale import FILE_NAME
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.serving.batching import Batcher, Candidate, Job, QueueFullError, ScoringError, ShuttingDownError
@@ -281,17 +281,13 @@ def _what_is_wrong(error: RequestValidationError) -> str:
 
     The names of the arms of a union are left out of the path; they are pydantic's, not the request's.
     """
-    reasons = []
-    for problem in error.errors():
-        arms = {"body", "one", "several", "string", "messages", "text", "texts", "ids", "ids of several"}
-        path = [part for part in problem["loc"][1:] if part not in arms - {"text"}]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-        # pydantic would name a function of ours.
-        tag = problem["type"].startswith("union_tag")
-        reason = "must be a string or a list of messages" if tag else problem["msg"]
-        reasons.append(f"{where or 'body'}: {reason}")
+    arms = {"body", "one", "several", "string", "messages", "texts", "ids", "ids of several"}
+    reasons = [
+        sentence if ": " in sentence else f"body: {sentence}"
+        for sentence in validation_sentences(error, leave_out=arms)
+    ]
     more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
-    return "; ".join(dict.fromkeys(reasons[:3])) + more
+    return "; ".join(reasons[:3]) + more
 
 
 def _add_reward_routes(app: FastAPI, server: Server) -> None:

@@ -7,21 +7,18 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from polar_ft.errors import PolarError
-from polar_ft.files import first_line
-
-if TYPE_CHECKING:
-    from polar_ft.scoring.scorer import RewardScorer
+from polar_ft.options import AllowTokenizerCode, Device, Dtype, MaxLength, MaxResponseLength, ModelFolder
 
 KEY_VARIABLE = "POLAR_API_KEY"
 
 
 def serve(
-    model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")],
+    model: ModelFolder,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 30000,
     api_key_file: Annotated[
@@ -34,19 +31,14 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="The model's name for clients; default: its folder's.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if any.")] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="auto: what the folder has on a GPU, float32 on a CPU."),
-    ] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
     batch_tokens: Annotated[
         int,
         typer.Option(min=1, help="Tokens in one forward pass; fewer keep short requests from waiting."),
     ] = 16384,
-    max_length: Annotated[int | None, typer.Option(help="Limit of a whole sequence in tokens.")] = None,
-    max_response_length: Annotated[
-        int | None, typer.Option(help="Limit of the reference and of each candidate in tokens.")
-    ] = None,
+    max_length: MaxLength = None,
+    max_response_length: MaxResponseLength = None,
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; more get status 429.")] = 1024,
     max_queue_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens that may wait; more get status 429, or 413 in one request.")
@@ -58,10 +50,7 @@ def serve(
     pooling_format: Annotated[
         Literal["vllm", "lmdeploy"], typer.Option(help="Shape of /pooling where a request does not tell.")
     ] = "vllm",
-    allow_tokenizer_code: Annotated[
-        list[str] | None,
-        typer.Option(help="A tokenizer class of the folder whose code may be run; may be repeated."),
-    ] = None,
+    allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
     """Serve a reward model over HTTP, with the formats of SGLang, vLLM and LMDeploy, and a page to try it."""
     # OpenMP's threads would otherwise spin between forward passes, on the cores that answer the clients.
@@ -71,6 +60,7 @@ def serve(
     try:
         import uvicorn
 
+        from polar_ft.scoring.scorer import RewardScorer
         from polar_ft.serving.app import create_app
         from polar_ft.serving.guard import Limits
         from polar_ft.serving.telemetry import log_as_json, note
@@ -79,13 +69,15 @@ def serve(
             raise
         raise PolarError(f"serving needs {error.name}: pip install 'polar-ft[train,serve]'") from error
 
-    settings = {
-        "tokens_per_batch": batch_tokens,
-        "max_length": max_length,
-        "max_response_length": max_response_length,
-        "allow_tokenizer_code": tuple(allow_tokenizer_code or ()),
-    }
-    scorer = _load(model, device, dtype, {key: value for key, value in settings.items() if value is not None})
+    scorer = RewardScorer.from_pretrained(
+        model,
+        device=device,
+        dtype=dtype,
+        tokens_per_batch=batch_tokens,
+        max_length=max_length,
+        max_response_length=max_response_length,
+        allow_tokenizer_code=tuple(allow_tokenizer_code or ()),
+    )
     # The first forward allocates and compiles; no client should wait for it.
     scorer.score({"prompt": "warm", "reference": "up", "output": "."})
 
@@ -164,17 +156,3 @@ def _is_loopback(address: str) -> bool:
 def _address(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _load(model: str, device: str | None, dtype: str, settings: dict) -> RewardScorer:
-    import torch
-
-    from polar_ft.scoring.scorer import RewardScorer
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise PolarError(f"--device {device}: {first_line(error)}") from error
-    return RewardScorer.from_pretrained(
-        model, device=device, dtype="auto" if dtype == "auto" else getattr(torch, dtype), **settings
-    )

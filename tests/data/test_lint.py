@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_ft.data.lint import Report, check, summarize
+from polar_ft.data.lint import DataReport, check, summarize
 from polar_ft.data.reading import RowProblem, as_sources
 from polar_ft.template import PolarTemplate
 from tests.data.rows import WriteRows, pair, ranked
@@ -23,7 +23,7 @@ def template(tokenizer_folder: Path) -> PolarTemplate:
     return PolarTemplate.from_pretrained(tokenizer_folder, max_length=100, max_response_length=20)
 
 
-def run(*paths: Path, template: PolarTemplate | None = None) -> Report:
+def run(*paths: Path, template: PolarTemplate | None = None) -> DataReport:
     return check(as_sources([str(path) for path in paths]), template)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from polar_ft.data.preview import Section, Token, read_example, section_text, sections
+from polar_ft.data.preview import Token, TokenRun, read_example, section_text, sections
 from polar_ft.data.reading import DataSource
 from polar_ft.data.records import Example, parse_row
 from polar_ft.errors import DataError, PolarError
@@ -20,11 +20,11 @@ def example_of(**changes: object) -> Example:
     return parse_row(pair(**changes)).to_example("in.jsonl:1")
 
 
-def ids_of(*shown: Section, cut: bool = False) -> list[int]:
+def ids_of(*shown: TokenRun, cut: bool = False) -> list[int]:
     return [token.id for section in shown for token in section.tokens if cut or token.kind != "cut"]
 
 
-def spelled(shown: Section, kind: str) -> str:
+def spelled(shown: TokenRun, kind: str) -> str:
     return "".join(token.text for token in shown.tokens if token.kind == kind)
 
 
@@ -95,7 +95,7 @@ def test_ranked_rows_show_every_candidate(tokenizer_folder: Path) -> None:
 
 
 def test_long_runs_are_shortened_and_lines_kept_within_the_width() -> None:
-    section = Section("chosen", [Token(i, f"word{i}", "text") for i in range(1000)])
+    section = TokenRun("chosen", [Token(i, f"word{i}", "text") for i in range(1000)])
     short = section_text(section, width=60).plain
     assert "… 760 tokens not shown (--all) …" in short
     assert "word159" in short
