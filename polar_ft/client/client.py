@@ -18,7 +18,7 @@ import numpy as np
 from polar_ft.client import background
 from polar_ft.client.contact import Profile, ServerType, probe_sequences
 from polar_ft.client.encoded_text import EncodedElement, check, encode
-from polar_ft.client.servers import LOGGER, Server, parse_addresses
+from polar_ft.client.servers import LOGGER, Endpoint, parse_addresses
 from polar_ft.client.transport import Settings, Transport
 from polar_ft.client.wire import WIRES
 from polar_ft.errors import PolarError
@@ -287,7 +287,7 @@ class RewardModelClient:
         """Called in the event loop; a forked process has another loop, and so transports of its own."""
         key = (asyncio.get_running_loop(), server_type, settings)
         if key not in self._transports:
-            servers = [Server(name, url) for name, url in self._addresses]
+            servers = [Endpoint(name, url) for name, url in self._addresses]
             self._transports[key] = Transport(
                 servers, server_type, self._probes, settings, self.template.fingerprint
             )

@@ -27,7 +27,7 @@ LONGEST_PAUSE = 30.0
 
 
 @dataclass(eq=False)
-class Server:
+class Endpoint:
     """One server and how it is doing.
 
     Attributes:
@@ -111,7 +111,7 @@ class ServerPool:
         retry_delay: Seconds that a server rests after its first failure; doubled with every further one.
     """
 
-    def __init__(self, servers: Sequence[Server], *, concurrency: int, retry_delay: float) -> None:
+    def __init__(self, servers: Sequence[Endpoint], *, concurrency: int, retry_delay: float) -> None:
         self.servers = list(servers)
         self.concurrency = concurrency
         self.retry_delay = retry_delay
@@ -122,7 +122,7 @@ class ServerPool:
         """All servers, for errors."""
         return ", ".join(server.name for server in self.servers)
 
-    async def acquire(self, tokens: int, give_up_at: float) -> Server:
+    async def acquire(self, tokens: int, give_up_at: float) -> Endpoint:
         """The server for the next request; waits until there is one. `release` gives it back.
 
         Args:
@@ -148,20 +148,20 @@ class ServerPool:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), None if wakes is None else wakes - now)
 
-    def release(self, server: Server, tokens: int) -> None:
+    def release(self, server: Endpoint, tokens: int) -> None:
         """The request is over, however it ended."""
         server.requests -= 1
         server.tokens -= tokens
         self._wake()
 
-    def answered(self, server: Server) -> None:
+    def answered(self, server: Endpoint) -> None:
         """The server is well."""
         if server.failures:
             LOGGER.info("%s answers again", server.name)
         server.failures = 0
         server.answered_at = asyncio.get_running_loop().time()
 
-    def failed(self, server: Server, problem: UnavailableError, sent_at: float) -> None:
+    def failed(self, server: Endpoint, problem: UnavailableError, sent_at: float) -> None:
         """The server did not answer a request; it rests.
 
         Args:
@@ -202,7 +202,7 @@ class ServerPool:
             return self.servers[0].last_reason
         return "; ".join(f"{s.name}: {s.last_reason}" for s in self.servers if s.last_reason)
 
-    def _limit(self, server: Server) -> int:
+    def _limit(self, server: Endpoint) -> int:
         return 1 if server.failures else self.concurrency
 
     def _wake(self) -> None:

@@ -28,7 +28,7 @@ from polar_ft.client.contact import (
     refusal,
 )
 from polar_ft.client.errors import RewardServerError, UnavailableError, WireError
-from polar_ft.client.servers import LOGGER, Server, ServerPool
+from polar_ft.client.servers import LOGGER, Endpoint, ServerPool
 from polar_ft.client.wire import ROUTES, read_rewards, request_body
 
 RETRIED = (429, 502, 503, 504)
@@ -98,7 +98,7 @@ class Transport:
 
     def __init__(
         self,
-        servers: Sequence[Server],
+        servers: Sequence[Endpoint],
         server_type: ServerType,
         probes: Sequence[np.ndarray],
         settings: Settings,
@@ -195,7 +195,7 @@ class Transport:
             finally:
                 self.pool.release(server, tokens)
 
-    async def _profile(self, server: Server) -> Profile:
+    async def _profile(self, server: Endpoint) -> Profile:
         """What the server is; makes contact where there was none lately, or none since it failed."""
         async with server.contact:
             now = asyncio.get_running_loop().time()
@@ -205,7 +205,7 @@ class Transport:
                 server.answered_at = asyncio.get_running_loop().time()
             return server.profile
 
-    async def _first_contact(self, server: Server) -> Profile:
+    async def _first_contact(self, server: Endpoint) -> Profile:
         async def ask(path: str, body: Any) -> tuple[int, Any]:
             response = await self._send(server, path, body)
             if response.status_code in (401, 403):
@@ -232,7 +232,7 @@ class Transport:
         return profile
 
     async def _ask_for_rewards(
-        self, server: Server, profile: Profile, inputs: Sequence[np.ndarray]
+        self, server: Endpoint, profile: Profile, inputs: Sequence[np.ndarray]
     ) -> list[float]:
         lengths = [len(ids) for ids in inputs]
         if profile.max_tokens is not None and max(lengths) > profile.max_tokens:
@@ -253,7 +253,7 @@ class Transport:
         except WireError as error:
             raise RewardServerError(server.name, str(error)) from None
 
-    async def _send(self, server: Server, path: str, body: Any) -> httpx.Response:
+    async def _send(self, server: Endpoint, path: str, body: Any) -> httpx.Response:
         """One HTTP request.
 
         Raises:
