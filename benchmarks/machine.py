@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from polar_ft.training.flops import PEAK_FLOPS
+from polar_ft.training.log import PEAK_FLOPS
 
 PACKAGES = (
     "torch",

@@ -110,12 +110,13 @@ def run_rank(case: str, args: argparse.Namespace) -> None:
     from torch import nn
 
     from polar_ft.groups import TokenGroup
-    from polar_ft.model.losses import pair_loss
+    from polar_ft.model.losses import PairObjective
     from polar_ft.model.packing import build_pack
     from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
     from polar_ft.model.weights import decoder_config, empty_decoder
     from polar_ft.training import upstream
-    from polar_ft.training.step import StepBatch, StepOptimWrapper, deepspeed_step, plain_step
+    from polar_ft.training.engines import DeepSpeedEngine, PlainEngine
+    from polar_ft.training.step import StepBatch, take_step
 
     upstream.apply()
     strategy, _, folder = case.partition(":")
@@ -132,11 +133,8 @@ def run_rank(case: str, args: argparse.Namespace) -> None:
                 nn.init.normal_(parameter, std=0.02)
             self.recomputed = len(self.llm.layers) if args.recompute == "full" else 0
 
-        def forward(self, pack, mode):
-            rewards = packed_rewards(self.llm, self.v_head, pack, checkpointed_layers=self.recomputed)
-            losses = pair_loss(rewards[pack.chosen], rewards[pack.rejected], pack.margin, "ranking")
-            sums = [losses.sum().detach(), pack.weight.sum(), losses.new_zeros(3)]
-            return {"loss": losses.sum(), "statistics": torch.cat([s.double().reshape(-1) for s in sums])}
+        def forward(self, pack):
+            return packed_rewards(self.llm, self.v_head, pack, checkpointed_layers=self.recomputed)
 
     if plain:
         dist.init_process_group("gloo")
@@ -164,10 +162,7 @@ def run_rank(case: str, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     if plain:
         wrapped = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-        wrapper = StepOptimWrapper(optimizer, clip_grad=dict(max_norm=1))
-
-        def step():
-            plain_step(wrapped, batch, wrapper, torch.device("cpu"))
+        engine: Any = PlainEngine(wrapped, optimizer, max_norm=1)
     else:
         offload = {"device": "cpu", "pin_memory": False}
         zero: dict[str, Any] = {
@@ -186,15 +181,13 @@ def run_rank(case: str, args: argparse.Namespace) -> None:
             "zero_optimization": zero,
             "bf16": {"enabled": True},
         }
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-
-        def step():
-            deepspeed_step(engine, batch)
-
-    step()
+        initialized, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        engine = DeepSpeedEngine(initialized)
+    objective = PairObjective(penalty_type="none")
+    take_step(engine, objective, batch)
     peak.forget()
-    step()
-    step()
+    take_step(engine, objective, batch)
+    take_step(engine, objective, batch)
     Path(folder, str(rank)).write_text(str(peak.bytes()))
 
 

@@ -33,7 +33,7 @@ from polar_ft.model.packing import Pack, build_pack
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 from polar_ft.model.weights import load_backbone
 from polar_ft.training import upstream
-from polar_ft.training.flops import step_flops
+from polar_ft.training.log import step_flops
 
 LENGTHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "rmb_token_lengths.jsonl"
 REWARD_ID, SEPARATOR_ID, BOS_ID, LF_ID = 4, 3, 1, 5

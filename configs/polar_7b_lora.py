@@ -12,25 +12,17 @@
 # 40.8 GB in all; with "auto", recompute_layers spends the rest on layers that are not recomputed. The bytes
 # of a layer are those that polar_ft.model.memory measures on a layer of this shape.
 
-from mmengine.hooks import IterTimerHook, LoggerHook, ParamSchedulerHook
+from mmengine.optim import OptimWrapper
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
 from torch.optim import AdamW
-from xtuner.engine.runner import TrainLoop
 
 from polar_ft.template import PolarTemplate
-from polar_ft.training.checkpoint_hook import StepCheckpointHook
-from polar_ft.training.dataset import StepSampler, build_reward_dataset, collate_step
-from polar_ft.training.hooks import StepPlanHook, ThroughputHook
+from polar_ft.training.data import build_reward_dataset
+from polar_ft.training.loop import TrainingLoop
 from polar_ft.training.model import PolarRewardModel
-from polar_ft.training.nonfinite import NonFiniteHook
 from polar_ft.training.prepare import prepare_training
-from polar_ft.training.schedule import WarmupCosineLR
-from polar_ft.training.step import StepOptimWrapper
-from polar_ft.training.validation import ValidationHook
 
-#######################################################################
-#                  PART 1  Settings: edit these lines                 #
-#######################################################################
+# ---- Settings: edit these lines ----
 # The model: a folder, or an id on the HuggingFace hub.
 pretrained_model_name_or_path = "internlm/POLAR-7B-Base"
 # Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of
@@ -50,9 +42,7 @@ max_packed_length = 32768
 # The adapters: rank, scale, dropout of their inputs; on all projections of every layer.
 lora = dict(r=64, alpha=128, dropout=0.05)
 
-#######################################################################
-#                     PART 2  Settings seldom edited                  #
-#######################################################################
+# ---- Settings seldom edited ----
 # Length limits in tokens: of a whole input, and of the reference and each candidate.
 max_length = 16384
 max_response_length = 4096
@@ -95,11 +85,8 @@ val_metric = "accuracy"
 # Training ends after so many validations in a row without a new best; None trains to the end.
 val_patience = None
 
-#######################################################################
-#                      PART 3  Model & tokenizer                      #
-#######################################################################
+# ---- What the settings configure ----
 model_resource = dict(fn=prepare_training)
-
 tokenizer = dict(
     type=PolarTemplate.from_pretrained,
     pretrained_model_name_or_path=pretrained_model_name_or_path,
@@ -111,7 +98,6 @@ tokenizer = dict(
     max_length=max_length,
     max_response_length=max_response_length,
 )
-
 model = dict(
     type=PolarRewardModel,
     # As published, and frozen; the adapters beside them are float32.
@@ -119,15 +105,10 @@ model = dict(
     tokenizer=tokenizer,
     loss_type=loss_type,
     penalty_type=penalty_type,
-    attention="auto",
     activation_checkpointing=recompute_layers,
     fused_kernels=fused_kernels,
     lora=lora,
 )
-
-#######################################################################
-#                      PART 4  Data & optimizer step                  #
-#######################################################################
 train_dataset = dict(
     type=build_reward_dataset,
     data=data,
@@ -140,69 +121,25 @@ train_dataset = dict(
     reference_dropout=reference_dropout,
     seed=seed,
 )
-
-# One item is one optimizer step of this GPU: all its packs.
-train_dataloader = dict(
-    batch_size=1,
-    num_workers=2,
-    pin_memory=True,
-    dataset=train_dataset,
-    sampler=dict(type=StepSampler),
-    collate_fn=dict(type=collate_step),
-)
-
+train_dataloader = dict(dataset=train_dataset, batch_size=1, num_workers=2, pin_memory=True)
 optim_wrapper = dict(
-    type=StepOptimWrapper,
+    type=OptimWrapper,
     optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_norm),
 )
-# By name, as mmengine wants it; the class stands beside StepOptimWrapper.
-model_wrapper_cfg = dict(type="StepDistributedDataParallel")
-
-param_scheduler = dict(
-    type=WarmupCosineLR,
+train_cfg = dict(
+    type=TrainingLoop,
+    max_epochs=max_epochs,
     warmup_ratio=warmup_ratio,
-    min_ratio=0.1,
-    by_epoch=True,
-    begin=0,
-    end=max_epochs,
-    convert_to_iter_based=True,
+    save_steps=save_steps,
+    save_total_limit=save_total_limit,
+    max_bad_steps=max_bad_steps,
+    log_interval=log_interval,
+    validation=dict(data=val_data, interval=val_interval, metric=val_metric, patience=val_patience),
 )
-train_cfg = dict(type=TrainLoop, max_epochs=max_epochs)
-
-#######################################################################
-#                           PART 5  Runtime                           #
-#######################################################################
-default_hooks = dict(
-    timer=dict(type=IterTimerHook),
-    logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=log_interval),
-    param_scheduler=dict(type=ParamSchedulerHook),
-    checkpoint=dict(type=StepCheckpointHook, interval=save_steps, max_keep_ckpts=save_total_limit),
-    # The step plan shuffles; mmengine's sampler seed is not used.
-    sampler_seed=None,
-)
-custom_hooks = [
-    dict(type=StepPlanHook),
-    dict(type=ThroughputHook),
-    dict(type=NonFiniteHook, max_in_a_row=max_bad_steps),
-    dict(
-        type=ValidationHook,
-        data=val_data,
-        tokenizer=tokenizer,
-        interval=val_interval,
-        metric=val_metric,
-        patience=val_patience,
-        tokens_per_batch=max_packed_length,
-    ),
-]
-
-env_cfg = dict(mp_cfg=dict(mp_start_method="fork"), dist_cfg=dict(backend="nccl"))
+# The loop does what these hooks of mmengine do; a list custom_hooks may hold hooks of your own.
+default_hooks = dict(timer=None, logger=None, param_scheduler=None, checkpoint=None, sampler_seed=None)
 visualizer = dict(
     type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)]
 )
-log_level = "INFO"
-# One step is one number: no average over several.
-log_processor = dict(by_epoch=False, window_size=1)
-load_from = None
-resume = False
-randomness = dict(seed=seed, deterministic=False)
+randomness = dict(seed=seed)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -60,7 +60,10 @@ class TextGroup:
         return 2 * len(self.prompt) + len(self.reference) + sum(map(len, self.candidates))
 
 
-def against(group: TextGroup, reference: str) -> TextGroup:
+AnyGroup = TypeVar("AnyGroup", bound=TextGroup)
+
+
+def against(group: AnyGroup, reference: str) -> AnyGroup:
     """The group with that text as its only reference.
 
     >>> against(TextGroup("2 + 2?", ("4", "IV"), ("four",)), "IV").references

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import polar_ft
 from polar_ft import cli
+from polar_ft.conversion.checkpoint_files import publish
 from polar_ft.errors import PolarError
-from polar_ft.training.checkpoints import publish
 
 COMMANDS = ("train", "data", "eval", "convert", "score", "serve", "parity", "calibrate", "doctor", "plan")
 
@@ -123,7 +123,7 @@ class TestTrain:
         assert "no_such.py: no such config file" in str(result.exception)
         assert not started
 
-    def test_resume_auto_takes_the_newest_whole_checkpoint(self, started, config, tmp_path):
+    def test_resume_auto_takes_the_newest_complete_checkpoint(self, started, config, tmp_path):
         arguments = ["train", str(config), "--work-dir", str(tmp_path), "--resume", "auto", "--seed", "1"]
         result = CliRunner().invoke(cli.app, arguments)
         assert "has no checkpoint, so the run starts anew" in result.output

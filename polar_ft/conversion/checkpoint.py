@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from polar_ft.conversion.checkpoint_files import verify
 from polar_ft.conversion.restricted_load import check_records, restricted_load
 from polar_ft.conversion.zero import is_zero_folder, open_zero
 from polar_ft.errors import PolarError
-from polar_ft.training.checkpoints import verify
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,16 @@ class StepPlan:
     ) -> None:
         if not len(sizes.pairs):
             raise PolarError("there is no pair to train on; `polar-ft data check` says what is in the data")
+        # With these `StepPlan(sizes, **arguments)` is the same plan.
+        self.arguments: dict[str, Any] = dict(
+            global_batch_pairs=global_batch_pairs,
+            max_packed_length=max_packed_length,
+            ranks=ranks,
+            seed=seed,
+            layout=layout,
+            packs_per_step=packs_per_step,
+            hidden_size=hidden_size,
+        )
         self.sizes = sizes
         self.max_packed_length = max_packed_length
         self.ranks = ranks

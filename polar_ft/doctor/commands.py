@@ -140,11 +140,12 @@ def _look_at(
     import torch
 
     from polar_ft.doctor import run, settings, tables
+    from polar_ft.training.config import run_model_resource
 
     try:
         run_settings = settings.read_settings(config)
         if prepare:
-            settings.prepare(run_settings)
+            run_model_resource(config, run_settings.base)
         shape, origin = settings.read_shape(run_settings, model_config)
     except PolarError as error:
         check = Check(name="config", status="problem", found=str(error))

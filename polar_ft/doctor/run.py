@@ -15,8 +15,7 @@ import torch
 from pydantic import BaseModel
 
 from polar_ft.data.reading import DataSource, as_sources, expand, read_examples, size_in_bytes
-from polar_ft.data.step_plan import StepPlan
-from polar_ft.data.tokenized import TokenizedGroups, tokenize
+from polar_ft.data.tokenized import TokenizedGroups
 from polar_ft.doctor.environment import Check
 from polar_ft.doctor.memory import (
     GIB,
@@ -32,11 +31,11 @@ from polar_ft.doctor.settings import RunSettings, model_folder
 from polar_ft.doctor.warmup import Request, Warmup, measure
 from polar_ft.errors import DataError, PolarError
 from polar_ft.template import PolarTemplate
+from polar_ft.training.data import build_reward_dataset
 
 # Larger data is not tokenized whole unless asked for; of it so many rows are.
 WHOLE_BYTES = 32 * 2**20
 SAMPLE_ROWS = 2000
-CACHE_DIR = "~/.cache/polar_ft/tokenized"
 
 
 class DataFigures(BaseModel):
@@ -119,14 +118,17 @@ def _inspected(
     train = settings.train
     parts = sources if whole else [_first_rows(source, -(-SAMPLE_ROWS // len(sources))) for source in sources]
     scale = 1.0 if whole else _scale(sources, parts)
-    batch = train.get("global_batch_pairs", 320)
+
+    def steps(pairs: int) -> int:
+        return max(1, round(pairs * scale / train["global_batch_pairs"]))
+
     if folder is None:
         rows, pairs = _count(parts)
         figures = DataFigures(
             rows=round(rows * scale),
             pairs=round(pairs * scale),
             sampled_rows=None if whole else rows,
-            steps_per_epoch=max(1, round(pairs * scale / batch)),
+            steps_per_epoch=steps(pairs),
         )
         check = Check(
             name="tokenizer",
@@ -135,34 +137,26 @@ def _inspected(
             advice="tokens, truncation and time are not known; download the model first",
         )
         return Inspection(figures, [check])
-    template = _template(train["tokenizer"], folder)
-    cache = train.get("cache_dir", CACHE_DIR) if whole else scratch
-    seed = train.get("seed", 0)
-    groups = tokenize(
-        parts, template, cache, reference_dropout=train.get("reference_dropout", 0.0), seed=seed
+    dataset = build_reward_dataset(
+        **{name: value for name, value in train.items() if name != "type"}
+        | dict(
+            data=parts, tokenizer=_template(train["tokenizer"], folder), ranks=gpus, hidden_size=hidden_size
+        )
+        | ({} if whole else dict(cache_dir=scratch)),
     )
-    plan_arguments = dict(
-        global_batch_pairs=batch,
-        max_packed_length=settings.max_packed_length,
-        packs_per_step=train.get("packs_per_step"),
-        layout=train.get("layout", "tree"),
-        hidden_size=hidden_size,
-        ranks=gpus,
-        seed=seed,
-    )
-    plan = StepPlan(groups, **plan_arguments)
+    groups, plan = dataset.groups, dataset.plan
     achieved, summary = plan.describe(), groups.summary
     figures = DataFigures(
         rows=round(summary.rows * scale),
         pairs=round(summary.pairs * scale),
         sampled_rows=None if whole else summary.rows,
-        steps_per_epoch=plan.steps_per_epoch if whole else max(1, round(summary.pairs * scale / batch)),
+        steps_per_epoch=plan.steps_per_epoch if whole else steps(summary.pairs),
         tokens=round(float(plan.tokens.sum()) * scale),
         largest_pack=achieved.largest_pack,
         cost=float(plan.costs.sum()) * scale,
         lines=[*summary.lines()[1:], *(achieved.lines()[1:])],
     )
-    return Inspection(figures, [], groups, plan_arguments)
+    return Inspection(figures, [], groups, plan.arguments)
 
 
 def _template(tokenizer: dict[str, Any], folder: Path) -> PolarTemplate:

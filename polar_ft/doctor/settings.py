@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from polar_ft.errors import PolarError
+from polar_ft.files import read_json
 from polar_ft.model.lora import LoraSettings
+from polar_ft.training.config import config_work_dir, parse_config
+from polar_ft.training.data import build_reward_dataset, with_defaults
+from polar_ft.training.loop import TrainingLoop
 
 MODEL = "polar_ft.training.model.PolarRewardModel"
 
@@ -38,7 +39,7 @@ class RunSettings:
         attention: Attention backend.
         checkpointing: ``recompute_layers``.
         lora: Adapters; None where all weights are trained.
-        train: ``train_dataset``: data, tokenizer, and what the step plan follows from.
+        train: ``train_dataset`` with its defaults: data, tokenizer, and what the step plan follows from.
         validation: Data of the validations, None for none.
         epochs: Of training.
         optimizer: Dotted name of its class.
@@ -66,7 +67,7 @@ class RunSettings:
     @property
     def max_packed_length(self) -> int:
         """Tokens that a pack may hold."""
-        return self.train.get("max_packed_length", 32768)
+        return self.train["max_packed_length"]
 
 
 def read_settings(config: Path) -> RunSettings:
@@ -77,14 +78,7 @@ def read_settings(config: Path) -> RunSettings:
     Raises:
         PolarError: There is no such file, it is not Python that mmengine can read, or not a config of ours.
     """
-    from mmengine.config import Config
-
-    if not config.is_file():
-        raise PolarError(f"{config}: no such config file; `ls configs` shows those that are shipped")
-    try:
-        parsed: dict[str, Any] = Config.fromfile(str(config)).to_dict()
-    except Exception as error:  # whatever the code of a config raises
-        raise PolarError(f"{config}: cannot be read ({type(error).__name__}: {error}); mend it") from error
+    parsed = parse_config(config)
 
     def part(name: str) -> dict[str, Any]:
         value = parsed.get(name)
@@ -101,26 +95,24 @@ def read_settings(config: Path) -> RunSettings:
     for name in ("data", "tokenizer", "pretrained_model_name_or_path"):
         if name not in train:
             raise PolarError(f"{config}: train_dataset has no {name}; start from one of configs/")
-    optim = part("optim_wrapper")
-    hooks = [hook for hook in parsed.get("custom_hooks") or [] if "ValidationHook" in str(hook.get("type"))]
+    optim, loop = part("optim_wrapper"), with_defaults(TrainingLoop, part("train_cfg"))
     lora = model.get("lora")
-    checkpoint = (parsed.get("default_hooks") or {}).get("checkpoint") or {}
     return RunSettings(
         config=config,
         base=str(train["pretrained_model_name_or_path"]),
         prepared_by=str((parsed.get("model_resource") or {}).get("fn") or ""),
         dtype=str(model.get("llm", {}).get("torch_dtype", "float32")).removeprefix("torch."),
-        autocast=optim.get("dtype", "bfloat16") is not None,
+        autocast=loop["autocast"] is not None,
         attention=model.get("attention", "auto"),
         checkpointing=model.get("activation_checkpointing", "auto"),
         lora=None if lora is None else LoraSettings.of_config(lora),
-        train=train,
-        validation=hooks[0].get("data") if hooks else None,
-        epochs=int((parsed.get("train_cfg") or {}).get("max_epochs", 1)),
+        train=with_defaults(build_reward_dataset, train),
+        validation=(loop["validation"] or {}).get("data"),
+        epochs=int(loop["max_epochs"]),
         optimizer=str((optim.get("optimizer") or {}).get("type")),
         backend=str(((parsed.get("env_cfg") or {}).get("dist_cfg") or {}).get("backend", "nccl")),
-        kept_checkpoints=int(checkpoint.get("max_keep_ckpts", -1)),
-        work_dir=Path(parsed.get("work_dir") or Path("work_dirs", config.stem)),
+        kept_checkpoints=int(loop["save_total_limit"]),
+        work_dir=config_work_dir(str(config)),
     )
 
 
@@ -150,12 +142,9 @@ def read_shape(settings: RunSettings, model_config: Path | None) -> tuple[dict[s
     file = model_config or (folder / "config.json" if folder else None)
     if file is not None:
         file = file / "config.json" if file.is_dir() else file
-        try:
-            return json.loads(file.read_text(encoding="utf-8")), str(file)
-        except FileNotFoundError as error:
-            raise PolarError(f"{file}: no such file; name the config.json of a model") from error
-        except ValueError as error:
-            raise PolarError(f"{file}: is not valid JSON ({error}); the file is damaged") from error
+        if not file.is_file():
+            raise PolarError(f"{file}: no such file; name the config.json of a model")
+        return read_json(file), str(file)
     known = PUBLISHED_SHAPES.get(settings.base.removesuffix("-Base"))
     if known is not None:
         return dict(known), "the published shape (the model is not on this machine)"
@@ -168,17 +157,3 @@ def read_shape(settings: RunSettings, model_config: Path | None) -> tuple[dict[s
         f"{settings.base}: the model is not on this machine, so its size is not known; {prepare}"
         f"--model-config FILE takes the shapes from a config.json"
     )
-
-
-def prepare(settings: RunSettings) -> None:
-    """Runs ``model_resource`` of a config, as training does; it may download or make the model."""
-    from mmengine.config import Config
-
-    resource = Config.fromfile(str(settings.config)).get("model_resource")
-    if not resource:
-        return
-    hook = sys.excepthook
-    # What DeepSpeed logs to standard output is not to stand among our findings.
-    with redirect_stdout(sys.stderr):
-        resource["fn"](settings.base, **resource.get("args", {}))
-    sys.excepthook = hook  # `prepare_training` sets that of training

@@ -1,17 +1,71 @@
-"""Losses and penalties of a pair of rewards, one number a pair, unreduced; all in float32.
+"""What is minimised: losses and penalties of pairs of rewards, all in float32.
 
 Names and formulas follow xtuner 0.2.0's ``RewardModel``, so that its configs carry over.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
+from polar_ft.errors import PolarError
+from polar_ft.model.packing import Pack
+
 LossType = Literal["ranking", "focal", "margin"]
 PenaltyType = Literal["log_barrier", "L2", "none"]
+
+# What `PairObjective` sums over the pairs of a pack, in this order.
+STATISTICS = ("loss", "weight", "correct", "chosen", "rejected")
+
+
+class PairObjective:
+    """The loss of a pack from the rewards of its candidates.
+
+    Args:
+        loss_type: See `pair_loss`.
+        penalty_type: See `pair_penalty`.
+        penalty_weight: Factor of the penalty.
+
+    Raises:
+        PolarError: There is no such loss or penalty.
+    """
+
+    def __init__(
+        self,
+        loss_type: LossType = "ranking",
+        penalty_type: PenaltyType = "log_barrier",
+        penalty_weight: float = 0.01,
+    ) -> None:
+        _check_name("loss_type", loss_type, LossType)
+        _check_name("penalty_type", penalty_type, PenaltyType)
+        self.loss_type: LossType = loss_type
+        self.penalty_type: PenaltyType = penalty_type
+        self.penalty_weight = penalty_weight
+
+    def __call__(self, rewards: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums over the pairs of a pack; a pack without pairs has the loss 0 and gradients of 0.
+
+        Args:
+            rewards: [candidates] float32, in the order of the pack's candidates.
+            pack: Says which candidates are paired, their margins and weights.
+
+        Returns:
+            The sum of weight × (loss + penalty), a scalar; and `STATISTICS`, float64, without gradient.
+        """
+        chosen, rejected = rewards[pack.chosen], rewards[pack.rejected]
+        losses = pair_loss(chosen, rejected, pack.margin, self.loss_type)
+        losses = losses + self.penalty_weight * pair_penalty(chosen, rejected, self.penalty_type)
+        loss = (losses * pack.weight).sum()
+        with torch.no_grad():
+            sums = (loss, pack.weight.sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum())
+            return loss, torch.stack([value.double() for value in sums])
+
+
+def _check_name(key: str, name: str, known: Any) -> None:
+    if name not in get_args(known):
+        raise PolarError(f"{key}={name!r} is not one of {', '.join(map(repr, get_args(known)))}")
 
 
 def pair_loss(

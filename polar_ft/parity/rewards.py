@@ -64,7 +64,7 @@ def training_rewards(
     model.to(device).train()
     rewards: Rewards = []
     for groups in _packs(encoded):
-        values = iter(model(build_pack(groups).to(device), mode="tensor").tolist())
+        values = iter(model(build_pack(groups).to(device)).tolist())
         rewards += [[next(values) for _ in group.branches] for group in groups]
     return rewards
 

@@ -1,238 +1,171 @@
-"""Checkpoints that are whole or not there: a manifest of their files, and which one to go on from.
+"""Checkpoints of a run: saved atomically, and restored so that the rest of the run is the same to the bit.
 
-A checkpoint of step N is ``iter_N.pth``, a file, or with DeepSpeed a directory. It is written in the folder
-``unfinished``; then its files are listed with size and checksum, and only then everything takes its place::
-
-    work_dir/iter_40.pth                    a file, and beside it
-    work_dir/iter_40.pth.manifest.json      its manifest (of a directory: iter_40.pth/manifest.json)
-    work_dir/last_checkpoint                the path of the newest one
-
-So whatever has a manifest is whole, unless somebody changed it, which the checksums tell.
+mmengine's runner writes weights and optimizer, and with DeepSpeed each rank its part. What else decides how a
+run continues travels in mmengine's message hub, the one part of a checkpoint that comes back both with and
+without DeepSpeed: the random state of every rank (dropout of adapters draws from it), what the step plan
+follows from, so that a changed plan is noticed, and the validations so far.
 """
 
 from __future__ import annotations
 
-import os
-import re
+import hashlib
+import random
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object, barrier, get_rank, get_world_size, is_main_process
 
-import polar_ft
+from polar_ft.conversion.checkpoint_files import (
+    UNFINISHED,
+    explaining_save_errors,
+    point_to,
+    pointed_to,
+    prune,
+    publish,
+    remove_checkpoint,
+)
 from polar_ft.errors import PolarError
+from polar_ft.training.data import RewardDataset
+from polar_ft.training.ranks import beat
 
-UNFINISHED = "unfinished"
-POINTER = "last_checkpoint"
-_NAME = re.compile(r"iter_(\d+)\.pth")
-_BLOCK = 1 << 23
+_KEY = "polar_ft_resume"
 
-
-class FileEntry(BaseModel):
-    """Size in bytes and XXH3 checksum (128 bits, hexadecimal) of a file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    size: int
-    xxh3_128: str
+# File in the work folder with the path of the best checkpoint.
+BEST = "best_checkpoint"
 
 
-class Manifest(BaseModel):
-    """What a checkpoint consists of.
-
-    Attributes:
-        step: Optimizer steps that its state has seen.
-        ranks: Processes that wrote it.
-        polar_ft: Version that wrote it.
-        files: By path within the checkpoint; a checkpoint that is a file has one, by its name.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step: int
-    ranks: int
-    polar_ft: str
-    files: dict[str, FileEntry]
+def checkpoint_path(runner: Any, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(runner.work_dir, f"iter_{step}.pth")
 
 
-def manifest_path(checkpoint: Path) -> Path:
-    """Where the manifest of a checkpoint is."""
-    if checkpoint.is_dir():
-        return checkpoint / "manifest.json"
-    return checkpoint.with_name(f"{checkpoint.name}.manifest.json")
-
-
-def publish(unfinished: Path, target: Path, step: int, ranks: int) -> None:
-    """Lists the files of a checkpoint, then moves it to its place.
+def save_checkpoint(runner: Any, dataset: RewardDataset, step: int, keep: int) -> None:
+    """Saves a run after a step; every rank calls it.
 
     Args:
-        unfinished: The checkpoint where it was written, on the file system of the target.
-        target: Its place; what is there is replaced.
-        step: Optimizer steps that its state has seen.
-        ranks: Processes that wrote it.
-    """
-    names = _files(unfinished)
-    with ThreadPoolExecutor() as pool:
-        entries = pool.map(lambda name: _entry(_file(unfinished, name), sync=True), names)
-        files = dict(zip(names, entries, strict=True))
-    manifest = Manifest(step=step, ranks=ranks, polar_ft=polar_ft.__version__, files=files)
-    written = manifest_path(unfinished)
-    written.write_text(f"{manifest.model_dump_json(indent=1)}\n", encoding="utf-8")
-    remove_checkpoint(target)
-    if not unfinished.is_dir():
-        # First: a checkpoint that is there has its manifest.
-        written.replace(manifest_path(target))
-    unfinished.replace(target)
-
-
-def verify(checkpoint: Path) -> Manifest | None:
-    """Compares a checkpoint with its manifest.
-
-    Returns:
-        The manifest; None for a checkpoint without one, which another tool or an older version wrote.
+        runner: Of mmengine.
+        dataset: The training data.
+        step: Optimizer steps that the state has seen.
+        keep: How many checkpoints are kept, those written last; below 1 all are.
 
     Raises:
-        PolarError: There is no such checkpoint, or a file of it is missing, new or changed.
+        PolarError: It could not be written.
     """
-    if not checkpoint.exists():
-        raise PolarError(f"{checkpoint}: no such checkpoint")
-    path = manifest_path(checkpoint)
-    if not path.is_file():
-        return None
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise PolarError(f"{path}: is damaged; take another checkpoint") from error
-    found = _files(checkpoint)
-    for name in sorted(set(found) ^ set(manifest.files)):
-        problem = "is not part of this checkpoint" if name in found else "is missing"
-        raise PolarError(f"{_file(checkpoint, name)}: {problem}; take another checkpoint")
-    for name, entry in manifest.files.items():
-        file = _file(checkpoint, name)
-        if file.stat().st_size != entry.size:
-            raise PolarError(
-                f"{file}: has {file.stat().st_size} bytes instead of {entry.size}; take another checkpoint"
-            )
-    with ThreadPoolExecutor() as pool:
-        for name, entry in zip(found, pool.map(lambda n: _entry(_file(checkpoint, n)), found), strict=True):
-            if entry != manifest.files[name]:
-                raise PolarError(
-                    f"{_file(checkpoint, name)}: is not what was saved (its checksum differs); take "
-                    f"another checkpoint"
-                )
-    return manifest
+    runner.logger.info(f"Saving checkpoint at {step} iterations")
+    beat("saving")
+    state = {
+        "ranks": get_world_size(),
+        "random": all_gather_object(_random_state()),
+        "plan": plan_identity(dataset),
+    }
+    runner.message_hub.update_info(_KEY, state)
+    target = checkpoint_path(runner, step)
+    _save(runner, target, step)
+    if is_main_process():
+        point_to(target)
+        prune(Path(runner.work_dir), keep)
 
 
-def checkpoints(work_dir: Path) -> list[Path]:
-    """The checkpoints of a work folder that have a manifest, of the greatest step first."""
-    found = [
-        (int(match[1]), path) for path in work_dir.glob("iter_*.pth") if (match := _NAME.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True) if manifest_path(path).is_file()]
+def save_best(runner: Any, target: Path, step: int) -> None:
+    """Saves the weights alone, then removes those that were best before; every rank calls it."""
+    _save(runner, target, step, weights_only=True)
+    if not is_main_process():
+        return
+    previous = pointed_to(target.parent, BEST)
+    point_to(target, BEST)
+    if previous is not None and previous.parent == target.parent and previous.name != target.name:
+        remove_checkpoint(previous)
 
 
-def newest_whole(work_dir: Path, on_refused: Callable[[str], None]) -> Path | None:
-    """The checkpoint of the greatest step that is what its manifest says; None where there is none.
+def _save(runner: Any, target: Path, step: int, weights_only: bool = False) -> None:
+    """Writes a checkpoint into the folder for unfinished ones, then moves it to its place."""
+    unfinished = target.with_name(UNFINISHED)
+    with explaining_save_errors(target):
+        if is_main_process():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+        barrier()
+        runner.save_checkpoint(
+            str(unfinished),
+            target.name,
+            save_optimizer=not weights_only,
+            save_param_scheduler=False,
+            meta=dict(epoch=runner.epoch, iter=step),
+            by_epoch=False,
+        )
+        barrier()
+        if is_main_process():
+            publish(unfinished / target.name, target, step, get_world_size())
+            shutil.rmtree(unfinished)  # DeepSpeed leaves its zero_to_fp32.py in it
+        barrier()
 
-    Args:
-        work_dir: Of the run.
-        on_refused: Called with what is wrong with a newer one.
+
+def restore_run_state(runner: Any, dataset: RewardDataset) -> None:
+    """Restores what mmengine does not, of a run that it has loaded from a checkpoint.
+
+    Raises:
+        PolarError: The step plan is not the one that the checkpoint was trained by.
     """
-    for checkpoint in checkpoints(work_dir):
-        try:
-            verify(checkpoint)
-        except PolarError as error:
-            on_refused(str(error))
-        else:
-            return checkpoint
-    return None
-
-
-def prune(work_dir: Path, keep: int) -> None:
-    """Removes all but the checkpoints that were written last; with ``keep`` below 1 none is removed."""
-    if keep > 0:
-        by_time = sorted(checkpoints(work_dir), key=lambda path: manifest_path(path).stat().st_mtime_ns)
-        for outdated in by_time[:-keep]:
-            remove_checkpoint(outdated)
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Removes a checkpoint and its manifest; nothing happens where there is none."""
-    if checkpoint.is_dir():
-        # Not a checkpoint any more from the first moment on.
-        manifest_path(checkpoint).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    state = runner.message_hub.get_info(_KEY)
+    if state is None:
+        runner.logger.warning(
+            "the checkpoint has no random state and no step plan (another tool or an older version wrote "
+            "it), so the rest of the run may differ from an uninterrupted one"
+        )
+        return
+    _check_plan(state["plan"], plan_identity(dataset))
+    if state["ranks"] == get_world_size():
+        _restore_random_state(state["random"][get_rank()])
     else:
-        manifest_path(checkpoint).unlink(missing_ok=True)
-        checkpoint.unlink(missing_ok=True)
+        runner.logger.warning(
+            f"the checkpoint was saved by {state['ranks']} ranks and resumes with {get_world_size()}: "
+            f"the steps hold the same pairs, but sums are rounded in another order, and dropout differs"
+        )
 
 
-def point_to(checkpoint: Path, pointer: str = POINTER) -> None:
-    """Writes the path of a checkpoint into a file beside it, as mmengine does with ``last_checkpoint``."""
-    beside = checkpoint.with_name(f"{pointer}.partial")
-    beside.write_text(str(checkpoint), encoding="utf-8")
-    beside.replace(checkpoint.with_name(pointer))
+def plan_identity(dataset: RewardDataset) -> dict[str, Any]:
+    """What decides which pairs each step holds; ranks, packs and memory settings do not."""
+    sizes = dataset.plan.sizes
+    digest = hashlib.sha256()
+    for values in (sizes.pairs, sizes.weights, sizes.tokens["tree"], sizes.tokens["flat"]):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return {
+        "seed": dataset.plan.seed,
+        "steps_per_epoch": dataset.plan.steps_per_epoch,
+        "pairs": int(sizes.pairs.sum()),
+        "data": digest.hexdigest()[:16],
+    }
 
 
-def pointed_to(work_dir: Path, pointer: str = POINTER) -> Path | None:
-    """What `point_to` wrote last; None where it has not been called."""
-    file = work_dir / pointer
-    return Path(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-@contextmanager
-def told_when_not_saved(target: Path) -> Iterator[None]:
-    """Within it a checkpoint is saved; a full disk becomes a message that names the last whole one.
-
-    Raises:
-        PolarError: It could not be saved.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch.save turns a failed write into a RuntimeError of its zip writer.
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
-        shutil.rmtree(target.with_name(UNFINISHED), ignore_errors=True)
-        last = pointed_to(target.parent)
-        kept = f"the last whole checkpoint is {last}" if last else "no earlier checkpoint is there"
+def _check_plan(then: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [f"{name} was {then[name]}, is {now[name]}" for name in now if then.get(name) != now[name]]
+    if changed:
         raise PolarError(
-            f"{target}: could not be saved, is the disk full? ({_reason(error)}); {kept}; make room or "
-            f"choose another --work-dir, then go on with --resume"
-        ) from error
+            f"the checkpoint was trained by another step plan ({'; '.join(changed)}), so some pairs would be "
+            f"seen twice and others never; restore data, seed, limits and global_batch_pairs, or start again "
+            f"from the converted checkpoint"
+        )
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong in the first place; torch reports a failed write as an error of its own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _random_state() -> dict[str, Any]:
+    version, words, position = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(words), position],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), *map(float, rest)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
-def _files(checkpoint: Path) -> list[str]:
-    """Names of the files of a checkpoint, its manifest left out."""
-    if not checkpoint.is_dir():
-        return [checkpoint.name]
-    files = (path for path in checkpoint.rglob("*") if path.is_file() and path != manifest_path(checkpoint))
-    return sorted(path.relative_to(checkpoint).as_posix() for path in files)
-
-
-def _file(checkpoint: Path, name: str) -> Path:
-    return checkpoint / name if checkpoint.is_dir() else checkpoint
-
-
-def _entry(file: Path, sync: bool = False) -> FileEntry:
-    digest = xxhash.xxh3_128()
-    size = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-        if sync:
-            # What a manifest vouches for has to survive a loss of power too.
-            os.fsync(stream.fileno())
-    return FileEntry(size=size, xxh3_128=digest.hexdigest())
+def _restore_random_state(state: dict[str, Any]) -> None:
+    version, words, position = state["python"]
+    random.setstate((version, tuple(words), position))
+    name, keys, place, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), int(place), int(has_gauss), gauss))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

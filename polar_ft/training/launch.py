@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -21,9 +20,10 @@ from types import FrameType
 
 import psutil
 
+from polar_ft.conversion.checkpoint_files import newest_complete
 from polar_ft.errors import PolarError
 from polar_ft.training import ranks
-from polar_ft.training.checkpoints import newest_whole
+from polar_ft.training.config import config_work_dir
 
 # Seconds without a sign of life of any rank after which a run is ended.
 HANG_VARIABLE = "POLAR_FT_HANG_SECONDS"
@@ -172,7 +172,9 @@ def _resolve_resume(config: str, arguments: list[str]) -> list[str]:
             )
         if argument == "--resume" and arguments[number + 1 : number + 2] == ["auto"]:
             work_dir = _work_dir(config, arguments)
-            newest = newest_whole(work_dir, lambda problem: print(f"not resumed: {problem}", file=sys.stderr))
+            newest = newest_complete(
+                work_dir, lambda problem: print(f"not resumed: {problem}", file=sys.stderr)
+            )
             print(f"--resume auto: {newest or f'{work_dir} has no checkpoint, so the run starts anew'}")
             chosen = ["--resume", str(newest)] if newest else []
             return [*arguments[:number], *chosen, *arguments[number + 2 :]]
@@ -186,11 +188,7 @@ def _work_dir(config: str, arguments: Sequence[str]) -> Path:
     given = parser.parse_known_args(arguments)[0].work_dir
     if given is not None:
         return given
-    if Path(config).is_file():
-        named = re.search(r"""(?m)^work_dir\s*=\s*["'](.+?)["']""", Path(config).read_text(encoding="utf-8"))
-        if named:
-            return Path(named[1])
-    return Path("work_dirs", Path(config).stem)
+    return config_work_dir(config)
 
 
 def _free_port() -> int:

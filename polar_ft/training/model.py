@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from xtuner.registry import BUILDER
 
-from polar_ft.errors import PolarError
 from polar_ft.model.attention import Backend
 from polar_ft.model.fused import use_fused_kernels
 from polar_ft.model.lora import Adapter, LoraSettings
-from polar_ft.model.losses import LossType, PenaltyType, pair_loss, pair_penalty
+from polar_ft.model.losses import LossType, PairObjective, PenaltyType
 from polar_ft.model.memory import Checkpointing, activation_bytes_per_token, free_memory, layers_to_checkpoint
 from polar_ft.model.packing import Pack
 from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
 from polar_ft.model.weights import grow_embeddings, load_backbone
 from polar_ft.template import PolarTemplate
 from polar_ft.training import lora as adapters
-from polar_ft.training.step import Log, StepBatch, StepOptimWrapper, plain_step
 
 
 class PolarRewardModel(BaseModel):
@@ -60,8 +58,7 @@ class PolarRewardModel(BaseModel):
         lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        _check_name("loss_type", loss_type, LossType)
-        _check_name("penalty_type", penalty_type, PenaltyType)
+        self.objective = PairObjective(loss_type, penalty_type, penalty_weight)
         self.template = tokenizer if isinstance(tokenizer, PolarTemplate) else BUILDER.build(dict(tokenizer))
         self.base_folder: str = os.fspath(llm["pretrained_model_name_or_path"])
         dtype = llm.get("torch_dtype", "float32")
@@ -80,9 +77,6 @@ class PolarRewardModel(BaseModel):
                 self.v_head.weight.zero_()
             else:
                 self.v_head.weight.copy_(head_weight)
-        self.loss_type: LossType = loss_type
-        self.penalty_type: PenaltyType = penalty_type
-        self.penalty_weight = penalty_weight
         self.attention = attention
         self.activation_checkpointing: Checkpointing = activation_checkpointing
         # Safe until `plan_checkpointing` knows the size of a pack and the memory that is left.
@@ -132,38 +126,17 @@ class PolarRewardModel(BaseModel):
         )
 
     def init_weights(self) -> None:
-        """Nothing: the weights were loaded. mmengine would initialise them anew."""
+        """Does nothing: the weights were loaded; mmengine would initialise them again."""
 
-    def forward(  # type: ignore[override]
-        self, pack: Pack, mode: Literal["loss", "tensor", "predict"] = "loss"
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Rewards of a pack, or its summed loss.
-
-        Returns:
-            With mode "loss": ``loss``, the sum over the pairs of weight × (pair loss + penalty), and
-            ``statistics``, see `polar_ft.training.step.STATISTICS`. Otherwise rewards [candidates], float32.
-        """
-        rewards = packed_rewards(
+    def forward(self, pack: Pack) -> torch.Tensor:  # type: ignore[override]
+        """Rewards of a pack, [candidates] float32."""
+        return packed_rewards(
             self.llm,
             self.v_head,
             pack,
             backend=self.attention,
             checkpointed_layers=self.checkpointed_layers if self.training else 0,
         )
-        if mode != "loss":
-            return rewards
-        chosen, rejected = rewards[pack.chosen], rewards[pack.rejected]
-        losses = pair_loss(chosen, rejected, pack.margin, self.loss_type)
-        losses = losses + self.penalty_weight * pair_penalty(chosen, rejected, self.penalty_type)
-        loss = (losses * pack.weight).sum()
-        with torch.no_grad():
-            sums = (loss, pack.weight.sum(), (chosen > rejected).sum(), chosen.sum(), rejected.sum())
-            statistics = torch.stack([value.double() for value in sums])
-        return {"loss": loss, "statistics": statistics}
-
-    def train_step(self, data: StepBatch, optim_wrapper: StepOptimWrapper) -> Log:  # type: ignore[override]
-        """One optimizer step on one device; called by mmengine's train loop."""
-        return plain_step(self, data, optim_wrapper, self.v_head.weight.device)
 
     def to_hf(
         self,
@@ -196,8 +169,3 @@ class PolarRewardModel(BaseModel):
             max_shard_size=(save_pretrained_kwargs or {}).get("max_shard_size", "5GB"),
             force=True,  # as xtuner's own does
         )
-
-
-def _check_name(key: str, name: str, known: Any) -> None:
-    if name not in get_args(known):
-        raise PolarError(f"{key}={name!r} is not one of {', '.join(map(repr, get_args(known)))}")

@@ -12,12 +12,12 @@ from types import TracebackType
 
 from filelock import FileLock
 
+from polar_ft.conversion.checkpoint_files import Manifest, verify
 from polar_ft.errors import PolarError
 from polar_ft.files import resolve_folder
 from polar_ft.model.tiny_base import make_tiny_base, texts_of
 from polar_ft.training import upstream
-from polar_ft.training.checkpoints import Manifest, verify
-from polar_ft.training.ranks import tell_ending
+from polar_ft.training.ranks import report_ending
 
 
 def prepare_training(pretrained_model_name_or_path: str) -> str:
@@ -91,7 +91,7 @@ def _is_partitioned(manifest: Manifest) -> bool:
 
 def _short_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What the user can mend is told in a line, without a traceback; the exit status stays 1."""
-    tell_ending(f"{kind.__name__}: {error}" if not isinstance(error, PolarError) else str(error))
+    report_ending(f"{kind.__name__}: {error}" if not isinstance(error, PolarError) else str(error))
     if isinstance(error, PolarError):
         print(f"\nerror: {error}", file=sys.stderr)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,4 +1,4 @@
-"""What each process of a run tells the command that started it: where it is, and why it ended.
+"""What each process of a run reports to the command that started it: where it is, and why it ended.
 
 `polar_ft.training.launch` makes a folder and names it in the environment; every process writes two small
 files there. Without such a folder (``xtuner train`` makes none) nothing is written.
@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType, TracebackType
+
+from polar_ft.files import write_atomically
 
 FOLDER_VARIABLE = "POLAR_FT_RANKS"
 
-# Exit status of a run that saved and stopped because it was told to: EX_TEMPFAIL of sysexits.h, nothing is
+# Exit status of a run that saved and stopped because of a signal: EX_TEMPFAIL of sysexits.h, nothing is
 # wrong, the same command may be tried again.
 STOPPED = 75
 
@@ -61,19 +66,19 @@ _step = 0
 
 
 def beat(phase: str, step: int | None = None) -> None:
-    """Tells where this process is; ``step`` stays what it was if it is not given."""
+    """Records where this process is; ``step`` stays what it was if it is not given."""
     global _step
     _step = _step if step is None else step
     _write("beat", asdict(Beat(_rank(), _step, phase, time.time())))
 
 
-def tell_ending(error: str, status: int = 1) -> None:
-    """Tells why this process ends."""
+def report_ending(error: str, status: int = 1) -> None:
+    """Records why this process ends."""
     _write("ending", asdict(Ending(_rank(), socket.gethostname(), status, error, time.time())))
 
 
 def beats(folder: Path) -> list[Beat]:
-    """What the processes told last, by rank."""
+    """What the processes reported last, by rank."""
     return sorted((Beat(**entry) for entry in _read(folder, "beat")), key=lambda beat: beat.rank)
 
 
@@ -109,6 +114,41 @@ def describe_standstill(found: Sequence[Beat]) -> str:
     return where
 
 
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1, which schedulers send before they take a machine away.
+
+    Within the context they stop nothing by themselves: the loop asks after every step.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def __enter__(self) -> StopSignals:
+        for number in self.SIGNALS:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+    def any_rank_was_told(self) -> bool:
+        """Whether a rank has got a signal; every rank calls it, so that all stop after the same step."""
+        import torch
+        from mmengine.dist import all_reduce
+
+        told = torch.tensor(int(self._told))
+        all_reduce(told, "max")
+        return bool(told)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._told = True
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -118,12 +158,8 @@ def _write(kind: str, entry: dict[str, object]) -> None:
     if folder is None or not os.path.isdir(folder):
         return
     file = Path(folder, f"{kind}_{_rank()}.json")
-    beside = file.with_suffix(".partial")
-    try:
-        beside.write_text(json.dumps(entry), encoding="utf-8")
-        beside.replace(file)
-    except OSError:
-        pass  # A full disk is told of by what needs the disk.
+    with suppress(OSError):  # a full disk is reported by what needs the disk
+        write_atomically(file, json.dumps(entry))
 
 
 def _read(folder: Path, kind: str) -> list[dict]:

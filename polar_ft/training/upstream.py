@@ -15,7 +15,7 @@ def apply() -> None:
     """Applies every workaround; a second call changes nothing."""
     _cpu_has_no_is_bf16_supported()
     _distributed_cpu_has_no_cuda_device()
-    _deepspeed_steps_are_whole()
+    _data_parallel_cpu_has_no_devices()
     _deepspeed_compiles_for_nothing()
     _checkpoints_hold_no_histories()
     _checkpoints_load_without_running()
@@ -42,28 +42,23 @@ def _distributed_cpu_has_no_cuda_device() -> None:
         torch.cuda.set_device = lambda device: None  # type: ignore[assignment]
 
 
-def _deepspeed_steps_are_whole() -> None:
-    """With ``--deepspeed``, an iteration is a micro-batch, so that log, schedule and checkpoints count those.
+def _data_parallel_cpu_has_no_devices() -> None:
+    """Two ranks without a GPU end in ValueError: DistributedDataParallel on a CPU takes no device_ids.
 
-    Upstream: mmengine 0.10.6 ``_strategy/deepspeed.py``, MMDeepSpeedEngineWrapper.train_step; its class is
-    fixed in DeepSpeedStrategy, so it cannot be chosen in a config. An iteration of ours is one optimizer
-    step. Goes when the strategy takes the wrapper's class as an argument.
+    Upstream: mmengine 0.10.6 ``runner/runner.py``, wrap_model, which gives MMDistributedDataParallel
+    ``device_ids=[rank]`` on every device. Goes when mmengine gives them on GPUs only.
     """
-    from mmengine._strategy.deepspeed import MMDeepSpeedEngineWrapper
+    from mmengine.model import MMDistributedDataParallel
 
-    from polar_ft.training.step import StepBatch, deepspeed_step
-
-    original = MMDeepSpeedEngineWrapper.train_step
-    if getattr(original, "polar_ft", False):
+    original = MMDistributedDataParallel.__init__
+    if torch.cuda.is_available() or getattr(original, "polar_ft", False):
         return
 
-    def train_step(self, data, optim_wrapper):
-        if isinstance(data, StepBatch):
-            return deepspeed_step(self.model, data)
-        return original(self, data, optim_wrapper)
+    def __init__(self, module, *args, device_ids=None, **settings):  # noqa: N807
+        original(self, module, *args, **settings)
 
-    train_step.polar_ft = True  # type: ignore[attr-defined]
-    MMDeepSpeedEngineWrapper.train_step = train_step
+    __init__.polar_ft = True  # type: ignore[attr-defined]
+    MMDistributedDataParallel.__init__ = __init__
 
 
 def _deepspeed_compiles_for_nothing() -> None:

@@ -6,17 +6,15 @@ A validation changes nothing in training: it draws no random number, and takes n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.hooks import Hook, IterTimerHook
 from mmengine.logging import print_log
-from xtuner.registry import BUILDER
 
 from polar_ft.data.reading import Sources
 from polar_ft.errors import PolarError
@@ -25,11 +23,10 @@ from polar_ft.evaluation.progress import progress_text
 from polar_ft.evaluation.statistics.accuracy import Interval, PairMetrics
 from polar_ft.model.packing import Pack
 from polar_ft.template import PolarTemplate
-from polar_ft.training import checkpoint_hook
-from polar_ft.training.checkpoints import point_to, pointed_to, remove_checkpoint
-from polar_ft.training.held_out import HeldOutPairs
-from polar_ft.training.hooks import is_deepspeed, unwrap
+from polar_ft.training.checkpoints import save_best
+from polar_ft.training.data import HeldOutPairs
 from polar_ft.training.ranks import beat
+from polar_ft.training.step import Engine, unwrapped
 
 Metric = Literal["accuracy", "accuracy_ties_half", "macro_accuracy", "log_loss"]
 
@@ -38,9 +35,6 @@ SUBSETS_SHOWN = 12
 
 # Under this key mmengine's message hub, and so a checkpoint, keeps `_Progress`.
 _KEY = "polar_ft_validation"
-
-# File in the work folder with the path of the best checkpoint.
-_BEST = "best_checkpoint"
 
 
 @dataclass
@@ -73,8 +67,8 @@ class _Progress:
         return (sign * value, -log_loss) > (sign * self.best, -self.best_log_loss)
 
 
-class ValidationHook(Hook):
-    """Validates before the first step, every so many steps and after the last one.
+class Validation:
+    """Validates a run, keeps its best checkpoint, and says when to stop early.
 
     The figures go to log and TensorBoard, there under ``val/``. The model of the best validation is kept as
     ``best_<metric>_iter_<step>.pth`` in the work folder, weights only, and the file ``best_checkpoint`` there
@@ -82,8 +76,8 @@ class ValidationHook(Hook):
     training started from, or there is none.
 
     Args:
-        data: Held-out rows, in the form that ``data`` of a config has; None leaves validation out.
-        tokenizer: ``dict(type=PolarTemplate.from_pretrained, …)``, as of the model.
+        data: Held-out rows, in the form that ``data`` of a config has.
+        template: Of the model.
         interval: Optimizer steps from one validation to the next.
         metric: What the best checkpoint is best in. Of two validations with the same value the one with the
             lower log-loss is the better one.
@@ -95,26 +89,19 @@ class ValidationHook(Hook):
         PolarError: A row does not fit the limits, or a setting is wrong.
     """
 
-    # After log line and schedule of a step, and before its checkpoint, which so holds what was found.
-    priority = "LOW"
-
     def __init__(
         self,
-        data: Sources | None,
-        tokenizer: Mapping[str, Any] | PolarTemplate,
+        data: Sources,
+        template: PolarTemplate,
         interval: int,
         metric: Metric = "accuracy",
         patience: int | None = None,
         tokens_per_batch: int = 16384,
     ) -> None:
-        self.pairs: HeldOutPairs | None = None
-        if data is None:
-            return
         if metric not in get_args(Metric):
             raise PolarError(f"val_metric={metric!r} is not one of {', '.join(map(repr, get_args(Metric)))}")
         if interval < 1 or (patience is not None and patience < 1):
             raise PolarError(f"val_interval={interval} and val_patience={patience} must be 1 or more")
-        template = tokenizer if isinstance(tokenizer, PolarTemplate) else BUILDER.build(dict(tokenizer))
         self.pairs = HeldOutPairs(data, template, tokens_per_batch)
         if metric == "macro_accuracy" and self.pairs.subsets is None:
             raise PolarError(
@@ -126,49 +113,54 @@ class ValidationHook(Hook):
         self.progress = _Progress(f"{metric} {self.pairs.digest}")
         print_log(f"validation: {self.pairs}", "current")
 
-    def before_train(self, runner: Any) -> None:
-        """Called by mmengine before the first step, of a resumed run too."""
-        if self.pairs is None:
-            return
+    def start(self, runner: Any, engine: Engine, step: int) -> None:
+        """Validates what training starts from, or restores the validations of the checkpoint that it resumes.
+
+        Args:
+            runner: Of mmengine.
+            engine: Holds the model.
+            step: Steps that the model has seen.
+        """
         kept = runner.message_hub.get_info(_KEY)
         if kept is not None and kept["identity"] == self.progress.identity:
             self.progress = _Progress(**kept)
-            self._stop_where_patience_ends(runner, runner.iter)
             return
         if kept is not None:
             runner.logger.warning(
                 "validation: val_data or val_metric has changed since the checkpoint; the best so far and "
-                "the patience start anew"
+                "the patience start again"
             )
-        self._validate(runner, runner.iter, save=False)  # what training starts from is there already
+        self._validate(runner, engine, step, save=False)  # what training starts from exists already
 
-    def after_train_iter(
-        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, float] | None = None
-    ) -> None:
-        """Called by mmengine after each step."""
-        step = runner.iter + 1
-        if self.pairs is None or (step % self.interval and step < runner.max_iters):
-            return
-        started = time.time()
-        self._validate(runner, step)
-        self._stop_where_patience_ends(runner, step)
-        for hook in runner.hooks:
-            if isinstance(hook, IterTimerHook):
-                hook.t += time.time() - started  # else the next step would seem to have taken that long
+    def after_step(self, runner: Any, engine: Engine, step: int, *, last: bool) -> None:
+        """Validates where a validation is due; every rank calls it."""
+        if last or step % self.interval == 0:
+            self._validate(runner, engine, step)
 
-    def after_train(self, runner: Any) -> None:
-        """Called by mmengine after the last step."""
-        if self.pairs is None or self.progress.best is None:
+    def ends(self, runner: Any, step: int) -> bool:
+        """Whether the patience has ended."""
+        progress = self.progress
+        if self.patience is None or progress.without_best < self.patience:
+            return False
+        best = "none" if progress.best is None else f"{progress.best:.4f} at step {progress.best_step}"
+        runner.logger.info(
+            f"validation: {progress.without_best} in a row without a new best {self.metric} (best: {best}), "
+            f"so training stops after step {step} (val_patience={self.patience})"
+        )
+        return True
+
+    def finish(self, runner: Any) -> None:
+        """Logs which checkpoint is best."""
+        if self.progress.best is None:
             return
         best = f"best {self.metric} {self.progress.best:.4f} at step {self.progress.best_step}"
         where = self.progress.best_checkpoint or "no checkpoint is better than what training started from"
         runner.logger.info(f"validation: {best}; {where}")
 
-    def _validate(self, runner: Any, step: int, save: bool = True) -> None:
-        assert self.pairs is not None
+    def _validate(self, runner: Any, engine: Engine, step: int, save: bool = True) -> None:
         started = time.monotonic()
-        with _scoring(runner) as (rewards, device):
-            table = self.pairs.score(rewards, device, _progress_lines(runner.logger, len(self.pairs)))
+        with _scoring(engine) as rewards:
+            table = self.pairs.score(rewards, engine.device, _progress_lines(runner.logger, len(self.pairs)))
         # One process computes the figures, so that all decide alike.
         computed = [compute_figures(table) if is_main_process() else None]
         broadcast_object_list(computed)
@@ -191,19 +183,8 @@ class ValidationHook(Hook):
             progress.without_best += 1
         runner.message_hub.update_info(_KEY, asdict(progress))
         if progress.without_best == 0 and progress.best_checkpoint:
-            _save_best(runner, Path(progress.best_checkpoint), step)
+            save_best(runner, Path(progress.best_checkpoint), step)
             runner.logger.info(f"validation: best {self.metric} so far, saved as {progress.best_checkpoint}")
-
-    def _stop_where_patience_ends(self, runner: Any, step: int) -> None:
-        progress = self.progress
-        if self.patience is None or progress.without_best < self.patience or step >= runner.max_iters:
-            return
-        best = "none" if progress.best is None else f"{progress.best:.4f} at step {progress.best_step}"
-        runner.logger.info(
-            f"validation: {progress.without_best} in a row without a new best {self.metric} (best: {best}), "
-            f"so training stops after step {step} (val_patience={self.patience})"
-        )
-        runner.train_loop.stop_training = True
 
 
 def scalars_of(figures: Figures) -> dict[str, float]:
@@ -278,39 +259,26 @@ def _subsets(figures: Figures) -> dict[str, PairMetrics]:
 
 
 @contextmanager
-def _scoring(runner: Any) -> Iterator[tuple[Callable[[Pack], torch.Tensor], torch.device]]:
+def _scoring(engine: Engine) -> Iterator[Callable[[Pack], torch.Tensor]]:
     """The model as it is being trained, as a function from a pack to its rewards."""
-    model = unwrap(runner.model)
-    device = runner.model.model.device if is_deepspeed(runner.model) else model.v_head.weight.device
-    autocast = getattr(runner.optim_wrapper, "autocast", lambda device: nullcontext())
+    # Not through data-parallel wrappers. The complete model's forward: under ZeRO-3 its hooks gather the
+    # parameters. Not in inference mode, whose tensors could not be trained on where parameters stay gathered.
+    model = unwrapped(engine.model)
 
     def rewards(pack: Pack) -> torch.Tensor:
-        # The whole model's forward: under ZeRO-3 its hooks bring the parameters together. Not in inference
-        # mode, whose tensors could not be trained on where parameters stay together.
-        with torch.no_grad(), autocast(device):
-            return model(pack=pack, mode="tensor")
+        with torch.no_grad(), engine.mixed_precision():
+            return model(pack)
 
     training = model.training
     model.eval()
     try:
-        yield rewards, device
+        yield rewards
     finally:
         model.train(training)
 
 
-def _save_best(runner: Any, target: Path, step: int) -> None:
-    """Saves the weights, then removes those that were best before."""
-    checkpoint_hook.save(runner, target, step, weights_only=True)
-    if not is_main_process():
-        return
-    previous = pointed_to(target.parent, _BEST)
-    point_to(target, _BEST)
-    if previous is not None and previous.parent == target.parent and previous.name != target.name:
-        remove_checkpoint(previous)
-
-
 def _progress_lines(logger: Any, pairs: int) -> Callable[[float], None]:
-    """Tells now and then how far a validation is; ranks are taken to be equally fast."""
+    """Logs now and then how far a validation is; ranks are taken to be equally fast."""
     started = last = time.monotonic()
 
     def on_batch(share: float) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from polar_ft.conversion.checkpoint import read_checkpoint
+from polar_ft.conversion.checkpoint_files import publish
 from polar_ft.errors import PolarError
-from polar_ft.training.checkpoints import publish
 from tests.damage import damaged
 
 RUNS = ("plain", "zero2_offload", "zero3")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from xtuner.configs import cfgs_name_path
 
 from polar_ft.model.tiny_base import make_tiny_base
-from tests.training.runs import REPOSITORY, edit_config, run, write_rows
+from tests.training.runs import REPOSITORY, edit_config, replace_in_config, run, use_model, write_rows
 
 STEPS = 30
 FIRST, EVERY, DRIFT = 1e-6, 1e-5, 2e-6
@@ -30,7 +30,6 @@ VARIANTS: dict[str, tuple[dict, int | None, int]] = {
     "flat_recomputed": (dict(layout="flat", recompute_layers="full"), None, 1),
     "tree_recomputed": (dict(recompute_layers="full"), None, 1),
     "tree_every_second_layer_recomputed": (dict(recompute_layers="selective"), None, 1),
-    "tree_sdpa": (dict(attention="sdpa"), None, 1),
     "tree_reversed": (dict(packs_per_step=3), None, 1),
     "tree_2_workers": (dict(num_workers=2), None, 1),
     "2_ranks": (dict(), None, 2),
@@ -113,7 +112,7 @@ def trajectory(project: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def write_config(project: Path, folder: Path, name: str, lines: dict) -> Path:
-    attention, workers = lines.pop("attention", "auto"), lines.pop("num_workers", 0)
+    workers = lines.pop("num_workers", 0)
     settings = dict(
         pretrained_model_name_or_path=str(project / "base"),
         data=str(project / "rows.jsonl"),
@@ -123,23 +122,23 @@ def write_config(project: Path, folder: Path, name: str, lines: dict) -> Path:
         max_packed_length=4096,
     )
     config = edit_config("polar_tiny_cpu.py", folder / "config.py", **(settings | lines))
-    text = config.read_text()
-    text = text.replace('attention="auto"', f'attention="{attention}"')
-    text = text.replace("num_workers=0", f"num_workers={workers}")
-    text = text.replace("max_epochs=max_epochs)", f"max_iters={STEPS})")
+    replace_in_config(
+        config,
+        workers=("num_workers=0", f"num_workers={workers}"),
+        steps=("max_epochs=max_epochs,", f"max_steps={STEPS},"),
+    )
     model = {"padded": "PaddedRewardModel", "wrong": "PackMeanRewardModel"}.get(name)
     if model:
-        text = text.replace(
-            "from polar_ft.training.model import PolarRewardModel",
-            f"from tests.invariance.variants import {model}",
-        ).replace("type=PolarRewardModel", f"type={model}")
+        use_model(config, "tests.invariance.variants", model)
     if name == "tree_reversed":
-        text = text.replace(
-            "from polar_ft.training.model",
-            "from tests.invariance.variants import build_reversed_dataset\nfrom polar_ft.training.model",
-        ).replace("type=build_reward_dataset", "type=build_reversed_dataset")
-        assert "type=build_reversed_dataset" in text
-    config.write_text(text)
+        replace_in_config(
+            config,
+            data_import=(
+                "from polar_ft.training.data import build_reward_dataset",
+                "from tests.invariance.variants import build_reversed_dataset",
+            ),
+            data_type=("type=build_reward_dataset", "type=build_reversed_dataset"),
+        )
     return config
 
 

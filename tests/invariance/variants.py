@@ -6,14 +6,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from polar_ft.data.step_plan import StepPlan
-from polar_ft.model import reward_model
 from polar_ft.model.packing import Pack
-from polar_ft.training import model
-from polar_ft.training.dataset import RewardDataset, build_reward_dataset
+from polar_ft.training.data import RewardDataset, build_reward_dataset
 from polar_ft.training.model import PolarRewardModel
 
 
-def padded_rewards(decoder, head, pack: Pack, **_) -> torch.Tensor:
+def padded_rewards(decoder, head, pack: Pack) -> torch.Tensor:
     """Rewards of a flat pack, each pair of sequences padded to one length, by transformers' own forward."""
     assert pack.segments.key_index is None
     decoder.config._attn_implementation = "sdpa"
@@ -31,23 +29,22 @@ def padded_rewards(decoder, head, pack: Pack, **_) -> torch.Tensor:
 class PaddedRewardModel(PolarRewardModel):
     """The canonical run."""
 
-    def forward(self, pack: Pack, mode="loss"):
-        ours = model.packed_rewards
-        model.packed_rewards = padded_rewards
-        try:
-            return super().forward(pack, mode)
-        finally:
-            model.packed_rewards = ours
+    def forward(self, pack: Pack):
+        return padded_rewards(self.llm, self.v_head, pack)
 
 
 class PackMeanRewardModel(PolarRewardModel):
     """Wrong on purpose: a pair weighs more in a pack with few pairs, as in xtuner 0.2.0."""
 
-    def forward(self, pack: Pack, mode="loss"):
-        output = super().forward(pack, mode)
-        if mode == "loss" and len(pack.chosen):
-            output["loss"] = output["loss"] * (2.5 / len(pack.chosen))
-        return output
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, **settings)
+        objective = self.objective
+
+        def wrong(rewards: torch.Tensor, pack: Pack):
+            loss, statistics = objective(rewards, pack)
+            return (loss * (2.5 / len(pack.chosen)) if len(pack.chosen) else loss), statistics
+
+        self.objective = wrong
 
 
 class ReversedPlan:
@@ -68,6 +65,3 @@ def build_reversed_dataset(*arguments, **settings) -> RewardDataset:
     dataset = build_reward_dataset(*arguments, **settings)
     dataset.plan = ReversedPlan(dataset.plan)
     return dataset
-
-
-assert reward_model.packed_rewards is model.packed_rewards

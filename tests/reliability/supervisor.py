@@ -28,10 +28,10 @@ import torch
 from xtuner.configs import cfgs_name_path
 
 from polar_ft.conversion.checkpoint import read_checkpoint
+from polar_ft.conversion.checkpoint_files import checkpoints, manifest_path, newest_complete, verify
 from polar_ft.conversion.restricted_load import restricted_load
 from polar_ft.errors import PolarError
 from polar_ft.model.tiny_base import make_tiny_base
-from polar_ft.training.checkpoints import checkpoints, manifest_path, newest_whole, verify
 from polar_ft.training.ranks import FOLDER_VARIABLE, beats
 from tests.damage import damaged
 from tests.training.runs import REPOSITORY, edit_config, make_rows, write_rows
@@ -291,7 +291,7 @@ def corrupt(whole: Path, scratch: Path, seed: int) -> tuple[int, list[str]]:
         for damage in damaged(file, before / file.relative_to(newest), draw, flips=6):
             tried += 1
             for name, load in (
-                ("--resume auto", lambda: newest_whole(scratch, lambda _: None) == newest),
+                ("--resume auto", lambda: newest_complete(scratch, lambda _: None) == newest),
                 ("--resume PATH", lambda: verify(newest) is not None),
                 ("convert", lambda: bool(read_checkpoint(newest).tensors)),
             ):
@@ -301,7 +301,7 @@ def corrupt(whole: Path, scratch: Path, seed: int) -> tuple[int, list[str]]:
                     loaded = False
                 if loaded and harmful:
                     wrong.append(f"{name}: {newest.name}/{file.name}: {damage}")
-            if harmful and newest_whole(scratch, lambda _: None) != before:
+            if harmful and newest_complete(scratch, lambda _: None) != before:
                 wrong.append(f"--resume auto did not fall back: {newest.name}/{file.name}: {damage}")
     shutil.rmtree(scratch)
     return tried, wrong

@@ -88,6 +88,27 @@ def edit_config(source: str, out: Path, **lines: Any) -> Path:
     return out
 
 
+def replace_in_config(config: Path, **replacements: tuple[str, str]) -> None:
+    """Replaces texts that a config holds exactly once; the keyword names the replacement in errors."""
+    text = config.read_text(encoding="utf-8")
+    for name, (old, new) in replacements.items():
+        assert text.count(old) == 1, f"{name}: {config} has {text.count(old)} times {old!r}"
+        text = text.replace(old, new)
+    config.write_text(text, encoding="utf-8")
+
+
+def use_model(config: Path, module: str, name: str) -> None:
+    """Makes a config train another model class."""
+    replace_in_config(
+        config,
+        model_import=(
+            "from polar_ft.training.model import PolarRewardModel",
+            f"from {module} import {name}",
+        ),
+        model_type=("type=PolarRewardModel", f"type={name}"),
+    )
+
+
 def make_rows(pairs: int = PAIRS) -> list[dict[str, Any]]:
     """Pairs that are easily told apart by a word, each with a prompt of its own."""
     words = "red blue green small large round square old new cold warm bright".split()

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from polar_ft.errors import PolarError
-from polar_ft.training import checkpoint_hook, resume
-from polar_ft.training.checkpoint_hook import StepCheckpointHook
-from polar_ft.training.checkpoints import (
+from polar_ft.conversion.checkpoint_files import (
     checkpoints,
     manifest_path,
-    newest_whole,
+    newest_complete,
     prune,
     publish,
     remove_checkpoint,
     verify,
 )
+from polar_ft.errors import PolarError
+from polar_ft.training import loop
+from polar_ft.training.loop import TrainingLoop
+from polar_ft.training.ranks import StopSignals
+from polar_ft.training.step import StepResult
 
 FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_optim_states.pt", "zero_pp_rank_1_optim_states.pt")
 
@@ -110,7 +114,7 @@ def test_no_damage_goes_unnoticed(tmp_path, kind, directory):
         damage(file, kind, counterpart, random.Random(case))
         told: list[str] = []
         remove_checkpoint(other)
-        found = newest_whole(folder, told.append)
+        found = newest_complete(folder, told.append)
         if told or not saved.exists():
             refused += 1
             assert found is None
@@ -129,15 +133,15 @@ def test_auto_falls_back_to_the_one_before_and_says_so(tmp_path):
     for step in (2, 4, 10):
         make_checkpoint(tmp_path, step, directory=True)
     told: list[str] = []
-    assert newest_whole(tmp_path, told.append) == tmp_path / "iter_10.pth"
+    assert newest_complete(tmp_path, told.append) == tmp_path / "iter_10.pth"
     file = tmp_path / "iter_10.pth" / FILES[1]
     file.write_bytes(file.read_bytes()[:-1])
-    assert newest_whole(tmp_path, told.append) == tmp_path / "iter_4.pth"
+    assert newest_complete(tmp_path, told.append) == tmp_path / "iter_4.pth"
     assert len(told) == 1
     assert f"{file}: has " in told[0]
     # One that a kill left in the middle of being removed.
     manifest_path(tmp_path / "iter_4.pth").unlink()
-    assert newest_whole(tmp_path, told.append) == tmp_path / "iter_2.pth"
+    assert newest_complete(tmp_path, told.append) == tmp_path / "iter_2.pth"
 
 
 def test_those_written_last_are_kept(tmp_path):
@@ -151,14 +155,22 @@ def test_those_written_last_are_kept(tmp_path):
 
 
 class Runner:
-    """As much of mmengine's runner as the hook asks for; saving fails from step ``full_from`` on."""
+    """As much of mmengine's runner as the loop asks for; saving fails from step ``full_from`` on."""
 
     def __init__(self, work_dir: Path, full_from: int) -> None:
         self.work_dir = str(work_dir)
         self.full_from = full_from
-        self.iter, self.epoch, self.max_iters = 0, 0, 100
+        self.model = SimpleNamespace(
+            llm=SimpleNamespace(config=SimpleNamespace(to_dict=dict)),
+            adapter=None,
+            objective=None,
+            train=lambda: None,
+        )
+        self.epoch = 0
+        self.optim_wrapper = SimpleNamespace(param_groups=[{"lr": 1.0}])
         self.logger = SimpleNamespace(info=lambda text: None)
-        self.train_loop = SimpleNamespace(stop_training=False)
+        self.message_hub = SimpleNamespace(update_info=lambda key, value: None)
+        self.call_hook = lambda name, **_: None
 
     def save_checkpoint(self, out_dir: str, filename: str, *, meta: dict, **_: object) -> None:
         Path(out_dir, filename).write_text("half")
@@ -166,55 +178,79 @@ class Runner:
             raise OSError(28, "No space left on device")
         Path(out_dir, filename).write_text(f"whole {meta['iter']}")
 
-    def steps(self, hook: StepCheckpointHook, count: int) -> None:
-        for _ in range(count):
-            hook.after_train_iter(self, self.iter)
-            self.iter += 1
-
 
 @pytest.fixture
-def hook(monkeypatch) -> StepCheckpointHook:
-    monkeypatch.setattr(resume, "remember", lambda runner: None)
-    monkeypatch.setattr(checkpoint_hook.signal, "signal", lambda *_: None)
-    return StepCheckpointHook(interval=2, max_keep_ckpts=1)
+def train(monkeypatch):
+    """``train(runner, steps)``: the loop without a model; a checkpoint every second step."""
+    monkeypatch.setattr("polar_ft.training.checkpoints.plan_identity", lambda dataset: {})
+    monkeypatch.setattr(loop, "take_step", lambda *_: StepResult({"loss": 0.0}, [], True))
+    monkeypatch.setattr(loop, "TrainingLog", lambda *_, **__: SimpleNamespace(write=lambda *_: None))
+
+    def run(runner: Runner, steps: int, **attributes: object) -> None:
+        training = object.__new__(TrainingLoop)
+        settings = dict(
+            _runner=runner,
+            _engine=lambda: SimpleNamespace(model=runner.model),
+            _show_plan=lambda engine: None,
+            _batches=lambda first: iter(range(first, steps)),
+            _iter=0,
+            _max_iters=steps,
+            dataset=None,
+            validation=None,
+            stop_training=False,
+            log_interval=1,
+            save_steps=2,
+            save_total_limit=1,
+            warmup_ratio=0.1,
+            min_lr_ratio=0.1,
+        )
+        for name, value in (settings | attributes).items():
+            setattr(training, name, value)
+        training.run()
+
+    return run
 
 
-def test_the_only_checkpoint_outlives_a_failed_save(tmp_path, hook):
+def test_the_only_checkpoint_outlives_a_failed_save(tmp_path, train):
+    complete = {"iter_2.pth", "iter_2.pth.manifest.json", "last_checkpoint"}
     runner = Runner(tmp_path, full_from=4)
-    runner.steps(hook, 3)
-    whole = {"iter_2.pth", "iter_2.pth.manifest.json", "last_checkpoint"}
-    assert {file.name for file in tmp_path.iterdir()} == whole
+    seen = []
+    runner.call_hook = lambda name, **_: seen.append({file.name for file in tmp_path.iterdir()})
     with pytest.raises(PolarError, match=r"iter_4\.pth: could not be saved.*No space left.*iter_2\.pth"):
-        runner.steps(hook, 1)
-    assert {file.name for file in tmp_path.iterdir()} == whole
+        train(runner, 5)
+    assert seen[-1] == complete  # after step 4, before it is saved
+    assert {file.name for file in tmp_path.iterdir()} == complete
     assert verify(tmp_path / "iter_2.pth") is not None
     assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_2.pth")
 
 
-def test_other_errors_are_left_alone(tmp_path, hook):
+def test_other_errors_are_left_alone(tmp_path, train):
     runner = Runner(tmp_path, full_from=9)
     runner.save_checkpoint = lambda *_, **__: torch.zeros(2) @ torch.zeros(3)
     with pytest.raises(RuntimeError, match="size"):
-        runner.steps(hook, 2)
+        train(runner, 2)
 
 
-def test_the_last_step_and_an_early_end_are_saved(tmp_path, hook):
-    runner = Runner(tmp_path, full_from=99)
-    runner.max_iters = 3
-    runner.steps(hook, 3)
+def test_the_last_step_and_an_early_end_are_saved(tmp_path, train):
+    train(Runner(tmp_path, full_from=99), 3)
     assert (tmp_path / "iter_3.pth").read_text() == "whole 3"
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
-    runner.iter, runner.max_iters, runner.train_loop.stop_training = 0, 100, True
-    runner.steps(hook, 1)
+    ends = SimpleNamespace(
+        start=lambda *_: None, after_step=lambda *_, **__: None, ends=lambda runner, step: step == 1
+    )
+    ends.finish = lambda runner: None
+    train(Runner(tmp_path, full_from=99), 100, validation=ends)
     assert (tmp_path / "iter_1.pth").read_text() == "whole 1"
 
 
-def test_a_signal_saves_and_ends_with_a_status_of_its_own(tmp_path, hook):
+@pytest.mark.parametrize("number", StopSignals.SIGNALS)
+def test_a_signal_saves_and_ends_with_a_status_of_its_own(tmp_path, train, number):
     runner = Runner(tmp_path, full_from=99)
-    runner.steps(hook, 1)
-    hook._remember_signal(checkpoint_hook.signal.SIGUSR1, None)
+    hooks = iter([None, lambda: os.kill(os.getpid(), number)])  # before_train, then step 1
+    runner.call_hook = lambda name, **_: (next(hooks) or (lambda: None))()
     with pytest.raises(SystemExit) as ended:
-        runner.steps(hook, 1)
+        train(runner, 100)
     assert ended.value.code == 75
-    assert (tmp_path / "iter_2.pth").read_text() == "whole 2"
+    assert (tmp_path / "iter_1.pth").read_text() == "whole 1"
+    assert signal.getsignal(number) == signal.SIG_DFL

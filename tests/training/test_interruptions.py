@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from polar_ft.conversion.checkpoint import read_checkpoint
-from polar_ft.training.checkpoints import verify
+from polar_ft.conversion.checkpoint_files import verify
 from tests.training.conftest import STEPS, TOP_LINES, RunOnce
-from tests.training.runs import REPOSITORY, Run, edit_config, run
+from tests.training.runs import REPOSITORY, Run, edit_config, run, use_model
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +22,7 @@ def go_wrong(project: Path, run_once: RunOnce):
         lines = TOP_LINES | {"save_steps": 1, "max_packed_length": 1024 // packs}
         paths = dict(pretrained_model_name_or_path=str(project / "base"), data=str(project / "rows.jsonl"))
         config = edit_config("polar_tiny_cpu.py", project / f"{name}.py", **(lines | paths))
-        text = config.read_text().replace(
-            "from polar_ft.training.model import PolarRewardModel",
-            f"from tests.training.variants import {model}",
-        )
-        config.write_text(text.replace("type=PolarRewardModel", f"type={model}"))
+        use_model(config, "tests.training.variants", model)
         # A shell, so that the model knows whom a scheduler would signal: `exec` keeps its process id.
         shell = ("sh", "-c", 'LAUNCHER=$$ exec "$@"', "sh", "polar-ft", "train", str(config), *arguments)
         return run_once(name, *shell, PYTHONPATH=str(REPOSITORY), **environment)
@@ -78,7 +74,7 @@ def test_a_nan_updates_nothing_and_its_rows_are_told(go_wrong, project, deepspee
 
 
 def test_too_many_nans_in_a_row_end_the_run(go_wrong):
-    ended = go_wrong("nan_for_good", "NanModel", "--cfg-options", "custom_hooks.2.max_in_a_row=2", GO_ON="1")
+    ended = go_wrong("nan_for_good", "NanModel", "--cfg-options", "train_cfg.max_bad_steps=2", GO_ON="1")
     assert ended.status == 1, ended.tail
     assert "2 steps in a row up to step 3 without a finite loss" in ended.tail
     assert f"The last good checkpoint is kept: {ended.work_dir}/iter_2.pth" in ended.tail

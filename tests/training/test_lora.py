@@ -162,14 +162,14 @@ def test_recomputed_layers_drop_the_same_twice(project, template):
         model = build(project, template, dropout=0.3).train()
         model.checkpointed_layers = layers
         torch.manual_seed(1)
-        rewards = model(a_pack(template), mode="tensor")
+        rewards = model(a_pack(template))
         (rewards[0] - rewards[1]).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert set(gradients[0]) == set(model.state_dict()) - {RECORD}
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
     torch.manual_seed(2)
-    assert not torch.equal(model(a_pack(template), mode="tensor"), rewards)
+    assert not torch.equal(model(a_pack(template)), rewards)
 
 
 def test_adapters_are_float32_in_a_bfloat16_base(project, template):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import STEPS, TOP_LINES
-from tests.training.runs import REPOSITORY, Run, edit_config, run
+from tests.training.runs import REPOSITORY, Run, edit_config, run, use_model
 from tests.training.test_interruptions import nothing_is_left
 
 
@@ -41,8 +41,7 @@ def test_two_nodes_train_as_one_process_does(project: Path, plain_run: Run, tmp_
 def test_a_failure_on_one_node_ends_both(project: Path, tmp_path: Path):
     paths = dict(pretrained_model_name_or_path=str(project / "base"), data=str(project / "rows.jsonl"))
     config = edit_config("polar_tiny_cpu.py", tmp_path / "failing.py", **(TOP_LINES | paths))
-    text = config.read_text().replace("polar_ft.training.model", "tests.training.variants")
-    config.write_text(text.replace("PolarRewardModel", "FailingModel"))
+    use_model(config, "tests.training.variants", "FailingModel")
     first, second = on_two_nodes(config, tmp_path / "work")
     assert first.status == second.status == 1
     for rank, node, error in ((0, first, "RuntimeError: "), (1, second, "ArithmeticError: on purpose\n")):

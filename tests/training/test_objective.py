@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from xtuner.registry import BUILDER
 
 from polar_ft.errors import PolarError
-from polar_ft.training.dataset import RewardDataset
+from polar_ft.training.data import RewardDataset
+from polar_ft.training.engines import PlainEngine
 from polar_ft.training.model import PolarRewardModel
-from polar_ft.training.step import StepOptimWrapper
+from polar_ft.training.step import StepBatch, take_step
 from tests.training.runs import edit_config, make_rows, write_rows
 
 Build = Callable[..., tuple[PolarRewardModel, RewardDataset]]
@@ -47,6 +48,12 @@ def two_pairs(tmp_path: Path) -> Path:
     rows[0] |= {"weight": 1.0, "margin": 0.5}
     rows[1] |= {"weight": 3.0}
     return write_rows(tmp_path / "two.jsonl", rows)
+
+
+def figures(model: PolarRewardModel, batch: StepBatch) -> dict[str, float]:
+    """Of a step that changes nothing."""
+    engine = PlainEngine(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    return take_step(engine, model.objective, batch).figures
 
 
 def _log_sigmoid(x: float) -> float:
@@ -91,13 +98,13 @@ def test_step_of_two_pairs_by_hand(build, two_pairs, loss_type, penalty_type):
     weights, margins = pack.weight.tolist(), pack.margin.tolist()
     assert sorted(zip(weights, margins, strict=True)) == [(1.0, 0.5), (3.0, 0.0)]
 
-    rewards = model(pack=pack, mode="tensor").tolist()
+    rewards = model(pack).tolist()
     pairs = [(rewards[c], rewards[r]) for c, r in torch.stack([pack.chosen, pack.rejected], 1).tolist()]
     by_hand = [
         _loss(loss_type, chosen, rejected, margin) + 0.01 * _penalty(penalty_type, chosen, rejected)
         for (chosen, rejected), margin in zip(pairs, margins, strict=True)
     ]
-    log = model.train_step(batch, StepOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+    log = figures(model, batch)
     expected = sum(weight * loss for weight, loss in zip(weights, by_hand, strict=True)) / 4
     assert log["loss"] == pytest.approx(expected, rel=1e-5)
     # Accuracy and scores are means over pairs, whatever their weights.
@@ -116,7 +123,7 @@ def test_weight_counts_as_so_many_copies(build, tmp_path):
     for file in (weighted, copied):
         model, data = build(data=str(file))
         assert len(data) == 1
-        norms.append(model.train_step(data[0], StepOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))))
+        norms.append(figures(model, data[0]))
     assert norms[0]["grad_norm"] == pytest.approx(norms[1]["grad_norm"], rel=1e-5)
     assert norms[0]["loss"] == pytest.approx(norms[1]["loss"], rel=1e-5)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.training.conftest import STEPS, RunOnce
-from tests.training.runs import PAIRS, REPOSITORY, Run, edit_config, write_zero_settings
+from tests.training.runs import PAIRS, REPOSITORY, Run, edit_config, replace_in_config, write_zero_settings
 
 CURVES = (
     "loss",
@@ -117,3 +117,27 @@ def test_published_configs_train(project, run_once, size, base):
     assert ended.scalars("loss")[1] == pytest.approx(math.log(2), abs=1e-6), ended.tail
     assert ended.checkpoint.is_dir()
     assert ended.checkpoint.name == "iter_1.pth"
+
+
+def test_hooks_of_a_user_are_called(project: Path, run_once: RunOnce):
+    config = project / "hooked.py"
+    text = (project / "tiny.py").read_text()
+    hooks = "from tests.training.variants import NotingHook\n\ncustom_hooks = [dict(type=NotingHook)]\n"
+    config.write_text(f"{text}\n{hooks}")
+    ended = run_once("hooked", "xtuner", "train", str(config), PYTHONPATH=str(REPOSITORY))
+    assert (ended.work_dir / "hook_calls").read_text().splitlines() == [
+        "before_run at 0",
+        "before_train at 0",
+        *(f"after_train_iter {PAIRS // STEPS} at {step}" for step in range(STEPS)),
+        f"after_train at {STEPS}",
+    ]
+
+
+def test_hooks_of_mmengine_that_the_loop_replaces_are_refused(project: Path, run_once: RunOnce):
+    config = project / "default_hooks.py"
+    config.write_text((project / "tiny.py").read_text())
+    replace_in_config(config, hooks=("timer=None, logger=None, ", ""))
+    ended = run_once("default_hooks", "polar-ft", "train", str(config))
+    assert ended.status == 1, ended.tail
+    assert "the config registers mmengine's IterTimerHook, LoggerHook" in ended.tail
+    assert "Traceback" not in ended.output

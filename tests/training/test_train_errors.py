@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from polar_ft.conversion.checkpoint_files import verify
 from polar_ft.errors import PolarError
-from polar_ft.training.checkpoints import verify
-from polar_ft.training.hooks import StepPlanHook
+from polar_ft.training.engines import PlainEngine
 from polar_ft.training.prepare import prepare_tiny_training
 from tests.training.conftest import TOP_LINES, RunOnce
 from tests.training.runs import Run, edit_config, make_rows, write_rows
@@ -112,11 +111,11 @@ def test_xtuner_itself_exits_zero_after_a_failure(failures, project, run_once):
 
 def test_half_precision_needs_deepspeed():
     model = torch.nn.Linear(2, 1).bfloat16()
-    runner = SimpleNamespace(model=model)
+    optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(
         PolarError, match=r"bfloat16, and without DeepSpeed .* add --deepspeed deepspeed_zero2"
     ):
-        StepPlanHook().before_train(runner)
+        PlainEngine(model, optimizer)
 
 
 def test_data_of_the_tiny_config_is_checked_before_a_model_is_made_of_it(tmp_path):
@@ -147,7 +146,7 @@ def test_full_disk_while_saving(project, run_once, arguments):
     left = work_dir.with_name("work.left")
     assert ended.status == 1, ended.tail
     assert f"{work_dir}/iter_3.pth: could not be saved, is the disk full?" in ended.output
-    assert f"the last whole checkpoint is {work_dir}/iter_2.pth" in ended.output
+    assert f"the last complete checkpoint is {work_dir}/iter_2.pth" in ended.output
     assert "Traceback" not in ended.output
     # The earlier checkpoint is whole and the one that `--resume` finds; nothing of the other is left.
     assert (left / "last_checkpoint").read_text() == f"{work_dir}/iter_2.pth"

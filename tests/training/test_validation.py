@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmengine.hooks import IterTimerHook
 
 from polar_ft.conversion.convert import convert_checkpoint
 from polar_ft.data.reading import as_sources, read_examples
@@ -22,9 +21,10 @@ from polar_ft.evaluation.pairs import PairTable
 from polar_ft.groups import against
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
-from polar_ft.training import held_out, validation
-from polar_ft.training.held_out import HeldOutPairs
-from polar_ft.training.validation import ValidationHook
+from polar_ft.training import data as held_out
+from polar_ft.training import validation
+from polar_ft.training.data import HeldOutPairs
+from polar_ft.training.validation import Validation
 from tests.encoding import ids_of
 from tests.training.conftest import STEPS, TOP_LINES, RunOnce
 from tests.training.runs import Run, edit_config, write_rows
@@ -309,23 +309,23 @@ def test_settings_are_checked(settings, message, tmp_path, template):
     rows = [{key: row[key] for key in row if key != "subset"} for row in held_out_rows()[:2]]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(PolarError, match=message):
-        ValidationHook(str(file), template, **(dict(interval=1) | settings))
+        Validation(str(file), template, **(dict(interval=1) | settings))
 
 
 def test_rows_without_a_pair_are_refused(tmp_path, template):
     tied = {"prompt": "p", "reference": "r", "responses": [{"content": w, "score": 1} for w in "ab"]}
     file = write_rows(tmp_path / "tied.jsonl", [tied])
     with pytest.raises(PolarError, match=r"tied.jsonl: 1 rows gave no pair to validate on"):
-        ValidationHook(str(file), template, interval=1)
+        Validation(str(file), template, interval=1)
 
 
-def test_a_bad_row_is_named_when_the_hook_is_made(tmp_path, template):
-    """That is before anything is trained: mmengine makes its hooks first."""
+def test_a_bad_row_is_named_before_training(tmp_path, template):
+    """That is before anything is trained: the loop reads it when it is built."""
     rows = held_out_rows()[:3]
     del rows[1]["rejected"]
     file = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(DataError, match=r"bad\.jsonl:2: rejected"):
-        ValidationHook(str(file), template, interval=1)
+        Validation(str(file), template, interval=1)
 
 
 @pytest.mark.parametrize(
@@ -346,33 +346,30 @@ def test_what_counts_as_best(metric, values, best_steps):
 
 
 class FakeRunner(SimpleNamespace):
-    """What `ValidationHook` needs of mmengine's runner, at step ``iter`` of 10."""
+    """What `Validation` needs of mmengine's runner."""
 
-    def __init__(self, kept: dict[str, Any] | None = None, iter: int = 4) -> None:
+    def __init__(self, kept: dict[str, Any] | None = None) -> None:
         self.lines: list[str] = []
         log = self.lines.append
         super().__init__(
-            iter=iter,
-            max_iters=10,
-            hooks=[IterTimerHook()],
             message_hub=SimpleNamespace(get_info=lambda key: kept),
             logger=SimpleNamespace(info=log, warning=log),
-            train_loop=SimpleNamespace(stop_training=False),
         )
 
 
 @pytest.fixture
-def hook(held_out_file, template) -> ValidationHook:
-    return ValidationHook(str(held_out_file), template, interval=2, patience=3)
+def held_out_validation(held_out_file, template) -> Validation:
+    return Validation(str(held_out_file), template, interval=2, patience=3)
 
 
 @pytest.mark.parametrize(("without_best", "stops"), [(2, False), (3, True)])
-def test_patience_is_that_of_the_whole_run(without_best, stops, hook):
-    kept = asdict(validation._Progress(hook.progress.identity, 0.8, 0.5, 2, "best.pth", without_best))
+def test_patience_is_that_of_the_whole_run(without_best, stops, held_out_validation):
+    identity = held_out_validation.progress.identity
+    kept = asdict(validation._Progress(identity, 0.8, 0.5, 2, "best.pth", without_best))
     runner = FakeRunner(kept)
-    hook.before_train(runner)
-    assert asdict(hook.progress) == kept
-    assert runner.train_loop.stop_training == stops
+    held_out_validation.start(runner, None, 4)
+    assert asdict(held_out_validation.progress) == kept
+    assert held_out_validation.ends(runner, 4) == stops
     assert runner.lines == (
         [
             "validation: 3 in a row without a new best accuracy (best: 0.8000 at step 2), so training stops "
@@ -383,32 +380,27 @@ def test_patience_is_that_of_the_whole_run(without_best, stops, hook):
     )
 
 
-def test_other_data_starts_anew(hook, monkeypatch):
+def test_other_data_starts_again(held_out_validation, monkeypatch):
     validated = []
-    monkeypatch.setattr(hook, "_validate", lambda runner, step, save: validated.append((step, save)))
+    monkeypatch.setattr(
+        held_out_validation, "_validate", lambda runner, engine, step, save: validated.append((step, save))
+    )
     runner = FakeRunner(asdict(validation._Progress("accuracy of other data", 0.9, 0.1, 2, "x", 7)))
-    hook.before_train(runner)
+    held_out_validation.start(runner, None, 4)
     assert validated == [(4, False)]
-    assert hook.progress.best is None
+    assert held_out_validation.progress.best is None
     assert "has changed since the checkpoint" in runner.lines[0]
 
 
-def test_a_step_is_not_charged_with_the_validation_before_it(hook, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(validation.time, "time", lambda: clock[0])
-    monkeypatch.setattr(hook, "_validate", lambda runner, step: clock.append(clock.pop() + 60.0))
-    runner = FakeRunner(iter=3)
-    runner.hooks[0].t = 99.5
-    hook.after_train_iter(runner, 3)
-    assert clock[0] - runner.hooks[0].t == pytest.approx(0.5)
-    hook.after_train_iter(FakeRunner(iter=4), 4)  # step 5: none is due
-    assert clock == [160.0]
+def test_validations_are_due_every_so_often_and_at_the_end(held_out_validation, monkeypatch):
+    validated = []
+    monkeypatch.setattr(held_out_validation, "_validate", lambda runner, engine, step: validated.append(step))
+    for step in range(1, 6):
+        held_out_validation.after_step(None, None, step, last=step == 5)
+    assert validated == [2, 4, 5]
 
 
-def test_without_data_nothing_happens(template):
-    hook = ValidationHook(None, template, interval=1)
-    runner = FakeRunner()
-    hook.before_train(runner)
-    hook.after_train_iter(runner, 4)
-    hook.after_train(runner)
-    assert runner.lines == []
+def test_a_step_is_not_charged_with_validation_and_saving(validated_run):
+    """Its time is the wait for its data and the step itself."""
+    times, waits = validated_run.scalars("time"), validated_run.scalars("data_time")
+    assert all(0 <= waits[step] < times[step] < 1.0 for step in times)

@@ -1,29 +1,139 @@
-"""Held-out pairs for validation, in this process's memory, scored by all ranks together."""
+"""The data of a run: training steps, item by item, and held-out pairs for validation."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from mmengine.dist import get_rank, get_world_size
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from xtuner.registry import BUILDER
 
 from polar_ft.data.reading import Sources, as_sources, read_examples
 from polar_ft.data.records import Example
+from polar_ft.data.step_plan import StepPlan
+from polar_ft.data.tokenized import TokenizedGroups, tokenize
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.evaluator import encode_examples
 from polar_ft.evaluation.pairs import Categories, PairTable
 from polar_ft.evaluation.references import ReferenceSettings, aggregate
-from polar_ft.groups import TokenGroup
+from polar_ft.files import read_json, resolve_folder
+from polar_ft.groups import Layout, TokenGroup, against, select_pairs
 from polar_ft.model.packing import Pack, build_pack
 from polar_ft.scoring.scorer import forward_batches
 from polar_ft.template import PolarTemplate
+from polar_ft.training.step import StepBatch
 
 ENCODED_AT_ONCE = 1024
+
+
+class RewardDataset(Dataset):
+    """Items are `StepBatch`; item ``epoch * steps_per_epoch + step`` is that step of that epoch.
+
+    Args:
+        groups: The tokenized data.
+        plan: The step plan.
+        rank: Of this process.
+        template: By which the data was tokenized.
+    """
+
+    def __init__(self, groups: TokenizedGroups, plan: StepPlan, rank: int, template: PolarTemplate) -> None:
+        self.groups = groups
+        self.plan = plan
+        self.rank = rank
+        self.template = template
+
+    def __len__(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def __getitem__(self, index: int) -> StepBatch:
+        epoch, step = divmod(index, self.plan.steps_per_epoch)
+        packs = [
+            build_pack(
+                [
+                    select_pairs(self.groups.group(piece.group), slice(piece.first_pair, piece.last_pair))
+                    for piece in pieces
+                ],
+                self.plan.layout,
+                filler_id=self.template.reward_token_id,
+            )
+            for pieces in self.plan.packs(epoch, step)[self.rank]
+        ]
+        return StepBatch(packs, self.plan.weight_of_step(epoch, step), epoch, step)
+
+
+def build_reward_dataset(
+    data: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
+    tokenizer: Mapping[str, Any] | PolarTemplate,
+    pretrained_model_name_or_path: str,
+    *,
+    global_batch_pairs: int = 320,
+    max_packed_length: int = 32768,
+    packs_per_step: int | None = None,
+    layout: Layout = "tree",
+    reference_dropout: float = 0.0,
+    seed: int = 0,
+    cache_dir: str | os.PathLike[str] = "~/.cache/polar_ft/tokenized",
+    ranks: int | None = None,
+    hidden_size: int | None = None,
+) -> RewardDataset:
+    """Reads, checks and tokenizes the data, and plans the steps.
+
+    Args:
+        data: A path or hub id, or ``dict(path=…, weight=…, max_samples=…, …)``, or a list of those; see
+            `polar_ft.data.reading.DataSource`.
+        tokenizer: ``dict(type=PolarTemplate.from_pretrained, …)``.
+        pretrained_model_name_or_path: Of the model; its hidden size weighs attention in the cost of a pack.
+        global_batch_pairs: Pairs of an optimizer step, over all ranks.
+        max_packed_length: Tokens of a pack: what one forward computes.
+        packs_per_step: Packs of each rank in a step; None takes as few as hold the step.
+        layout: "tree" computes a shared prefix once; "flat" computes every sequence whole. Same gradients.
+        reference_dropout: Share of the groups trained without their reference.
+        seed: Of the order of the data.
+        cache_dir: Where tokenized data is kept.
+        ranks: Data-parallel ranks; None takes those of this run.
+        hidden_size: Of the model; None reads its ``config.json``.
+
+    Raises:
+        DataError: A row is bad; the message names file and line.
+        PolarError: A setting does not fit the data; the message says which and what to set it to.
+    """
+    template = tokenizer if isinstance(tokenizer, PolarTemplate) else BUILDER.build(dict(tokenizer))
+    groups = tokenize(as_sources(data), template, cache_dir, reference_dropout=reference_dropout, seed=seed)
+    plan = StepPlan(
+        groups,
+        global_batch_pairs=global_batch_pairs,
+        max_packed_length=max_packed_length,
+        ranks=ranks or get_world_size(),
+        seed=seed,
+        layout=layout,
+        packs_per_step=packs_per_step,
+        hidden_size=hidden_size or _hidden_size(pretrained_model_name_or_path),
+    )
+    return RewardDataset(groups, plan, get_rank(), template)
+
+
+def with_defaults(function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a config with the defaults of the function or class that they are for.
+
+    >>> def build(data, seed=0): ...
+    >>> with_defaults(build, {"data": "rows.jsonl"})
+    {'seed': 0, 'data': 'rows.jsonl'}
+    """
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {**defaults, **settings}
+
+
+def _hidden_size(folder: str | os.PathLike[str]) -> int:
+    return read_json(resolve_folder(folder) / "config.json")["hidden_size"]
 
 
 class HeldOutPairs:
@@ -149,7 +259,7 @@ def _subsets(examples: Iterable[Example]) -> Categories | None:
 
 def _encode(template: PolarTemplate, examples: Iterable[Example]) -> list[TokenGroup]:
     """Every example with each of its references."""
-    scored = [replace(e, references=(text,)) for e in examples for text in e.references]
+    scored = [against(example, text) for example in examples for text in example.references]
     return [
         encoded
         for start in range(0, len(scored), ENCODED_AT_ONCE)
