@@ -20,6 +20,7 @@ import numpy as np
 
 Wrapper = Literal["sft", "pretrain"]
 Layout = Literal["tree", "flat"]
+Pairing = Literal["adjacent", "all"]  # a ranked answer with the next worse one, or with every worse one
 
 
 @dataclass(frozen=True, slots=True)

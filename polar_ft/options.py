@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from polar_ft.data.records import Pairing as PairingName
+from polar_ft.groups import Pairing as PairingName
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 

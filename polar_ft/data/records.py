@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -30,9 +30,7 @@ from pydantic import (
 )
 
 from polar_ft.errors import PolarError
-from polar_ft.groups import TextGroup, Wrapper
-
-Pairing = Literal["adjacent", "all"]
+from polar_ft.groups import Pairing, TextGroup, Wrapper
 
 
 class RowError(PolarError):

@@ -16,7 +16,7 @@ from polar_ft.errors import PolarError
 from polar_ft.evaluation.scores import RANKINGS_FILE, SCORES_FILE, RankedScores, ScoredPair, to_json_line
 
 
-class Journal:
+class ScoreJournal:
     """The lines of a run's rows, on disk as soon as they are scored.
 
     A row counts as done when all its lines are there with its `score_key`. Lines are appended in the order of
@@ -42,7 +42,7 @@ class Journal:
             self._rankings = _GrowingFile(folder / RANKINGS_FILE, self._ranked)
         self._begins_anew = not any(map(self.is_done, self._pairs_of))
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> ScoreJournal:
         return self
 
     def __exit__(

@@ -12,7 +12,7 @@ from polar_ft.evaluation.figures import compute_figures
 from polar_ft.evaluation.gates import GateResult
 from polar_ft.evaluation.pairs import PairTable
 from polar_ft.evaluation.report.numbers import percent, percent_interval
-from polar_ft.evaluation.report.report import Report, RunInfo, Truncation, write_report
+from polar_ft.evaluation.report.report import Report, RunInfo, Truncation
 from polar_ft.evaluation.report.table import TABLE_WIDTH, notes, screen_tables
 from polar_ft.evaluation.report.worst import PairTexts, WorstPair, pair_texts, worst_pairs
 from polar_ft.evaluation.scores_file import SavedScores, find_scores, read_scores
@@ -54,6 +54,9 @@ def report_scores(
             update={"n_rows": run.n_rows or len(table), "n_same_reference": saved.n_same_reference}
         ),
     )
+    # Imported here: it needs matplotlib and jinja2, which a table on the screen does not.
+    from polar_ft.evaluation.report.writing import write_report
+
     files = write_report(report, table, out_dir, worst=_worst(table, examples, template))
     # Without the run's examples the scores were there before.
     _show(report, files if examples is None else [find_scores(scores), *files])

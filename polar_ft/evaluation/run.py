@@ -16,7 +16,7 @@ from polar_ft.data.records import Example
 from polar_ft.evaluation.cache import CachedScorer, ScoreCache, setup_key
 from polar_ft.evaluation.evaluator import FieldTokens, Scorer, chunks, count_tokens, score_references
 from polar_ft.evaluation.gates import GateResult, SamplePair, draw_sample, run_gates
-from polar_ft.evaluation.journal import Journal
+from polar_ft.evaluation.journal import ScoreJournal
 from polar_ft.evaluation.progress import scoring_progress
 from polar_ft.evaluation.references import ReferenceSettings, RowReferences, aggregate, plan_references
 from polar_ft.evaluation.report.report import HTML_FILE, MARKDOWN_FILE, METRICS_FILE, PLOTS_FOLDER
@@ -79,7 +79,7 @@ def score_into(
     cached = CachedScorer(scorer, cache, setup)
     if cache is not None:
         cache.touch(setup)
-    with Journal(folder, examples, keys) as journal:
+    with ScoreJournal(folder, examples, keys) as journal:
         todo = [row for row, key in enumerate(keys) if not journal.is_done(key)]
         n_pairs = sum(len(example.pairs) for example in examples)
         n_todo = sum(len(examples[row].pairs) for row in todo)
@@ -107,7 +107,7 @@ def score_into(
 
 def _score_rows(
     folder: Path,
-    journal: Journal,
+    journal: ScoreJournal,
     scorer: Scorer,
     examples: Sequence[Example],
     plan: Sequence[RowReferences],

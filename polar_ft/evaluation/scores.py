@@ -26,7 +26,7 @@ class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class CutTokens(_Row):
+class PairCut(_Row):
     """Tokens cut off each field of a pair; 0 where the field is whole."""
 
     prompt: int
@@ -104,7 +104,7 @@ class ScoredPair(_Row):
     reference_tokens: int
     chosen_tokens: int
     rejected_tokens: int
-    cut: CutTokens
+    cut: PairCut
     reference_is_chosen: bool
     chosen_rouge: float | None
     rejected_rouge: float | None
@@ -260,7 +260,7 @@ def pair_rows(
             reference_tokens=lengths.reference,
             chosen_tokens=lengths.candidates[chosen],
             rejected_tokens=lengths.candidates[rejected],
-            cut=CutTokens(
+            cut=PairCut(
                 prompt=cut.prompt,
                 reference=cut.reference,
                 chosen=cut.candidates[chosen],

@@ -18,7 +18,7 @@ from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.groups import TokenGroup
 from polar_ft.parity.inputs import ParityInput, parity_inputs
-from polar_ft.parity.report import TOLERANCES, Comparison, ParityReport, Rewards, compare
+from polar_ft.parity.report import TOLERANCES, Deviation, ParityReport, Rewards, compare
 from polar_ft.parity.rewards import client_rewards, scorer_rewards, training_rewards, transformers_rewards
 from polar_ft.parity.rope import always_scaled_base, rope_base
 from polar_ft.scoring.scorer import RewardScorer
@@ -261,16 +261,16 @@ def _split_address(server: str) -> tuple[ServerType, str]:
     raise PolarError(f"--server {server}: {name!r} is not one of {', '.join(WIRES)}")
 
 
-def _walk(basis: _Basis, way: _Way, tolerance: float | None) -> Comparison:
+def _walk(basis: _Basis, way: _Way, tolerance: float | None) -> Deviation:
     if way.rewards is None:
-        return Comparison(name=way.name, tolerance=None, note=way.note)
+        return Deviation(name=way.name, tolerance=None, note=way.note)
     if tolerance is None:
         relative = max(TOLERANCES.get(dtype, 0) for dtype in (_name(basis.dtype), way.dtype))
         tolerance = relative * basis.size
     try:
         found = way.rewards()
     except PolarError as error:
-        return Comparison(name=way.name, tolerance=tolerance, error=str(error))
+        return Deviation(name=way.name, tolerance=tolerance, error=str(error))
     result = compare(way.name, basis.inputs, basis.encoded, basis.expected, found, tolerance)
     rounding = max(TOLERANCES.values()) * basis.size
     if not result.ok and result.max_abs_diff is not None and result.max_abs_diff <= rounding:

@@ -61,7 +61,7 @@ class Worst(BaseModel):
     found: float
 
 
-class Comparison(BaseModel):
+class Deviation(BaseModel):
     """One way to the rewards, against the scorer in this process.
 
     Attributes:
@@ -123,7 +123,7 @@ class ParityReport(BaseModel):
     min_reward: float
     max_reward: float
     rms_reward: float
-    comparisons: list[Comparison]
+    comparisons: list[Deviation]
     warnings: list[str]
     ok: bool
 
@@ -135,7 +135,7 @@ def compare(
     expected: Rewards,
     found: Rewards,
     tolerance: float | None,
-) -> Comparison:
+) -> Deviation:
     """Compares the rewards of all candidates of all inputs.
 
     Args:
@@ -169,7 +169,7 @@ def compare(
             )
         lower = upper or lower
     changed, pairs = _order_changes({(a, b): (e, f) for a, b, _, e, f in texts})
-    return Comparison(
+    return Deviation(
         name=name,
         tolerance=tolerance,
         max_abs_diff=_largest((e, f) for _, _, _, e, f in texts),

@@ -47,7 +47,7 @@ class PlainEngine:
     @contextmanager
     def computing(self, last: bool) -> Iterator[None]:
         """See `polar_ft.training.step.Engine`; ranks exchange gradients once, with the last pack."""
-        local = nullcontext()
+        local: Any = nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not last:
             local = self.model.no_sync()
         with local, self.mixed_precision():

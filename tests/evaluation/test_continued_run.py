@@ -15,7 +15,7 @@ from rich.console import Console
 from polar_ft.errors import PolarError
 from polar_ft.evaluation import evaluator
 from polar_ft.evaluation.cache import ScoreCache
-from polar_ft.evaluation.journal import Journal
+from polar_ft.evaluation.journal import ScoreJournal
 from polar_ft.evaluation.references import ReferenceSettings
 from polar_ft.evaluation.run import score_into
 
@@ -170,9 +170,9 @@ def test_rows_that_changed_are_scored_again(data, tmp_path, write_rows):
 
 def test_two_runs_do_not_write_one_folder(tmp_path, make_example):
     examples, keys = [make_example(0)], ["k"]
-    with Journal(tmp_path, examples, keys), pytest.raises(PolarError, match="another run is writing it"):
-        Journal(tmp_path, examples, keys)
-    with Journal(tmp_path, examples, keys):  # and afterwards they may
+    with ScoreJournal(tmp_path, examples, keys), pytest.raises(PolarError, match="another run is writing it"):
+        ScoreJournal(tmp_path, examples, keys)
+    with ScoreJournal(tmp_path, examples, keys):  # and afterwards they may
         pass
 
 

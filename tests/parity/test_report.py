@@ -6,7 +6,7 @@ import math
 
 from polar_ft.groups import TokenGroup
 from polar_ft.parity.inputs import ParityInput
-from polar_ft.parity.report import Comparison, compare
+from polar_ft.parity.report import Deviation, compare
 
 
 def texts(*lengths: int) -> tuple[ParityInput, TokenGroup]:
@@ -15,7 +15,7 @@ def texts(*lengths: int) -> tuple[ParityInput, TokenGroup]:
     return item, TokenGroup.of_sequences([[0] * n for n in lengths])
 
 
-def compared(expected, found, tolerance=0.1) -> Comparison:
+def compared(expected, found, tolerance=0.1) -> Deviation:
     pairs = [texts(10, 64, 65), texts(200, 5000)]
     inputs, encoded = zip(*pairs, strict=True)
     return compare("other", inputs, encoded, expected, found, tolerance)
@@ -65,6 +65,6 @@ def test_ties_have_no_order():
 
 
 def test_a_way_that_failed_is_not_ok_and_one_for_information_is():
-    assert not Comparison(name="x", tolerance=1.0, error="no answer").ok
-    assert not Comparison(name="x", tolerance=1.0).ok
-    assert Comparison(name="x", tolerance=None, note="not run").ok
+    assert not Deviation(name="x", tolerance=1.0, error="no answer").ok
+    assert not Deviation(name="x", tolerance=1.0).ok
+    assert Deviation(name="x", tolerance=None, note="not run").ok

@@ -56,7 +56,7 @@ class DoneRows:
         return self._next + len(self._ahead)
 
 
-class Journal:
+class RewardJournal:
     """An open journal; made by `open_journal`.
 
     Attributes:
@@ -148,7 +148,7 @@ class Journal:
 
 
 @contextmanager
-def open_journal(path: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[Journal]:
+def open_journal(path: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[RewardJournal]:
     """The journal of a run, with what an earlier run left in it.
 
     Args:
@@ -169,7 +169,7 @@ def open_journal(path: Path, header: Mapping[str, Any], *, restart: bool) -> Ite
         _lock(stream, path)
         if restart:
             stream.truncate(0)
-        journal = Journal(path, stream)
+        journal = RewardJournal(path, stream)
         journal.begin_or_resume(header)
         yield journal
 

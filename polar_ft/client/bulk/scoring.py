@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from polar_ft.client.bulk.journal import Journal, another_run, open_journal, remove
+from polar_ft.client.bulk.journal import RewardJournal, another_run, open_journal, remove
 from polar_ft.client.bulk.rows import RowToScore, parse_row_to_score, with_rewards
 from polar_ft.client.client import RewardModelClient
 from polar_ft.client.contact import check_same_model
@@ -142,7 +142,7 @@ def score_data_set(
         return Result(contents.n_rows, n_resumed, journal.n_cut)
 
 
-def _check_model(journal: Journal, scores: Sequence[float]) -> None:
+def _check_model(journal: RewardJournal, scores: Sequence[float]) -> None:
     """Makes sure that what the journal holds came from the model that answers now."""
     before = journal.header.get("known") or scores
     if scores:  # the check may have been left out
@@ -200,7 +200,7 @@ class _Batch:
 def _score_missing(
     client: RewardModelClient,
     data: DataSet,
-    journal: Journal,
+    journal: RewardJournal,
     contents: Contents,
     batches_under_way: int,
     show: Show,
@@ -235,7 +235,7 @@ def _score_missing(
         raise
 
 
-def _batches(data: DataSet, journal: Journal) -> Iterator[_Batch | int]:
+def _batches(data: DataSet, journal: RewardJournal) -> Iterator[_Batch | int]:
     """Batches of the rows that are not done, and the characters of those that are."""
     batch = _Batch()
     for number, (place, row) in enumerate(data.rows()):
@@ -263,14 +263,14 @@ def _encode(template: PolarTemplate, batch: _Batch) -> list[TokenGroup]:
     return encoded
 
 
-def _keep_what_came(under_way: Mapping[Future[list[list[float]]], _Batch], journal: Journal) -> None:
+def _keep_what_came(under_way: Mapping[Future[list[list[float]]], _Batch], journal: RewardJournal) -> None:
     for future, batch in under_way.items():
         if not future.cancel() and future.done() and not future.cancelled() and future.exception() is None:
             numbers = [number for number, _, _ in batch.rows]
             journal.add(list(zip(numbers, future.result(), strict=True)), batch.n_cut)
 
 
-def _write(data: DataSet, journal: Journal, out: Path, contents: Contents, show: Show) -> None:
+def _write(data: DataSet, journal: RewardJournal, out: Path, contents: Contents, show: Show) -> None:
     digest = hashlib.blake2b(digest_size=16)
     done = 0
     with open_rows(out) as writer:

@@ -16,7 +16,7 @@ MANY_TIES = 0.01
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One line at the top of a report.
 
     Attributes:
@@ -30,28 +30,28 @@ class Check:
     text: str
 
 
-def make_checks(report: Report) -> list[Check]:
+def make_checks(report: Report) -> list[Finding]:
     """Gates, warnings and notes: failures first, then warnings, then the rest in its order."""
     order = ("failed", "warning", "passed", "skipped", "note")
-    gates = [Check(gate.status, gate.name.replace("_", " "), gate.text) for gate in report.gates]
-    warnings = [Check("warning", "data", text) for text in report.warnings]
+    gates = [Finding(gate.status, gate.name.replace("_", " "), gate.text) for gate in report.gates]
+    warnings = [Finding("warning", "data", text) for text in report.warnings]
     found = [*gates, *warnings, *_scores(report), *_baselines(report), *_reference(report), *_notes(report)]
     return sorted(found, key=lambda check: order.index(check.status))
 
 
-def _scores(report: Report) -> Iterator[Check]:
+def _scores(report: Report) -> Iterator[Finding]:
     overall = report.metrics.overall
     if overall.n_scored == 0:
-        yield Check("failed", "scores", f"Not one of {count(overall.n_pairs, 'pair')} has finite scores.")
+        yield Finding("failed", "scores", f"Not one of {count(overall.n_pairs, 'pair')} has finite scores.")
     elif overall.n_nonfinite:
-        yield Check(
+        yield Finding(
             "warning",
             "scores",
             f"{overall.n_nonfinite:,} of {count(overall.n_pairs, 'pair')} have a score that is NaN or "
             f"infinite and are in no other figure. In {SCORES_FILE} they are the rows with a quoted score.",
         )
     if overall.n_scored and overall.n_ties >= MANY_TIES * overall.n_scored:
-        yield Check(
+        yield Finding(
             "warning",
             "ties",
             f"{overall.n_ties:,} of {count(overall.n_scored, 'pair')} are ties (exactly equal scores). A tie "
@@ -59,7 +59,7 @@ def _scores(report: Report) -> Iterator[Check]:
         )
 
 
-def _baselines(report: Report) -> Iterator[Check]:
+def _baselines(report: Report) -> Iterator[Finding]:
     overall, baselines = report.metrics.overall, report.metrics.baselines
     if overall.interval is None:
         return
@@ -75,7 +75,7 @@ def _baselines(report: Report) -> Iterator[Check]:
     low = overall.interval[0]
     unbeaten = [f"{name} ({percent(share)} %)" for name, share in rules if share and low <= share]
     if unbeaten:
-        yield Check(
+        yield Finding(
             "warning",
             "baselines",
             f"{percent(overall.accuracy)} % (95 % interval {percent_interval(overall.interval)}) is not "
@@ -83,7 +83,7 @@ def _baselines(report: Report) -> Iterator[Check]:
         )
 
 
-def _reference(report: Report) -> Iterator[Check]:
+def _reference(report: Report) -> Iterator[Finding]:
     use = report.metrics.reference_use
     for name, other in (("shuffled", use and use.shuffled), ("empty", use and use.empty)):
         if not other or other.against_own.difference_ci95 is None:
@@ -97,10 +97,10 @@ def _reference(report: Report) -> Iterator[Check]:
         )
         if high >= 0:
             said += " The references are not shown to help: is the model reading them?"
-        yield Check("warning" if high >= 0 else "passed", "reference use", said)
+        yield Finding("warning" if high >= 0 else "passed", "reference use", said)
 
 
-def _notes(report: Report) -> Iterator[Check]:
+def _notes(report: Report) -> Iterator[Finding]:
     overall, run, cut = report.metrics.overall, report.run, report.truncation
     if cut is not None and cut.n_pairs:
         limits = (
@@ -108,7 +108,7 @@ def _notes(report: Report) -> Iterator[Check]:
             if run.max_length is not None
             else ""
         )
-        yield Check(
+        yield Finding(
             "note",
             "truncation",
             f"{cut.n_pairs:,} of {count(overall.n_pairs, 'pair')} were cut{limits} (prompt {cut.prompt:,}, "
@@ -121,20 +121,20 @@ def _notes(report: Report) -> Iterator[Check]:
         if metrics.n_scored < FEW_PAIRS
     ]
     if small:
-        yield Check(
+        yield Finding(
             "note",
             "small subsets",
             f"{count(len(small), 'subset')} with fewer than {FEW_PAIRS} scored pairs: read their intervals, "
             f"not their accuracies.",
         )
     if overall.accuracy_ci95_by_prompt is not None and overall.n_prompts is not None:
-        yield Check(
+        yield Finding(
             "note",
             "intervals",
             f"Pairs of one prompt are not independent, so intervals are bootstrapped over "
             f"{count(overall.n_prompts, 'prompt')}.",
         )
     if run.n_ties_in_data:
-        yield Check(
+        yield Finding(
             "note", "data", f"{count(run.n_ties_in_data, 'pair')} that the data ranks the same: left out."
         )

@@ -1,19 +1,11 @@
-"""What is kept of a run: `metrics.json`, `report.html`, `report.md` and `plots/`."""
+"""The report of an evaluation as data: the content of `metrics.json`."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Sequence
-from pathlib import Path
-
 from pydantic import BaseModel, ConfigDict
 
-from polar_ft.errors import PolarError
 from polar_ft.evaluation.figures import Figures
 from polar_ft.evaluation.gates import GateResult
-from polar_ft.evaluation.pairs import PairTable
-from polar_ft.evaluation.report.worst import WorstPair
 
 METRICS_FILE = "metrics.json"
 SCORES_FILE = "scores.jsonl"
@@ -115,63 +107,3 @@ class Report(BaseModel):
     warnings: list[str] = []
     truncation: Truncation | None = None
     run: RunInfo
-
-
-def write_report(
-    report: Report,
-    table: PairTable,
-    out_dir: Path,
-    *,
-    worst: Sequence[WorstPair] = (),
-) -> list[Path]:
-    """Writes `metrics.json`, `report.html`, `report.md` and `plots/*.png`.
-
-    Each is whole or not written at all: they are written into a folder beside their place first and moved
-    once all are complete, so that a full disk leaves what was there before.
-
-    Args:
-        report: The figures.
-        table: The pairs that they are over, for the plots.
-        out_dir: Where the files go; made where it is missing.
-        worst: The pairs to show with their texts, see `polar_ft.evaluation.report.worst.worst_pairs`.
-
-    Returns:
-        The paths of the files, `metrics.json` first, without the plots.
-
-    Raises:
-        PolarError: They cannot be written.
-    """
-    # Imported here: they bring matplotlib and jinja2, which a table on the screen does not need.
-    from polar_ft.evaluation.report.pages.html import html_report
-    from polar_ft.evaluation.report.pages.markdown import markdown_report
-    from polar_ft.evaluation.report.plots.drawing import to_png
-    from polar_ft.evaluation.report.plots.plots import make_plots
-
-    plots = make_plots(report, table)
-    contents = {
-        METRICS_FILE: f"{report.model_dump_json(indent=2)}\n",
-        HTML_FILE: html_report(report, plots, worst),
-        MARKDOWN_FILE: markdown_report(report),
-    }
-    # A name of this process's own: two runs into one folder do not write into each other's files.
-    unfinished = out_dir / f".unfinished.{os.getpid()}"
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        for name, text in contents.items():
-            (unfinished / name).write_text(text, encoding="utf-8")
-        (unfinished / PLOTS_FOLDER).mkdir(exist_ok=True)
-        for plot in plots:
-            (unfinished / PLOTS_FOLDER / f"{plot.name}.png").write_bytes(to_png(plot))
-        for name in contents:
-            (unfinished / name).replace(out_dir / name)
-        # Plots of an earlier run must not stand beside this one's figures.
-        shutil.rmtree(out_dir / PLOTS_FOLDER, ignore_errors=True)
-        (unfinished / PLOTS_FOLDER).replace(out_dir / PLOTS_FOLDER)
-    except OSError as error:
-        raise PolarError(
-            f"{out_dir}: the results could not be written ({error.strerror or error}); make room or name "
-            f"another folder with --out"
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return [out_dir / name for name in contents]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from polar_ft.evaluation.report.report import write_report
 from polar_ft.evaluation.report.worst import FieldText, PairTexts, worst_pairs
+from polar_ft.evaluation.report.writing import write_report
 
 from .conftest import HOSTILE
 

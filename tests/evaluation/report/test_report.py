@@ -7,8 +7,9 @@ import pytest
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.report import report as report_module
 from polar_ft.evaluation.report.plots import drawing
-from polar_ft.evaluation.report.report import Report, write_report
+from polar_ft.evaluation.report.report import Report
 from polar_ft.evaluation.report.worst import worst_pairs
+from polar_ft.evaluation.report.writing import write_report
 
 
 def refuse(constant):
