@@ -27,8 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.machine import describe_machine
 from polar_ft.files import read_json
+from polar_ft.model.backbones import decoder_config, empty_decoder
 from polar_ft.model.tiny_base import make_tiny_base
-from polar_ft.model.weights import decoder_config, empty_decoder
 
 SHAPE = {
     "hidden_size": 2048,

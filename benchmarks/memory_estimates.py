@@ -110,10 +110,10 @@ def run_rank(case: str, args: argparse.Namespace) -> None:
     from torch import nn
 
     from polar_ft.groups import TokenGroup
+    from polar_ft.model.backbones import decoder_config, empty_decoder
     from polar_ft.model.losses import PairObjective
     from polar_ft.model.packing import build_pack
-    from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
-    from polar_ft.model.weights import decoder_config, empty_decoder
+    from polar_ft.model.reward_model import RewardHead, packed_rewards
     from polar_ft.training import upstream
     from polar_ft.training.engines import DeepSpeedEngine, PlainEngine
     from polar_ft.training.step import StepBatch, take_step
@@ -127,7 +127,6 @@ def run_rank(case: str, args: argparse.Namespace) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.llm: Any = empty_decoder(decoder_config(shape, "the shape")).to_empty(device="cpu")
-            use_packed_attention(self.llm)
             self.v_head = RewardHead(self.llm.config.hidden_size)
             for parameter in self.parameters():
                 nn.init.normal_(parameter, std=0.02)

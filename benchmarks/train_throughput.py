@@ -30,7 +30,7 @@ from benchmarks.machine import describe_machine, peak_flops
 from polar_ft.groups import TokenGroup
 from polar_ft.model.losses import pair_loss
 from polar_ft.model.packing import Pack, build_pack
-from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
+from polar_ft.model.reward_model import RewardHead, packed_rewards
 from polar_ft.model.weights import load_backbone
 from polar_ft.training import upstream
 from polar_ft.training.log import step_flops
@@ -141,7 +141,6 @@ class PolarCandidate:
     ) -> None:
         self.layout, self.device = layout, device
         self.decoder, head, _ = load_backbone(folder, dtype)
-        use_packed_attention(self.decoder)
         self.head = RewardHead(self.decoder.config.hidden_size).to(dtype)
         with torch.no_grad():
             self.head.weight.copy_(head)

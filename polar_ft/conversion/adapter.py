@@ -17,13 +17,13 @@ from polar_ft.conversion.huggingface import (
     exported_config,
     shapes_of,
     tensor_problems,
-    whole_folder,
+    unfinished_folder,
 )
 from polar_ft.conversion.model_card import adapter_card
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.model.adapter_folder import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, KEY, peft_config, peft_name
-from polar_ft.model.internlm2 import llama_part, to_internlm2_name
+from polar_ft.model.backbones import backbone_of, decoder_config, empty_decoder
 from polar_ft.model.lora import (
     RECORD,
     Adapter,
@@ -33,7 +33,7 @@ from polar_ft.model.lora import (
     base_digest,
     merged,
 )
-from polar_ft.model.weights import decoder_config, empty_decoder, grown_rows, open_checkpoint
+from polar_ft.model.weights import grown_rows, open_checkpoint
 from polar_ft.template import PolarTemplate
 
 _NAMED = 10  # tensors in an error message
@@ -133,8 +133,8 @@ def write_adapter_folder(
         base_folder: The model that was adapted; its name is written into the folder.
         out_dir: Folder to write.
         template: What the model was trained with.
-        force: Replace a model folder that is there already.
-        check: Called with the folder when it is whole and not yet in its place; raises to refuse it.
+        force: Replace a model folder that exists.
+        check: Called with the complete folder before it is renamed; raises to refuse it.
 
     Raises:
         PolarError: See `merge_adapter`; or a tensor is not finite, ``out_dir`` is not empty, the disk full.
@@ -147,14 +147,14 @@ def write_adapter_folder(
     config = exported_config(read_json(base / "config.json"), template, weights.dtype, vocab_size=rows)
     config[KEY] = adapter.model_dump(mode="json")
     adapters = {peft_name(name): _finite(name, state[name]) for name in state if ".lora_" in name}
-    with whole_folder(out, force) as partial:
+    with unfinished_folder(out, force) as partial:
         metadata = {"format": "pt"}
         save_file(adapters, partial / ADAPTER_FILE, metadata)
         save_file({HEAD: _finite(HEAD, state[HEAD])}, partial / HEAD_FILE, metadata)
         for name, content in ((CONFIG_FILE, peft_config(adapter)), ("config.json", config)):
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
-        copy_files(base, partial, template, with_code=False)
+        copy_files(base, partial, template)
         card = adapter_card(out.name, adapter.base, template)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if check is not None:
@@ -180,18 +180,17 @@ class _BaseWeights(Mapping[str, torch.Tensor]):
         rows, width = self.shapes[_EMBEDDINGS]
         self.shapes[_EMBEDDINGS] = (max(rows, vocabulary), width)
         self._path = path
-        self._internlm2 = hf_config["model_type"] == "internlm2"
+        self._weight_names = backbone_of(hf_config, str(path)).names
         self._checkpoint = open_checkpoint(path)
         # A language model's tensors are below "model.", those of a bare decoder are not.
         self._names = {name.removeprefix("model."): name for name in self._checkpoint}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        source = to_internlm2_name(name) if self._internlm2 else name
+        source = self._weight_names.folder_name(name)
         if source not in self._names:
-            raise PolarError(f"{self._path}: has no tensor {source}, so it is not the whole base model")
+            raise PolarError(f"{self._path}: has no tensor {source}, so it is not the complete base model")
         tensor = self._checkpoint[self._names[source]]
-        if self._internlm2:
-            tensor = llama_part(name, tensor, self.config)
+        tensor = self._weight_names.decoder_tensors(source, tensor, self.config)[name]
         return grown_rows(tensor, self.shapes[name][0]) if name == _EMBEDDINGS else tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -213,7 +212,7 @@ def _check_tensors(state: Mapping[str, torch.Tensor], adapter: Adapter, base: _B
     if problems:
         more = f" … and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
         raise PolarError(
-            f"the checkpoint's adapters are not whole: {'; '.join(problems[:_NAMED])}{more}; without reward "
+            f"the checkpoint's adapters are incomplete: {'; '.join(problems[:_NAMED])}{more}; without reward "
             f"head and all adapters no reward can be computed: take another checkpoint"
         )
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,13 +23,11 @@ from transformers import PretrainedConfig
 from polar_ft.conversion.model_card import model_card
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
-from polar_ft.model.internlm2 import fuse_wqkv, to_internlm2_name, to_llama_names
-from polar_ft.model.weights import decoder_config, empty_decoder
+from polar_ft.model.backbones import Backbone, backbone_of, decoder_config, empty_decoder
 from polar_ft.template import SETTINGS_KEY, PolarTemplate
 
 HEAD = "v_head.weight"
-# Llama's and Qwen2's name, and InternLM2's.
-EMBEDDINGS = ("llm.embed_tokens.weight", "llm.tok_embeddings.weight")
+EMBEDDINGS = "llm.embed_tokens.weight"
 NAMED = 20  # tensors in an error message
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -40,8 +38,6 @@ TOKENIZER_FILES = (
     "tokenization_*.py",
     "generation_config.json",
 )
-CODE_FILES = ("configuration_internlm2.py", "modeling_internlm2.py")
-SEQUENCE_CLASSIFIERS = {"llama": "LlamaForSequenceClassification", "qwen2": "Qwen2ForSequenceClassification"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def write_hf_folder(
 ) -> None:
     """Writes weights, config, tokenizer, model code and a README.
 
-    The folder appears whole or not at all: it is written beside and renamed. Memory: one shard.
+    Atomically: it is written to a temporary folder and renamed. Memory: one shard.
 
     Args:
         state: Tensors by name, ``llm.…`` in Llama's or InternLM2's names, and ``v_head.weight``.
@@ -75,9 +71,9 @@ def write_hf_folder(
         template: What the model was trained with; the config keeps its settings.
         dtype: Of the weights that are written.
         max_shard_size: Largest weight file, as "5GB".
-        force: Replace a model folder that is there already.
+        force: Replace a model folder that exists.
         on_written: Called after each weight file with the bytes written so far and in all.
-        check: Called with the folder when it is whole and not yet in its place; raises to refuse it.
+        check: Called with the complete folder before it is renamed; raises to refuse it.
 
     Raises:
         PolarError: A tensor is missing, left over, mis-shaped or not finite, ``out_dir`` is not empty, or
@@ -86,16 +82,17 @@ def write_hf_folder(
     base, out = resolve_folder(base_folder), Path(out_dir)
     config = read_json(base / "config.json")
     settings = decoder_config(config, str(base))
-    exports = _plan(state, config["model_type"], settings, template)
+    backbone = backbone_of(config)
+    exports = _plan(state, backbone, settings, template)
     config = exported_config(config, template, dtype, vocab_size=settings.vocab_size)
     if out.resolve() == base.resolve():
         raise PolarError(f"{out}: is the base model that the config names; name another folder")
-    with whole_folder(out, force) as partial:
-        weights = _Weights(state, exports, dtype, settings.num_attention_heads, settings.num_key_value_heads)
+    with unfinished_folder(out, force) as partial:
+        weights = _Weights(state, exports, dtype, backbone, settings)
         _write_weights(weights, partial, max_shard_size, on_written)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        copy_files(base, partial, template, with_code=config["model_type"] == "internlm2")
+        copy_files(base, partial, template, code=backbone.code)
         card = model_card(out.name, os.fspath(base_folder), template, config)
         (partial / "README.md").write_text(card, encoding="utf-8")
         # safetensors makes its files the owner's alone; the others have the mode that the umask gives.
@@ -107,7 +104,10 @@ def write_hf_folder(
 
 
 def _plan(
-    state: Mapping[str, torch.Tensor], model_type: str, settings: PretrainedConfig, template: PolarTemplate
+    state: Mapping[str, torch.Tensor],
+    backbone: Backbone,
+    settings: PretrainedConfig,
+    template: PolarTemplate,
 ) -> dict[str, _Export]:
     """Every tensor of the folder by name, checked against what the checkpoint has; reads no weights.
 
@@ -118,41 +118,37 @@ def _plan(
     if adapters:
         raise PolarError(
             f"the checkpoint holds LoRA adapters ({adapters[0]} and {len(adapters) - 1} more), not the "
-            f"weights of a whole model; they cannot be converted"
+            f"weights of a complete model; they cannot be converted"
         )
     # Rows that were added for new tokens, or to round their number up.
-    rows = next((found[name][0] for name in EMBEDDINGS if name in found), settings.vocab_size)
+    folder_embeddings = f"llm.{backbone.names.embeddings}"
+    rows = next((found[n][0] for n in (EMBEDDINGS, folder_embeddings) if n in found), settings.vocab_size)
     settings.vocab_size = max(settings.vocab_size, rows, template.reward_token_id + 1)
 
-    internlm2 = model_type == "internlm2"
-    # xtuner's own RewardModel trains InternLM2 under its own names.
-    fused = internlm2 and EMBEDDINGS[1] in found
+    # xtuner's own RewardModel trains InternLM2 under the names of its folder.
+    as_folder = folder_embeddings != EMBEDDINGS and folder_embeddings in found
     decoder = {name: tuple(tensor.shape) for name, tensor in empty_decoder(settings).state_dict().items()}
     # The head first, also in an error: it is what is lost most often.
     expected: dict[str, tuple[int, ...]] = {HEAD: (1, settings.hidden_size)}
     exports: dict[str, _Export] = {}
-    for name, shape in decoder.items():
-        target = to_internlm2_name(name) if internlm2 else name
-        parts = to_llama_names(target) if internlm2 else (name,)
-        if len(parts) == 3:
-            shape = (sum(decoder[part][0] for part in parts), *shape[1:])
-        sources = {f"llm.{target}": shape} if fused else {f"llm.{part}": decoder[part] for part in parts}
+    for name, (parts, shape) in backbone.names.folder_shapes(decoder).items():
+        sources = {f"llm.{name}": shape} if as_folder else {f"llm.{part}": decoder[part] for part in parts}
         expected.update(sources)
-        exports[f"model.{target}"] = _Export(shape, tuple(sources))
-    exports[HEAD if internlm2 else "score.weight"] = _Export(expected[HEAD], (HEAD,))
+        exports[f"model.{name}"] = _Export(shape, tuple(sources))
+    exports[backbone.head] = _Export(expected[HEAD], (HEAD,))
     _check_tensors(expected, found)
     return exports
 
 
 def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor; weights that are put together when asked for say theirs beforehand."""
+    """The shape of every tensor; weights that are merged on access know theirs beforehand."""
     return getattr(state, "shapes", None) or {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def tensor_problems(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], not_expected: str
 ) -> list[str]:
-    """What is missing, what is there beside it (called ``not_expected``), and what has another shape.
+    """Tensors that are missing, not expected (``not_expected`` names that), or of another shape.
 
     >>> tensor_problems({"a": (2,), "b": (3,)}, {"b": (4,), "c": (1,)}, "left over")
     ['a: missing', 'c: left over', 'b: shape [4], expected [3]']
@@ -190,8 +186,8 @@ class _Weights:
     state: Mapping[str, torch.Tensor]
     exports: Mapping[str, _Export]
     dtype: torch.dtype
-    heads: int
-    kv_heads: int
+    backbone: Backbone
+    config: PretrainedConfig
 
     def read(self, name: str) -> torch.Tensor:
         """A copy: tensors of a live model may share memory, which safetensors refuses."""
@@ -199,9 +195,7 @@ class _Weights:
             self.state[source].detach().to("cpu", self.dtype, copy=True)
             for source in self.exports[name].sources
         ]
-        tensor = parts[0]
-        if len(parts) == 3:
-            tensor = fuse_wqkv(parts[0], parts[1], parts[2], self.heads, self.kv_heads)
+        tensor = self.backbone.names.folder_tensor(parts, self.config)
         # Their extremes are NaN or infinite if any value is; finds it without a copy of the tensor.
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             kind = str(self.dtype).removeprefix("torch.")
@@ -256,16 +250,13 @@ def exported_config(
     )
     config[SETTINGS_KEY] = template.settings
     config.pop("_name_or_path", None)
-    if config["model_type"] == "internlm2":
-        config["architectures"] = ["InternLM2ForRewardModel"]
+    backbone = backbone_of(config)
+    config["architectures"] = [backbone.architecture]
+    if backbone.code:
         # xtuner 0.2.0's copy of the config class lacks it, and its model code reads it.
         config["pretraining_tp"] = 1
-        config["auto_map"] = {
-            "AutoConfig": "configuration_internlm2.InternLM2Config",
-            "AutoModel": "modeling_internlm2.InternLM2ForRewardModel",
-        }
+        config["auto_map"] = dict(backbone.auto_map)
         return config
-    config["architectures"] = [SEQUENCE_CLASSIFIERS[config["model_type"]]]
     config["id2label"], config["label2id"] = {"0": "reward"}, {"reward": 0}
     config["pad_token_id"] = _pad_token_id(config, template)
     return config
@@ -288,18 +279,18 @@ def _pad_token_id(config: Mapping[str, Any], template: PolarTemplate) -> int:
     )
 
 
-def copy_files(base: Path, folder: Path, template: PolarTemplate, with_code: bool) -> None:
-    """Tokenizer files, and InternLM2's model code where it is wanted."""
+def copy_files(base: Path, folder: Path, template: PolarTemplate, code: Sequence[str] = ()) -> None:
+    """Copies tokenizer files, and the model code that a family needs."""
     for pattern in TOKENIZER_FILES:
         for file in filter(Path.is_file, base.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
     # Also where the base has only a tokenizer with code of its own: this file needs none.
     (folder / "tokenizer.json").write_text(template.tokenizer_json, encoding="utf-8")
-    if not with_code:
+    if not code:
         return
     own = base / "modeling_internlm2.py"
     source = base if own.is_file() and "class InternLM2ForRewardModel" in own.read_text() else _shipped_code()
-    for name in CODE_FILES:
+    for name in code:
         shutil.copyfile(source / name, folder / name)
 
 
@@ -313,8 +304,8 @@ def _shipped_code() -> Path:
 
 
 @contextmanager
-def whole_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A folder beside ``out`` to write into, renamed to it at the end; a failure leaves nothing behind."""
+def unfinished_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder next to ``out``, renamed to it at the end; a failure leaves nothing behind."""
     if out.exists() and not out.is_dir():
         raise PolarError(f"{out}: is a file; name a folder")
     if out.is_dir() and any(out.iterdir()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polar_ft.model.backbones import backbone_of
 from polar_ft.template import PolarTemplate
 
 _CARD = """\
@@ -90,11 +91,11 @@ def model_card(name: str, base: str, template: PolarTemplate, config: Mapping[st
         template: What the model was trained with.
         config: The exported ``config.json``.
     """
-    internlm2 = config["model_type"] == "internlm2"
+    own_code = bool(backbone_of(config).code)
     return _common(name, base, template, "transformers") + _WITH_TRANSFORMERS.format(
         name=name,
-        auto_class="AutoModel" if internlm2 else "AutoModelForSequenceClassification",
-        trust=", trust_remote_code=True" if internlm2 else "",
+        auto_class="AutoModel" if own_code else "AutoModelForSequenceClassification",
+        trust=", trust_remote_code=True" if own_code else "",
     )
 
 

@@ -13,9 +13,8 @@ from polar_ft.data.reading import DataSource, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
-from polar_ft.model.internlm2 import llama_part, to_internlm2_name
+from polar_ft.model.backbones import backbone_of, decoder_config, empty_decoder
 from polar_ft.model.reward_model import RewardHead
-from polar_ft.model.weights import decoder_config, empty_decoder
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 
@@ -71,13 +70,14 @@ def scorer_of_weights(
         template: What it was trained with.
     """
     base = resolve_folder(base_folder)
-    config = decoder_config(read_json(base / "config.json"), str(base))
-    fused = "llm.tok_embeddings.weight" in weights
+    hf_config = read_json(base / "config.json")
+    config, names = decoder_config(hf_config, str(base)), backbone_of(hf_config, str(base)).names
+    as_folder = f"llm.{names.embeddings}" in weights
     state: dict[str, torch.Tensor] = {}
     for name in empty_decoder(config).state_dict():
-        source = to_internlm2_name(name) if fused else name
+        source = names.folder_name(name) if as_folder else name
         tensor = weights[f"llm.{source}"].detach().float()
-        state[name] = llama_part(name, tensor, config) if fused else tensor
+        state[name] = names.decoder_tensors(source, tensor, config)[name] if as_folder else tensor
     config.vocab_size = len(state["embed_tokens.weight"])
     decoder = empty_decoder(config)
     decoder.load_state_dict(state, strict=True, assign=True)

@@ -18,10 +18,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from polar_ft.model.backbones import decoder_config, empty_decoder
 from polar_ft.model.lora import LoraSettings, projection_of
 from polar_ft.model.memory import USABLE, Checkpointing, activation_bytes_per_token, layers_to_checkpoint
-from polar_ft.model.reward_model import use_packed_attention
-from polar_ft.model.weights import decoder_config, empty_decoder
 
 Strategy = Literal["none", "zero1", "zero2", "zero3", "zero3_offload"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -121,7 +120,6 @@ def layer_activations(
         for name, parameter in list(module.named_parameters(recurse=False)):
             # Zeros cost no memory until they are written.
             setattr(module, name, torch.nn.Parameter(torch.zeros(parameter.shape, dtype=dtype)))
-    use_packed_attention(decoder)
     if lora is not None:
         from polar_ft.training.lora import add_adapters
 

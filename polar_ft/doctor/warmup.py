@@ -98,11 +98,11 @@ def run(request: Request) -> Warmup:
     from polar_ft.data.tokenized import TokenizedGroups
     from polar_ft.doctor.peak import MemoryPeak
     from polar_ft.groups import select_pairs
+    from polar_ft.model.backbones import decoder_config, empty_decoder
     from polar_ft.model.lora import LoraSettings
     from polar_ft.model.losses import pair_loss
     from polar_ft.model.packing import Pack, build_pack
-    from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
-    from polar_ft.model.weights import decoder_config, empty_decoder
+    from polar_ft.model.reward_model import RewardHead, packed_rewards
 
     groups = TokenizedGroups(Path(request.groups))
     plan = StepPlan(groups, **request.plan)
@@ -116,7 +116,6 @@ def run(request: Request) -> Warmup:
             new = torch.empty(old.shape, dtype=dtype, device=device)
             setattr(module, name, nn.Parameter(nn.init.normal_(new, std=0.02)))
     decoder.to(device)
-    use_packed_attention(decoder)
     if request.lora is not None:
         from polar_ft.training.lora import add_adapters
 

@@ -4,31 +4,26 @@
 and ``sdpa``, ``scaled_dot_product_attention`` over batches of segments of about one length, anywhere else.
 None of them builds a tokens × tokens mask.
 
-Who attends to whom arrives as a keyword argument of the attention function. That is the one way which
-survives activation checkpointing: a global or a ContextVar is gone when backward recomputes in another
-thread.
+Who attends to whom arrives as an argument. That is the one way which survives activation checkpointing: a
+global or a ContextVar is gone when backward recomputes in another thread.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from polar_ft.errors import PolarError
 from polar_ft.model.packing import Segments
 
 Backend = Literal["flash_attn", "torch", "sdpa"]
-
-# The name under which transformers finds `packed_attention`.
-IMPLEMENTATION = "polar_packed"
 
 
 @functools.cache
@@ -72,65 +67,88 @@ def choose_backend(requested: Backend | Literal["auto"], device: torch.device, d
     """The backend to use.
 
     Raises:
-        PolarError: The requested one cannot run here; the message says what could.
+        PolarError: The requested one cannot run here, and the message says what could; or its kernel computes
+            something else than causal attention aligned to the bottom right.
     """
     backends = available_backends(device, dtype)
-    if requested == "auto":
-        return backends[0]
-    if requested not in backends:
+    chosen = backends[0] if requested == "auto" else requested
+    if chosen not in backends:
         raise PolarError(
             f"attention backend {requested!r} cannot run on {device} in {dtype}; available: "
             f"{', '.join(backends)} (attention='auto' takes the first)"
         )
-    return requested
+    if chosen != "sdpa":
+        check_kernel(chosen, str(device), dtype)
+    return chosen
 
 
 def packed_attention(
-    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
     *,
     segments: Segments,
     backend: Backend | Literal["auto"] = "auto",
     scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention of every segment of a pack to its keys; called by transformers' attention layers.
+) -> torch.Tensor:
+    """Causal attention of every segment of a pack to its keys, aligned to the bottom right.
 
     Args:
-        module: The calling attention layer, unused.
-        query: [1, heads, tokens, head_dim].
+        query: [1, heads, queries, head_dim].
         key: [1, kv_heads, tokens, head_dim].
         value: [1, kv_heads, tokens, head_dim].
-        attention_mask: None; the segments say who sees whom.
         segments: Who attends to whom.
         backend: See `choose_backend`.
         scaling: Factor of the scores; None takes 1 / sqrt(head_dim).
-        dropout: Must be 0: reward training uses none.
 
     Returns:
-        [1, tokens, heads, head_dim] and None (no attention weights).
+        [1, queries, heads, head_dim].
     """
-    if dropout:
-        raise PolarError(f"attention dropout {dropout} is not supported in packed training; set it to 0")
     chosen = choose_backend(backend, query.device, query.dtype)
     if chosen == "sdpa":
-        return _sdpa(query, key, value, segments, scaling), None
+        return _sdpa(query, key, value, segments, scaling)
+    return _varlen(query, key, value, segments, scaling, KERNELS[chosen])
 
+
+def _varlen(query, key, value, segments: Segments, scaling, kernel: Callable[..., torch.Tensor]):
+    """One call of a varlen kernel for all segments; keys are gathered where they are shared."""
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     if segments.key_index is not None:
         k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
     lengths = (segments.cu_seqlens_q, segments.cu_seqlens_k, max(segments.q_lengths), max(segments.k_lengths))
-    if chosen == "flash_attn":
-        from flash_attn import flash_attn_varlen_func
+    return kernel(q, k, v, *lengths, scaling).unsqueeze(0)
 
-        output = flash_attn_varlen_func(q, k, v, *lengths, softmax_scale=scaling, causal=True)
-    else:
-        output = _torch_varlen(q, k, v, *lengths, scaling)
-    return output.unsqueeze(0), None
+
+@functools.cache
+def check_kernel(backend: Backend, device: str, dtype: torch.dtype) -> None:
+    """Compares a varlen kernel with SDPA on a small tree, once a device and dtype.
+
+    Kernels differ in how they align a causal mask where a segment has more keys than queries: top left would
+    hide most of the prefix, and training would go on with wrong gradients.
+
+    Raises:
+        PolarError: The two differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    # A prefix of 5 tokens with branches of 3 and 1.
+    keys = np.array([*range(5), *range(5), 5, 6, 7, *range(5), 8])
+    segments = Segments.of([5, 3, 1], [5, 8, 6], keys).to(device)
+    q, k, v = (torch.randn(1, heads, 9, 64, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+    with torch.no_grad():
+        found = _varlen(q, k, v, segments, None, KERNELS[backend]).float()
+        difference = (found - _sdpa(q, k, v, segments, None).float()).abs().max().item()
+    if not difference <= 0.05:  # values of about 1, in half precision
+        raise PolarError(
+            f"attention backend {backend!r} on {device} in {dtype} does not compute causal attention aligned "
+            f"to the bottom right (it differs by {difference:.2g}); set attention='sdpa', or install another "
+            f"version of its package"
+        )
+
+
+def _flash_attn(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scaling, causal=True)
 
 
 def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
@@ -141,6 +159,10 @@ def _torch_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scaling):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     contiguous = (states.contiguous() for states in (q, k, v))
     return varlen_attn(*contiguous, cu_q, cu_k, max_q, max_k, scale=scaling, window_size=(-1, 0))
+
+
+# (q, k, v, cu_seqlens_q, cu_seqlens_k, longest q, longest k, scaling) to [queries, heads, head_dim].
+KERNELS: dict[str, Callable[..., torch.Tensor]] = {"flash_attn": _flash_attn, "torch": _torch_varlen}
 
 
 @dataclass(frozen=True)
@@ -204,8 +226,8 @@ def sdpa_buckets(segments: Segments) -> tuple[list[_Bucket], torch.Tensor]:
         k_index = keys[np.where(column < k_each, k_starts[batch, None] + column, 0)]
         mask = None
         if len(batch) > 1 or q_each[0, 0] != k_each[0, 0]:
-            # Bottom right: the last query sees every key. Padded queries see key 0, lest softmax is of
-            # nothing.
+            # Bottom right: the last query sees every key. Padded queries see key 0, so that no
+            # softmax is over an empty row.
             seen = np.where(real, row + k_each - q_each, 0)
             mask = torch.from_numpy(column <= seen[:, None, :, None]).to(device)
         buckets.append(
@@ -234,6 +256,3 @@ def _sdpa(query, key, value, segments: Segments, scaling) -> torch.Tensor:
         )
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, place).unsqueeze(0)
-
-
-ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION] = packed_attention

@@ -1,7 +1,7 @@
 """Fused kernels of liger-kernel for a decoder of transformers: RMSNorm, rotary embedding, SwiGLU.
 
 The same mathematics in fewer passes over memory. Linkedin's Liger kernels (arXiv 2410.10989) are Triton
-programs: they run on GPUs; on a CPU the decoder keeps computing as it does.
+programs: they run on GPUs; on a CPU the decoder computes as before.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ from types import MethodType
 from typing import Any
 
 import torch
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen2 import modeling_qwen2
 
 from polar_ft.errors import PolarError
-
-_NORMS = (modeling_llama.LlamaRMSNorm, modeling_qwen2.Qwen2RMSNorm)
-_MLPS = (modeling_llama.LlamaMLP, modeling_qwen2.Qwen2MLP)
+from polar_ft.model.backbones import MLPS, NORMS
 
 
 def use_fused_kernels(decoder: Any) -> None:
     """Makes a decoder use the fused kernels wherever its tensors are on a GPU.
 
     Args:
-        decoder: ``LlamaModel`` or ``Qwen2Model``.
+        decoder: Of a family in `polar_ft.model.backbones`.
 
     Raises:
         PolarError: liger-kernel is not installed, or the activation is not SiLU.
@@ -36,14 +32,12 @@ def use_fused_kernels(decoder: Any) -> None:
     if decoder.config.hidden_act != "silu":
         raise PolarError(f"fused_kernels=True is for SiLU models; this one has {decoder.config.hidden_act!r}")
     for module in decoder.modules():
-        if isinstance(module, _NORMS):
+        if isinstance(module, NORMS):
             module.forward = MethodType(_fused_norm, module)
-        elif isinstance(module, _MLPS):
+        elif isinstance(module, MLPS):
             module.forward = MethodType(_fused_mlp, module)
-    # transformers calls its rotary function by its global name, so it is replaced there, once.
-    for models in (modeling_llama, modeling_qwen2):
-        if not hasattr(models.apply_rotary_pos_emb, "unfused"):
-            models.apply_rotary_pos_emb = _fused_rotary(models.apply_rotary_pos_emb)
+    for layer in decoder.layers:
+        layer.self_attn.fused_rotary = _fused_rotary  # called by `run_layer`
 
 
 def _fused_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -62,13 +56,10 @@ def _fused_mlp(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
     return mlp.down_proj(LigerSiLUMulFunction.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
 
 
-def _fused_rotary(unfused):
-    def apply_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
-        if not q.is_cuda:
-            return unfused(q, k, cos, sin, position_ids, unsqueeze_dim)
-        from liger_kernel.ops.rope import LigerRopeFunction
+def _fused_rotary(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary embedding of [1, heads, tokens, head_dim] with [1, tokens, head_dim]; on CUDA only."""
+    from liger_kernel.ops.rope import LigerRopeFunction
 
-        return LigerRopeFunction.apply(q, k, cos, sin, position_ids, unsqueeze_dim)
-
-    apply_rotary_pos_emb.unfused = unfused
-    return apply_rotary_pos_emb
+    return LigerRopeFunction.apply(query, key, cos, sin)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig
 
 from polar_ft.errors import PolarError
 
@@ -97,24 +97,6 @@ def split_wqkv(
         return part.clone(memory_format=torch.contiguous_format).reshape(-1, *rest)
 
     return own(grouped[:, :groups]), own(grouped[:, groups]), own(grouped[:, groups + 1])
-
-
-def llama_part(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Llama's tensor of that name, of the InternLM2 tensor that holds it.
-
-    Args:
-        name: Llama's, without ``llm.`` or ``model.`` before it.
-        tensor: InternLM2's tensor `to_internlm2_name` of it.
-        config: With ``num_attention_heads`` and ``num_key_value_heads``.
-
-    Returns:
-        ``tensor`` itself, or [rows of the part, columns] of a fused one.
-    """
-    parts = to_llama_names(to_internlm2_name(name))
-    if len(parts) == 1:
-        return tensor
-    split = split_wqkv(tensor, config.num_attention_heads, config.num_key_value_heads)
-    return split[parts.index(name)]
 
 
 def fuse_wqkv(

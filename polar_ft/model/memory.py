@@ -9,6 +9,7 @@ import torch
 
 from polar_ft.groups import TokenGroup
 from polar_ft.model.packing import build_pack
+from polar_ft.model.reward_model import run_layer
 
 Checkpointing = Literal["auto", "none", "selective", "full"]
 
@@ -20,7 +21,7 @@ def activation_bytes_per_token(decoder: Any, tokens: int = 64) -> int:
     """Bytes that one layer keeps for backward, for each token; measured on a forward of one layer.
 
     Args:
-        decoder: ``LlamaModel`` or ``Qwen2Model``, on any device, in the dtype of training.
+        decoder: Of a known family, on any device, in the dtype of training.
         tokens: Length of the sequence to measure with.
     """
     parameter = next(decoder.layers[0].parameters())
@@ -41,9 +42,7 @@ def activation_bytes_per_token(decoder: Any, tokens: int = 64) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = decoder.layers[0](
-            hidden, segments=pack.segments, backend="auto", position_embeddings=position_embeddings
-        )
+        output = run_layer(decoder.layers[0], hidden, position_embeddings, pack, rewards_only=False)
     del output
     return sum(saved.values()) // len(pack.input_ids)
 

@@ -59,6 +59,10 @@ class Segments:
             tuple(k_lengths),
         )
 
+    def to(self, device: torch.device | str) -> Segments:
+        """The same segments on another device."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
     def cached(self, name: str, compute: Callable[[Segments], T]) -> T:
         """What ``compute`` makes of the segments, made once; for what every layer needs again."""
         values = self.__dict__.setdefault("_cached", {})

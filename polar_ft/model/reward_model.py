@@ -1,4 +1,8 @@
-"""The reward model: a decoder of transformers, run over packs, and a head that computes in float32."""
+"""The reward model: a decoder of transformers, run over packs, and a head that computes in float32.
+
+Names of tensors end in their shape: B 1 (a pack is one row), T tokens of the pack, Q queries (all tokens, or
+the reward tokens), H heads, D head_dim, M hidden_size, X any.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import rotate_half
 
-from polar_ft.model.attention import IMPLEMENTATION, Backend, packed_attention
+from polar_ft.errors import PolarError
+from polar_ft.model.attention import Backend, packed_attention
 from polar_ft.model.packing import Pack
+
+# What `run_layer` knows of a decoder layer; q_norm and k_norm are Qwen3's.
+_KNOWN = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
 
 
 class RewardHead(nn.Linear):
     """One output, no bias, computed in float32 whatever the dtype of weight and input.
 
     In bfloat16, rewards near 10 lie 0.06 apart, which hides the differences that are being learned. The cast
-    is inside ``forward`` because under ZeRO-3 the weight is whole only there.
+    is inside ``forward`` because under ZeRO-3 the weight is complete only there.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -45,7 +57,7 @@ def packed_rewards(
     computes for the reward tokens alone, since nothing else of it is used.
 
     Args:
-        decoder: ``LlamaModel`` or ``Qwen2Model`` of transformers, after `use_packed_attention`.
+        decoder: A decoder of transformers, of a family in `polar_ft.model.backbones`.
         head: The reward head.
         pack: On the decoder's device.
         backend: Attention backend.
@@ -55,60 +67,90 @@ def packed_rewards(
     Returns:
         [candidates] float32, in the order of ``pack.reward_index``.
     """
-    hidden = decoder.embed_tokens(pack.input_ids.unsqueeze(0))
-    position_embeddings = decoder.rotary_emb(hidden, pack.position_ids.unsqueeze(0))
+    hidden_BTM = decoder.embed_tokens(pack.input_ids.unsqueeze(0))
+    rotary = decoder.rotary_emb(hidden_BTM, pack.position_ids.unsqueeze(0))
     last = len(decoder.layers) - 1
     for number, layer in enumerate(decoder.layers):
-        run = _reward_layer if number == last else _whole_layer
-        arguments = (layer, hidden, position_embeddings, pack, backend)
+        arguments = (layer, hidden_BTM, rotary, pack, number == last, backend)
         if number < checkpointed_layers and torch.is_grad_enabled():
-            hidden = checkpoint(run, *arguments, use_reentrant=False)
+            hidden_BTM = checkpoint(run_layer, *arguments, use_reentrant=False)
         else:
-            hidden = run(*arguments)
-    return head(decoder.norm(hidden.squeeze(0)))
+            hidden_BTM = run_layer(*arguments)
+    return head(decoder.norm(hidden_BTM.squeeze(0)))
 
 
-def _whole_layer(layer, hidden, position_embeddings, pack: Pack, backend) -> torch.Tensor:
-    return layer(hidden, segments=pack.segments, backend=backend, position_embeddings=position_embeddings)[0]
+def run_layer(
+    layer: Any,
+    hidden_BTM: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    pack: Pack,
+    rewards_only: bool,
+    backend: Backend | Literal["auto"] = "auto",
+) -> torch.Tensor:
+    """One decoder layer of the Llama kind over a pack.
 
+    The steps of transformers' ``LlamaDecoderLayer`` and ``LlamaAttention``, and where a layer has ``q_norm``
+    and ``k_norm`` those of ``Qwen3Attention``.
 
-def _reward_layer(layer, hidden, position_embeddings, pack: Pack, backend) -> torch.Tensor:
-    """The last layer: keys and values of all tokens, everything else of the reward tokens.
+    Args:
+        layer: The layer.
+        hidden_BTM: [1, tokens, hidden_size].
+        rotary: Cosine and sine, [1, tokens, head_dim].
+        pack: Says who attends to whom.
+        rewards_only: Keys and values of all tokens, everything else of the reward tokens alone.
+        backend: Attention backend.
 
-    The steps of transformers' ``LlamaDecoderLayer.forward`` and ``LlamaAttention.forward``. Returns
-    [1, candidates, hidden].
+    Returns:
+        [1, tokens, hidden_size], or with ``rewards_only`` [1, candidates, hidden_size].
     """
-    attention, at = layer.self_attn, pack.reward_index
-    cos, sin = position_embeddings
-    normed = layer.input_layernorm(hidden)
+    attention = layer.self_attn
+    segments = pack.reward_segments if rewards_only else pack.segments
 
-    def heads(states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    def queried(states_BTX: torch.Tensor) -> torch.Tensor:
+        return states_BTX.index_select(1, pack.reward_index) if rewards_only else states_BTX
 
-    query = heads(attention.q_proj(normed.index_select(1, at)))
-    query = _rotate(query, cos.index_select(1, at), sin.index_select(1, at))
-    key, value = _rotate(heads(attention.k_proj(normed)), cos, sin), heads(attention.v_proj(normed))
-    output, _ = packed_attention(
-        attention,
-        query,
-        key,
-        value,
-        None,
-        segments=pack.reward_segments,
-        backend=backend,
-        scaling=attention.scaling,
+    def heads(states_BTX: torch.Tensor, norm: str = "") -> torch.Tensor:
+        states_BTHD = states_BTX.unflatten(-1, (-1, attention.head_dim))
+        if hasattr(attention, norm):
+            states_BTHD = getattr(attention, norm)(states_BTHD)
+        return states_BTHD.transpose(1, 2)
+
+    normed_BTM = layer.input_layernorm(hidden_BTM)
+    query_BHQD = heads(attention.q_proj(queried(normed_BTM)), "q_norm")
+    key_BHTD = heads(attention.k_proj(normed_BTM), "k_norm")
+    value_BHTD = heads(attention.v_proj(normed_BTM))
+    fused = getattr(attention, "fused_rotary", None)
+    if fused is not None and not rewards_only and query_BHQD.is_cuda:
+        query_BHQD, key_BHTD = fused(query_BHQD, key_BHTD, *rotary)
+    else:
+        query_BHQD = _rotate(query_BHQD, *map(queried, rotary))
+        key_BHTD = _rotate(key_BHTD, *rotary)
+    attended_BQHD = packed_attention(
+        query_BHQD, key_BHTD, value_BHTD, segments=segments, backend=backend, scaling=attention.scaling
     )
-    hidden = hidden.index_select(1, at) + attention.o_proj(output.flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    hidden_BQM = queried(hidden_BTM) + attention.o_proj(attended_BQHD.flatten(2))
+    return hidden_BQM + layer.mlp(layer.post_attention_layernorm(hidden_BQM))
 
 
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of [1, heads, tokens, head_dim] with [1, tokens, head_dim]."""
-    return states * cos.unsqueeze(1) + rotate_half(states) * sin.unsqueeze(1)
+def _rotate(states_BHTD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (Su et al., arXiv 2104.09864) as transformers computes it."""
+    return states_BHTD * cos_BTD.unsqueeze(1) + rotate_half(states_BHTD) * sin_BTD.unsqueeze(1)
 
 
-def use_packed_attention(decoder: Any) -> None:
-    """Makes the attention layers of a transformers decoder call `polar_ft.model.attention`."""
-    decoder.config._attn_implementation = IMPLEMENTATION
-    for layer in decoder.layers:
-        layer.self_attn.config._attn_implementation = IMPLEMENTATION
+def refuse_unknown_layers(decoder: Any, name: str) -> None:
+    """Raises PolarError where a layer has a part that `run_layer` would leave out.
+
+    Args:
+        decoder: As transformers builds it.
+        name: Name used in the error message.
+    """
+    for number, layer in enumerate(decoder.layers):
+        for place, known in _KNOWN.items():
+            module = layer.get_submodule(place)
+            parts = {*dict(module.named_children()), *dict(module.named_parameters(recurse=False))}
+            for part in sorted(parts - known):
+                where = ".".join(filter(None, (f"layers.{number}", place, part)))
+                raise PolarError(
+                    f"{name}: {where} ({type(getattr(module, part)).__name__}) is not known to polar_ft, "
+                    f"which would leave it out; this version of transformers, or this model, is not supported"
+                )

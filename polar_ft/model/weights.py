@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2Model
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers import PretrainedConfig, PreTrainedModel
 
 from polar_ft.errors import PolarError
 from polar_ft.files import first_line, read_json, resolve_folder
 from polar_ft.model.adapter_folder import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, merge_into, read_adapter
-from polar_ft.model.internlm2 import internlm2_config_to_llama, split_wqkv, to_llama_names
+from polar_ft.model.backbones import WeightNames, backbone_of, decoder_config, empty_decoder
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -55,7 +53,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
             return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
         except (KeyError, SafetensorError) as error:
             raise PolarError(
-                f"{self.folder / file}: tensor {name!r} cannot be read ({error}); copy the folder anew"
+                f"{self.folder / file}: tensor {name!r} cannot be read ({error}); copy the folder again"
             ) from error
 
     def __iter__(self) -> Iterator[str]:
@@ -81,7 +79,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             if missing or not files:
                 raise PolarError(
                     f"{path}: {index} lists files that are not there: {_listed(missing)}; "
-                    f"copy or download the folder anew"
+                    f"copy or download the folder again"
                 )
             return Checkpoint(path, files)
         if (path / single).is_file():
@@ -89,7 +87,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             return Checkpoint(path, dict.fromkeys(opened.keys(), single))
     raise PolarError(
         f"{path}: has no weights (model*.safetensors or pytorch_model*.bin); "
-        f"name a folder that holds a whole model"
+        f"name a folder that holds a complete model"
     )
 
 
@@ -102,11 +100,11 @@ def load_backbone(
     Adapters are merged into their base.
 
     Args:
-        folder: Folder or hub id of a model of type internlm2, llama or qwen2, or of adapters to one.
+        folder: Folder or hub id of a model of a known family, or of adapters to one.
         dtype: Dtype of the decoder; None keeps what the folder has.
 
     Returns:
-        The decoder (`LlamaModel` or `Qwen2Model`) in training mode; the head's weight [1, hidden] as the
+        The decoder (see `polar_ft.model.backbones`) in training mode; the head's weight [1, hidden] as the
         folder has it, or None for a base model; and the folder's ``config.json``.
 
     Raises:
@@ -122,6 +120,8 @@ def load_backbone(
     checkpoint = open_checkpoint(path)
 
     shapes: Shapes = {name: tuple(tensor.shape) for name, tensor in decoder.state_dict().items()}
+    names = backbone_of(hf_config).names
+    expected = {name: shape for name, (_, shape) in names.folder_shapes(shapes).items()}
     state: dict[str, torch.Tensor] = {}
     head: torch.Tensor | None = None
     problems: list[str] = []
@@ -131,7 +131,7 @@ def load_backbone(
             if tuple(head.shape) != (1, config.hidden_size):
                 problems.append(f"{name}: shape {list(head.shape)}, expected {[1, config.hidden_size]}")
         elif not name.endswith(_IGNORED):
-            problems += _take(checkpoint, name, hf_config["model_type"], config, shapes, dtype, state)
+            problems += _take(checkpoint, name, names, config, expected, dtype, state)
     problems += [f"{name}: missing" for name in shapes if name not in state]
     if problems:
         raise PolarError(f"{path}: the weights do not fit config.json: {_listed(problems)}")
@@ -162,53 +162,8 @@ def _load_adapted(
     decoder.config.torch_dtype = dtype
     head = tensors[HEAD_FILE].get(HEAD_NAMES[0])
     if head is None or tuple(head.shape) != (1, decoder.config.hidden_size):
-        raise PolarError(f"{folder / HEAD_FILE}: holds no reward head of this model; copy the folder anew")
+        raise PolarError(f"{folder / HEAD_FILE}: holds no reward head of this model; copy the folder again")
     return decoder, head, hf_config
-
-
-def decoder_config(hf_config: Mapping[str, Any], name: str) -> PretrainedConfig:
-    """The config of the transformers decoder that runs a model.
-
-    Args:
-        hf_config: The model's ``config.json``.
-        name: How errors call the model.
-
-    Raises:
-        PolarError: The model's type, or a variant of it, is not supported.
-    """
-    kind = hf_config.get("model_type")
-    if hf_config.get("use_sliding_window"):
-        raise PolarError(
-            f"{name}: sliding-window attention (use_sliding_window in config.json) is not supported"
-        )
-    if hf_config.get("quantization_config"):
-        raise PolarError(
-            f"{name}: is quantized (quantization_config in config.json); name the original model"
-        )
-    if kind == "internlm2":
-        try:
-            return internlm2_config_to_llama(hf_config)
-        except PolarError as error:
-            raise PolarError(f"{name}: {error}") from error
-    if kind in ("llama", "qwen2"):
-        config_class = LlamaConfig if kind == "llama" else Qwen2Config
-        try:
-            return config_class.from_dict(dict(hf_config))
-        except (KeyError, TypeError, ValueError) as error:
-            raise PolarError(f"{name}: config.json is not that of a {kind} model ({error})") from error
-    raise PolarError(
-        f"{name}: model_type {kind!r} in config.json is not supported; internlm2, llama and qwen2 are"
-    )
-
-
-def empty_decoder(config: PretrainedConfig) -> PreTrainedModel:
-    """A decoder without memory for its parameters (device "meta"), but with right rotary frequencies."""
-    with torch.device("meta"):
-        decoder = Qwen2Model(config) if isinstance(config, Qwen2Config) else LlamaModel(config)
-    # Not a parameter and in no checkpoint: computed here, on the CPU.
-    rotary = _Qwen2Rotary if isinstance(config, Qwen2Config) else _LlamaRotary
-    decoder.rotary_emb = rotary(config=config)
-    return decoder
 
 
 def grow_embeddings(decoder: Any, size: int) -> None:
@@ -231,56 +186,23 @@ def grown_rows(rows: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([rows, mean.expand(size - len(rows), -1)])
 
 
-class _Float32Frequencies:
-    """Rotary frequencies stay float32 when the model is cast.
-
-    DeepSpeed casts buffers together with the parameters. In bfloat16 a frequency is off by up to 0.2 %, so
-    that at position 1000 angles are off by a radian and more: a model trained like that is not the one that
-    is served.
-    """
-
-    inv_freq: torch.Tensor
-    original_inv_freq: torch.Tensor
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        device = fn(self.inv_freq.new_empty(0)).device
-        self.original_inv_freq = self.original_inv_freq.to(device)
-        return super()._apply(lambda tensor: tensor.to(device), recurse)  # type: ignore[misc]
-
-
-class _LlamaRotary(_Float32Frequencies, LlamaRotaryEmbedding):
-    pass
-
-
-class _Qwen2Rotary(_Float32Frequencies, Qwen2RotaryEmbedding):
-    pass
-
-
 def _take(
     checkpoint: Checkpoint,
     name: str,
-    model_type: str,
+    names: WeightNames,
     config: PretrainedConfig,
-    shapes: Shapes,
+    expected: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype | None,
     state: dict[str, torch.Tensor],
 ) -> list[str]:
     """Puts a tensor of the folder into the decoder's state; returns what is wrong with it."""
     plain = name.removeprefix("model.")
-    names = to_llama_names(plain) if model_type == "internlm2" else (plain,)
-    if not all(target in shapes for target in names):
+    if plain not in expected:
         return [f"{name}: unexpected"]
     tensor = checkpoint[name]
-    if len(names) == 1:
-        expected = shapes[names[0]]
-    else:
-        expected = (sum(shapes[target][0] for target in names), *shapes[names[0]][1:])
-    if tuple(tensor.shape) != expected:
-        return [f"{name}: shape {list(tensor.shape)}, expected {list(expected)}"]
-    parts: tuple[torch.Tensor, ...] = (tensor,)
-    if len(names) == 3:
-        parts = split_wqkv(tensor, config.num_attention_heads, config.num_key_value_heads)
-    for target, part in zip(names, parts, strict=True):
+    if tuple(tensor.shape) != expected[plain]:
+        return [f"{name}: shape {list(tensor.shape)}, expected {list(expected[plain])}"]
+    for target, part in names.decoder_tensors(plain, tensor, config).items():
         state[target] = part.to(dtype or part.dtype)
     return []
 
@@ -293,13 +215,13 @@ def _open_file(file: Path) -> Any:
     except Exception as error:  # safetensors, zipfile and pickle each have their own
         raise PolarError(
             f"{file}: cannot be read ({type(error).__name__}: {first_line(error)}); the file is cut "
-            f"short, or only a pointer of git-lfs: copy or download it anew"
+            f"short, or only a pointer of git-lfs: copy or download it again"
         ) from error
 
 
 def _read_file(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file():
-        raise PolarError(f"{file.parent}: has no {file.name}; copy the folder anew")
+        raise PolarError(f"{file.parent}: has no {file.name}; copy the folder again")
     opened = _open_file(file)
     return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from polar_ft.client import RewardModelClient
 from polar_ft.client.contact import ServerType
@@ -17,6 +19,7 @@ from polar_ft.client.wire import WIRES
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.groups import TokenGroup
+from polar_ft.model.backbones import backbone_of
 from polar_ft.parity.inputs import ParityInput, parity_inputs
 from polar_ft.parity.report import TOLERANCES, Deviation, ParityReport, Rewards, compare
 from polar_ft.parity.rewards import client_rewards, scorer_rewards, training_rewards, transformers_rewards
@@ -213,17 +216,18 @@ def _training(basis: _Basis) -> _Way:
 
 
 def _transformers(basis: _Basis, trust_remote_code: bool) -> _Way:
-    internlm2 = basis.config["model_type"] == "internlm2"
+    kind, own_code = basis.config["model_type"], bool(backbone_of(basis.config).code)
     name, dtype = "transformers", _name(basis.dtype)
-    if internlm2 and not trust_remote_code:
+    if not own_code and kind not in CONFIG_MAPPING:
+        note = f"not run: transformers {transformers.__version__} has no {kind}"
+        return _Way(name, dtype, None, note)
+    if own_code and not trust_remote_code:
         note = "not run: it needs the Python files of the folder; read them, then add --trust-remote-code"
         return _Way(name, dtype, None, note)
 
     def rewards() -> Rewards:
         # A model that transformers knows by itself needs no code, whatever the folder holds.
-        return transformers_rewards(
-            basis.folder, basis.encoded, basis.dtype, basis.device, own_code=internlm2
-        )
+        return transformers_rewards(basis.folder, basis.encoded, basis.dtype, basis.device, own_code=own_code)
 
     return _Way(name, dtype, rewards)
 

@@ -15,7 +15,7 @@ from polar_ft.files import first_line, resolve_folder
 from polar_ft.groups import TextGroup, TokenGroup, merge_texts, split_by_tokens, windows
 from polar_ft.model.attention import Backend
 from polar_ft.model.packing import build_pack
-from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
+from polar_ft.model.reward_model import RewardHead, packed_rewards
 from polar_ft.model.weights import load_backbone
 from polar_ft.reward_scale import RewardScale
 from polar_ft.template import PolarTemplate
@@ -48,7 +48,6 @@ class RewardScorer:
         attention: Backend | Literal["auto"] = "auto",
         folder: Path | None = None,
     ) -> None:
-        use_packed_attention(decoder)
         self.decoder = decoder.eval()
         self.head = head.eval()
         self.template = template

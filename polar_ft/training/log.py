@@ -50,22 +50,28 @@ def token_flops(config: Mapping[str, Any], *, frozen: bool = False) -> int:
     (864, 576)
     """
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    weights = config["num_hidden_layers"] * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner)
+    queries = _head_dim(config) * config["num_attention_heads"]
+    kv = _head_dim(config) * config["num_key_value_heads"]
+    weights = config["num_hidden_layers"] * (2 * hidden * queries + 2 * hidden * kv + 3 * hidden * inner)
     return (4 if frozen else 6) * weights
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
 def attention_flops(config: Mapping[str, Any], attended: float) -> float:
     """Operations of forward and backward of attention, causal: what is masked is not counted.
 
-    Each query-key pair costs two products of ``hidden_size`` forward, twice that backward, in every layer
-    (Chowdhery et al., arXiv 2204.02311, appendix B, which counts all pairs).
+    Each query-key pair costs two products of all heads' dimensions forward, twice that backward, in every
+    layer (Chowdhery et al., arXiv 2204.02311, appendix B, which counts all pairs).
 
     Args:
         config: Sizes of the model.
         attended: Query-key pairs.
     """
-    return 12 * config["num_hidden_layers"] * config["hidden_size"] * attended
+    queries = _head_dim(config) * config["num_attention_heads"]
+    return 12 * config["num_hidden_layers"] * queries * attended
 
 
 def step_flops(config: Mapping[str, Any], groups: Sequence[TokenGroup], layout: Layout) -> float:

@@ -17,7 +17,7 @@ from polar_ft.model.lora import Adapter, LoraSettings
 from polar_ft.model.losses import LossType, PairObjective, PenaltyType
 from polar_ft.model.memory import Checkpointing, activation_bytes_per_token, free_memory, layers_to_checkpoint
 from polar_ft.model.packing import Pack
-from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
+from polar_ft.model.reward_model import RewardHead, packed_rewards
 from polar_ft.model.weights import grow_embeddings, load_backbone
 from polar_ft.template import PolarTemplate
 from polar_ft.training import lora as adapters
@@ -65,7 +65,6 @@ class PolarRewardModel(BaseModel):
         self.llm, head_weight, _ = load_backbone(
             self.base_folder, getattr(torch, dtype) if isinstance(dtype, str) else dtype
         )
-        use_packed_attention(self.llm)
         if len(self.template) > self.llm.config.vocab_size:
             grow_embeddings(self.llm, len(self.template))
         self.adapter: Adapter | None = None

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from polar_ft.conversion import huggingface
 from polar_ft.conversion.verify import compare_rewards, sample
 from polar_ft.errors import PolarError
+from polar_ft.model import backbones
 from polar_ft.model.internlm2 import fuse_wqkv
 from polar_ft.training.model import PolarRewardModel
 
@@ -108,7 +108,7 @@ def test_runs_with_deepspeed(base, config_file, train, rows, tmp_path, run_tool,
 
 def test_a_wrong_export_is_found(config_file, checkpoint, rows, tmp_path, run_tool, monkeypatch):
     """Keys and values exchanged: every shape is right, and only the rewards tell."""
-    monkeypatch.setattr(huggingface, "fuse_wqkv", lambda q, k, v, *heads: fuse_wqkv(q, v, k, *heads))
+    monkeypatch.setattr(backbones.internlm2, "fuse_wqkv", lambda q, k, v, *heads: fuse_wqkv(q, v, k, *heads))
     before = sorted(tmp_path.iterdir())
     assert run_tool(config_file, checkpoint, tmp_path / "wrong")[0] == 0
     status, said, error = run_tool(config_file, checkpoint, tmp_path / "out", "--verify", rows)

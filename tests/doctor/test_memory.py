@@ -22,7 +22,6 @@ from polar_ft.doctor.memory import (
 )
 from polar_ft.model.lora import LoraSettings
 from polar_ft.model.memory import activation_bytes_per_token
-from polar_ft.model.reward_model import use_packed_attention
 from polar_ft.model.weights import load_backbone
 from polar_ft.training.lora import add_adapters
 
@@ -100,7 +99,6 @@ def test_more_gpus_never_take_more_on_each(
 def test_sizes_are_those_of_the_real_model(project: Path) -> None:
     hf_config = json.loads((project / "base" / "config.json").read_text())
     decoder, _, _ = load_backbone(project / "base")
-    use_packed_attention(decoder)
     head = decoder.config.hidden_size
     assert model_size(hf_config).parameters == sum(p.numel() for p in decoder.parameters()) + head
     assert layer_activations(hf_config, torch.float32) == activation_bytes_per_token(decoder)

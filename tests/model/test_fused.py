@@ -8,13 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen2 import modeling_qwen2
 
 from polar_ft.errors import PolarError
 from polar_ft.model import fused
 from polar_ft.model.fused import use_fused_kernels
-from tests.model.test_packed_forward import make_model
+from polar_ft.model.packing import build_pack
+from polar_ft.model.reward_model import packed_rewards
+from tests.model.test_packed_forward import make_groups, make_model
 
 
 @pytest.fixture
@@ -23,26 +23,21 @@ def installed(monkeypatch):
     module = ModuleType("liger_kernel")
     module.__spec__ = ModuleSpec("liger_kernel", None)
     monkeypatch.setitem(sys.modules, "liger_kernel", module)
-    for models in (modeling_llama, modeling_qwen2):
-        monkeypatch.setattr(models, "apply_rotary_pos_emb", models.apply_rotary_pos_emb)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_every_norm_mlp_and_rotation_is_replaced_and_a_cpu_computes_as_before(installed, kind: str):
-    decoder, _ = make_model(kind)
-    ids = torch.arange(12)[None]
+    decoder, head = make_model(kind)
+    pack = build_pack(make_groups())
     with torch.no_grad():
-        before = decoder(input_ids=ids, use_cache=False)[0]
+        before = packed_rewards(decoder, head, pack)
         use_fused_kernels(decoder)
-        after = decoder(input_ids=ids, use_cache=False)[0]
+        after = packed_rewards(decoder, head, pack)
     assert torch.equal(before, after)
     replaced = [m.forward.__func__ for m in decoder.modules() if hasattr(m.forward, "__func__")]
-    assert replaced.count(fused._fused_norm) == 2 * 3 + 1  # two a layer, one at the end
+    assert replaced.count(fused._fused_norm) == (4 if kind == "qwen3" else 2) * 3 + 1  # and one at the end
     assert replaced.count(fused._fused_mlp) == 3
-    models = modeling_llama if kind == "llama" else modeling_qwen2
-    rotary = models.apply_rotary_pos_emb
-    use_fused_kernels(decoder)
-    assert models.apply_rotary_pos_emb is rotary, "replaced once, however many models there are"
+    assert all(layer.self_attn.fused_rotary is fused._fused_rotary for layer in decoder.layers)
 
 
 def test_a_model_with_another_activation_is_refused(installed):

@@ -6,14 +6,12 @@ import pytest
 import torch
 
 from polar_ft.model.memory import activation_bytes_per_token, layers_to_checkpoint
-from polar_ft.model.reward_model import use_packed_attention
 from polar_ft.training.model import PolarRewardModel
 from tests.model.test_packed_forward import SIZES, make_model
 
 
 def test_a_layer_keeps_what_its_tensors_take():
     decoder, _ = make_model("llama")
-    use_packed_attention(decoder)
     bytes_per_token = activation_bytes_per_token(decoder)
     # In float32 at least the input, the queries, keys and values, the output of the attention, and gate, up
     # and their product of the MLP; and surely not ten times that.
@@ -49,7 +47,6 @@ def test_the_model_plans_what_its_setting_says(mode: str, tokens: int, expected:
     model = PolarRewardModel.__new__(PolarRewardModel)
     torch.nn.Module.__init__(model)
     model.llm, model.v_head = make_model("llama")
-    use_packed_attention(model.llm)
     model.adapter, model.activation_checkpointing = None, mode
     line = model.plan_checkpointing(tokens, unallocated_bytes=12)
     assert model.checkpointed_layers == expected

@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 from polar_ft.errors import PolarError
 from polar_ft.groups import TokenGroup
 from polar_ft.model.attention import available_backends, choose_backend
+from polar_ft.model.backbones import Qwen3Config, Qwen3Model
 from polar_ft.model.losses import pair_loss, pair_penalty
 from polar_ft.model.packing import build_pack
-from polar_ft.model.reward_model import RewardHead, packed_rewards, use_packed_attention
+from polar_ft.model.reward_model import RewardHead, packed_rewards, refuse_unknown_layers
 
 SIZES = dict(
     vocab_size=64,
@@ -29,6 +30,11 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
     if kind == "qwen2":
         decoder = Qwen2Model(Qwen2Config(**SIZES))
+    elif kind == "qwen3":  # heads whose size is not hidden_size / heads
+        decoder = Qwen3Model(Qwen3Config(**SIZES, head_dim=12))
+        for layer in decoder.layers:
+            torch.nn.init.normal_(layer.self_attn.q_norm.weight, mean=1, std=0.3)
+            torch.nn.init.normal_(layer.self_attn.k_norm.weight, mean=1, std=0.3)
     else:
         rope = {"rope_type": "dynamic", "factor": 2.0} if kind == "llama_dynamic_rope" else None
         decoder = LlamaModel(LlamaConfig(**SIZES, rope_scaling=rope))
@@ -75,7 +81,6 @@ def test_tree_and_flat_equal_separate_sequences(kind, checkpointing):
     gradients = {name: p.grad.clone() for name, p in decoder.named_parameters()}
     no_pairs = [TokenGroup(g.prefix, g.branches, g.pairs[:0], g.margins[:0], g.weights[:0]) for g in groups]
 
-    use_packed_attention(decoder)
     for layout in ("tree", "flat"):
         decoder.zero_grad(), head.zero_grad()
         rewards = packed_rewards(
@@ -89,7 +94,6 @@ def test_tree_and_flat_equal_separate_sequences(kind, checkpointing):
 
 def test_pairs_of_tree_and_flat_are_the_same_pairs():
     decoder, head = make_model("llama")
-    use_packed_attention(decoder)
     groups = make_groups(1)
     tree, flat = build_pack(groups), build_pack(groups, "flat")
     assert len(flat.input_ids) == tree.flat_tokens == sum(group.flat_tokens() for group in groups)
@@ -103,7 +107,6 @@ def test_pairs_of_tree_and_flat_are_the_same_pairs():
 
 def test_an_empty_pack_gives_zero_gradients_everywhere():
     decoder, head = make_model("llama")
-    use_packed_attention(decoder)
     pack = build_pack([], filler_id=3)
     rewards = packed_rewards(decoder, head, pack)
     loss = (pair_loss(rewards[pack.chosen], rewards[pack.rejected], pack.margin) * pack.weight).sum()
@@ -116,7 +119,6 @@ def test_an_empty_pack_gives_zero_gradients_everywhere():
 
 def test_head_computes_in_float32_for_half_precision():
     decoder, head = make_model("llama", torch.bfloat16)
-    use_packed_attention(decoder)
     rewards = packed_rewards(decoder, head, build_pack(make_groups()))
     assert rewards.dtype == torch.float32
     assert not torch.equal(rewards, rewards.to(torch.bfloat16).float())
@@ -127,7 +129,6 @@ def test_every_backend_present_gives_the_same():
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     decoder, head = make_model("llama", dtype)
     decoder, head = decoder.to(device), head.to(device)
-    use_packed_attention(decoder)
     pack = build_pack(make_groups()).to(device)
     results = {
         backend: packed_rewards(decoder, head, pack, backend=backend)
@@ -164,3 +165,34 @@ def test_margin_loss_by_hand():
     # log(1 + e^-(3 - 1 - 0.5)) = log(1 + e^-1.5) = 0.2014
     loss = pair_loss(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([0.5]), "margin")
     assert loss.item() == pytest.approx(0.2014, abs=1e-4)
+
+
+def test_qwen3_as_a_tree_is_qwen3_one_by_one():
+    """Against the real Qwen3Model: tests/engines/test_qwen3.py."""
+    decoder, head = make_model("qwen3")
+    groups = make_groups()
+    tree = packed_rewards(decoder, head, build_pack(groups))
+    alone = [
+        packed_rewards(decoder, head, build_pack([TokenGroup.of_sequences([sequence])]))
+        for group in groups
+        for sequence in group.sequences
+    ]
+    torch.testing.assert_close(tree, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        decoder.layers[1].self_attn.k_norm.weight *= 2
+    assert not torch.allclose(packed_rewards(decoder, head, build_pack(groups)), tree, rtol=1e-3)
+    with pytest.raises(NotImplementedError):
+        decoder(input_ids=torch.arange(3)[None])
+
+
+@pytest.mark.parametrize(
+    ("place", "part"), [("self_attn", "sinks"), ("mlp", "router"), ("", "post_feedforward_layernorm")]
+)
+def test_a_layer_with_an_unknown_part_is_refused_by_name(place, part):
+    decoder, _ = make_model("llama")
+    refuse_unknown_layers(decoder, "model")
+    module = decoder.layers[2].get_submodule(place)
+    module.register_parameter(part, torch.nn.Parameter(torch.zeros(2)))
+    where = ".".join(filter(None, ("layers.2", place, part)))
+    with pytest.raises(PolarError, match=rf"model: {where} \(Parameter\) is not known to polar_ft"):
+        refuse_unknown_layers(decoder, "model")

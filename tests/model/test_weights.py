@@ -248,7 +248,7 @@ def test_damaged_weights(tmp_path, name, content):
     make_internlm2(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(PolarError, match=f"{name}: cannot be read .* copy or download it anew"):
+    with pytest.raises(PolarError, match=f"{name}: cannot be read .* copy or download it again"):
         load_backbone(tmp_path)
 
 
@@ -268,7 +268,10 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' .* is not supported; internlm2, llama and qwen2 are"),
+        (
+            {"model_type": "gpt2"},
+            "model_type 'gpt2' .* is not supported; internlm2, llama, qwen2 and qwen3 are",
+        ),
         ({"model_type": None}, "model_type None"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling=.*yarn.* is not known"),
         ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling=.* is not known"),
