@@ -1,4 +1,4 @@
-"""The calls of varlen kernels, which run on GPUs alone, against reference implementations of the same signatures."""
+"""The calls of varlen kernels, which run on GPUs alone, against references of the same signatures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama and Qwen2 bases: POLAR's tokens are added; the result loads as …ForSequenceClassification."""
+"""Llama, Qwen2 and Qwen3 bases: POLAR's tokens are added; the result is a …ForSequenceClassification."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from polar_ft.data.records import parse_row
+from polar_ft.model.backbones import Qwen3Config, Qwen3Model
 from polar_ft.scoring.scorer import RewardScorer
 from tests.encoding import encode, ids_of
 from tests.training.conftest import STEPS, TOP_LINES
@@ -88,3 +91,61 @@ def test_train_convert_and_load(project, run_once, kind, tmp_path):
             with torch.inference_mode():
                 logits = model(input_ids=torch.tensor([ids])).logits
             assert logits.item() == pytest.approx(reward, abs=1e-5)
+
+
+def _make_qwen3(folder: Path, tokenizer_json: str) -> Path:
+    """A random base of our own class: this environment's transformers has no Qwen3 (tests/engines has)."""
+    vocab_size = Tokenizer.from_str(tokenizer_json).get_vocab_size()
+    sizes = dict(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    decoder = Qwen3Model(Qwen3Config(**sizes))
+    folder.mkdir()
+    config = sizes | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    state = {f"model.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "deepspeed", "lora"),
+    [
+        ("plain", (), None),
+        ("zero2", ("--deepspeed", "deepspeed_zero2"), None),
+        ("lora", (), dict(r=4, alpha=8)),
+    ],
+)
+def test_qwen3_trains_and_converts(project, run_once, tmp_path, name, deepspeed, lora):
+    base = project / "base_qwen3"
+    with FileLock(f"{base}.lock"):
+        if not base.exists():
+            _make_qwen3(base, (project / "base" / "tokenizer.json").read_text())
+    paths = dict(pretrained_model_name_or_path=str(base), data=str(project / "rows.jsonl"))
+    config = edit_config("polar_tiny_cpu.py", project / f"qwen3_{name}.py", **TOP_LINES, **paths, lora=lora)
+    ended = run_once(f"qwen3_{name}", "polar-ft", "train", str(config), *deepspeed)
+    assert ended.status == 0, ended.tail
+    losses = ended.scalars("loss")
+    assert losses[STEPS] < losses[1]
+
+    out = tmp_path / "hf"
+    tool = [sys.executable, REPOSITORY / "tools" / "pth_to_hf.py", config, ended.checkpoint, out]
+    tool += ["--dtype", "float32", "--verify", project / "rows.jsonl"]
+    subprocess.run(list(map(str, tool)), check=True)
+    written = json.loads((out / "config.json").read_text())
+    assert (written["architectures"], written["model_type"]) == (["Qwen3ForSequenceClassification"], "qwen3")
+    assert written["head_dim"] == 16
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["model.layers.1.self_attn.q_norm.weight"].shape == (16,)
+    assert tensors["score.weight"].any()
