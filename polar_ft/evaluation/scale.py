@@ -6,9 +6,8 @@ import hashlib
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -16,15 +15,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polar_ft.data.reading import RowProblem, expand, raise_problems, read_rows
-from polar_ft.data.records import Example, RowError, parse_row
+from polar_ft.data.records import RowError, parse_row
 from polar_ft.data.score_rows import parse_score_rows
 from polar_ft.errors import DataError, PolarError
-from polar_ft.groups import Wrapper
+from polar_ft.groups import TextGroup, Wrapper
+from polar_ft.options import (
+    BATCH_TOKENS,
+    AllowTokenizerCode,
+    BatchTokens,
+    Device,
+    Dtype,
+    ModelFolder,
+    Split,
+)
 from polar_ft.reward_scale import FILE_NAME, RewardScale
 
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Rewards = Sequence[Sequence[float]]
 
 
@@ -94,32 +101,7 @@ def _quantiles(values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     }
 
 
-@dataclass
-class Group:
-    """All candidates of one (prompt, reference) in the data.
-
-    Attributes:
-        prompt: Text of the prompt.
-        reference: Text of the reference.
-        wrapper: As in the template.
-        candidates: Texts, as often as the data has them.
-        pairs: (chosen, rejected) as indices into ``candidates``.
-    """
-
-    prompt: str
-    reference: str
-    wrapper: Wrapper
-    candidates: list[str] = field(default_factory=list)
-    pairs: list[tuple[int, int]] = field(default_factory=list)
-
-    def add(self, candidates: Sequence[str], pairs: Sequence[tuple[int, int]]) -> None:
-        """Adds the candidates of one row, and the pairs among them."""
-        first = len(self.candidates)
-        self.candidates += candidates
-        self.pairs += [(first + chosen, first + rejected) for chosen, rejected in pairs]
-
-
-def read_groups(paths: Iterable[str], split: str = "train") -> list[Group]:
+def read_groups(paths: Iterable[str], split: str = "train") -> list[TextGroup]:
     """The data by (prompt, reference).
 
     A row is one that training takes (a pair, or ranked), or one with an ``output``: what a policy sampled.
@@ -132,42 +114,45 @@ def read_groups(paths: Iterable[str], split: str = "train") -> list[Group]:
         DataError: A row cannot be used.
     """
     problems: list[RowProblem] = []
-    groups: dict[tuple[str, str, Wrapper], Group] = {}
+    rows: dict[tuple[Wrapper, str, str], list[TextGroup]] = {}
     for path in paths:
         for place, row in read_rows(path, split):
             if isinstance(row, RowProblem):
                 problems.append(row)
                 continue
             try:
-                example = _rollout(row, place) if "output" in row else parse_row(row).to_example(place)
+                example: TextGroup = _rollout(row) if "output" in row else parse_row(row).to_example(place)
             except RowError as error:
                 problems.append(RowProblem.at(place, error))
             else:
-                key = (example.prompt, example.reference, example.wrapper)
-                groups.setdefault(key, Group(*key)).add(example.candidates, example.pairs)
+                rows.setdefault(example.key, []).append(example)
     raise_problems(problems)
-    return list(groups.values())
+    return list(map(_joined, rows.values()))
 
 
-def _rollout(row: Mapping[str, Any], source: str) -> Example:
-    names = ("prompt", "reference", "output", "wrapper")
-    try:
-        fields = next(parse_score_rows([{name: row[name] for name in names if row.get(name) is not None}]))
-    except DataError as error:
-        name, _, reason = str(error).removeprefix("data[0].").partition(": ")
-        raise RowError(name, reason) from None
-    return Example(
-        prompt=fields.prompt,
-        references=fields.references,
-        candidates=fields.candidates,
-        wrapper=fields.wrapper,
-        id=source,
-        source=source,
+def _joined(rows: Sequence[TextGroup]) -> TextGroup:
+    """Rows of one (prompt, reference) as one group; a text that the data repeats is there as often."""
+    first = [sum(len(row.candidates) for row in rows[:number]) for number in range(len(rows))]
+    return TextGroup(
+        prompt=rows[0].prompt,
+        references=(rows[0].reference,),
+        candidates=tuple(text for row in rows for text in row.candidates),
+        wrapper=rows[0].wrapper,
+        pairs=tuple((n + a, n + b) for n, row in zip(first, rows, strict=True) for a, b in row.pairs),
     )
 
 
+def _rollout(row: Mapping[str, Any]) -> TextGroup:
+    names = ("prompt", "reference", "output", "wrapper")
+    try:
+        return next(parse_score_rows([{name: row[name] for name in names if row.get(name) is not None}]))
+    except DataError as error:
+        name, _, reason = str(error).removeprefix("data[0].").partition(": ")
+        raise RowError(name, reason) from None
+
+
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")],
+    model: ModelFolder,
     data: Annotated[
         list[str],
         typer.Argument(
@@ -181,18 +166,11 @@ def calibrate(
     max_references: Annotated[
         int, typer.Option(min=1, help="Measure a random sample of so many (prompt, reference).")
     ] = 5000,
-    split: Annotated[str, typer.Option(help="Split of a HuggingFace data set.")] = "train",
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens in one forward pass; lower it when memory runs out.")
-    ] = 16384,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if any.")] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: what the folder has on a GPU, float32 on a CPU.")
-    ] = "auto",
-    allow_tokenizer_code: Annotated[
-        list[str] | None,
-        typer.Option(help="A tokenizer class of the folder whose code may be run; may be repeated."),
-    ] = None,
+    split: Split = "train",
+    batch_tokens: BatchTokens = BATCH_TOKENS,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
     """Measure centre, spread and temperature of a model's rewards, and keep them beside the model.
 
@@ -206,14 +184,12 @@ def calibrate(
         groups = random.Random(0).sample(groups, max_references)
 
     # Imported here: `polar-ft --help`, bad data and a wrong path need no torch.
-    import torch
-
     from polar_ft.scoring.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(
         model,
         device=device,
-        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        dtype=dtype,
         tokens_per_batch=batch_tokens,
         allow_tokenizer_code=tuple(allow_tokenizer_code or ()),
     )
@@ -232,7 +208,7 @@ def calibrate(
     typer.echo(str(written))
 
 
-def _rows(groups: Sequence[Group], console: Console) -> Iterator[dict[str, str]]:
+def _rows(groups: Sequence[TextGroup], console: Console) -> Iterator[dict[str, str]]:
     """The rows that the scorer takes, with a progress bar that goes on as it takes them."""
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -248,7 +224,7 @@ def _rows(groups: Sequence[Group], console: Console) -> Iterator[dict[str, str]]
                 bar.advance(task)
 
 
-def _summary(scale: RewardScale, groups: Sequence[Group]) -> Iterator[str]:
+def _summary(scale: RewardScale, groups: Sequence[TextGroup]) -> Iterator[str]:
     yield f"{scale.n_rewards} rewards of {scale.n_references} (prompt, reference), {scale.n_pairs} pairs"
     yield (
         f"centre       {scale.centre:10.4f}   mean; 1 % lie below {scale.quantiles['p01']:.4f}, 1 % above "

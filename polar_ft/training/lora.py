@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from polar_ft.errors import PolarError
+from polar_ft.files import first_line
 from polar_ft.model.lora import (
     PROJECTIONS,
     RECORD,
@@ -204,10 +205,10 @@ def _usable_bitsandbytes() -> Any:
         bitsandbytes = import_module("bitsandbytes")
         bitsandbytes.functional.quantize_4bit(torch.zeros(64, device="cuda"), quant_type="nf4")
     except Exception as error:  # a library that was not built for this CUDA fails in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error, 160)
         raise PolarError(
             f"lora: load_in_4bit (QLoRA) needs bitsandbytes, and {_named_version('bitsandbytes')} does not "
-            f"work with torch {torch.__version__} here ({type(error).__name__}: {reason[:160]}); "
+            f"work with torch {torch.__version__} here ({type(error).__name__}: {reason}); "
             f"pip install --upgrade bitsandbytes"
         ) from error
     return bitsandbytes

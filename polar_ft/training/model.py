@@ -11,6 +11,8 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from xtuner.registry import BUILDER
 
+from polar_ft.conversion.adapter import merge_adapter
+from polar_ft.conversion.huggingface import write_hf_folder
 from polar_ft.model.attention import Backend
 from polar_ft.model.fused import use_fused_kernels
 from polar_ft.model.lora import Adapter, LoraSettings
@@ -153,9 +155,6 @@ class PolarRewardModel(BaseModel):
             fp32: Write float32; xtuner's default is float16.
             save_pretrained_kwargs: ``max_shard_size`` of it is used.
         """
-        from polar_ft.conversion.adapter import merge_adapter
-        from polar_ft.conversion.huggingface import write_hf_folder
-
         state: Mapping[str, torch.Tensor] = self.state_dict()
         if self.adapter is not None:
             state = merge_adapter(state, self.base_folder, self.template)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.training.conftest import STEPS, RunOnce
 from tests.training.runs import PAIRS, REPOSITORY, Run, edit_config, replace_in_config, write_zero_settings
@@ -141,3 +144,23 @@ def test_hooks_of_mmengine_that_the_loop_replaces_are_refused(project: Path, run
     assert ended.status == 1, ended.tail
     assert "the config registers mmengine's IterTimerHook, LoggerHook" in ended.tail
     assert "Traceback" not in ended.output
+
+
+def test_xtuner_convert_writes_what_our_command_writes(project: Path, plain_run: Run, tmp_path: Path):
+    """`xtuner convert pth_to_hf` calls the model's `to_hf`; its default is float16."""
+    config, checkpoint = str(project / "tiny.py"), str(plain_run.checkpoint)
+    commands = {
+        "xtuner": ["xtuner", "convert", "pth_to_hf", config, checkpoint],
+        "polar_ft": ["polar-ft", "convert", config, checkpoint, "--dtype", "float16"],
+    }
+    for name, command in commands.items():
+        program = Path(sys.executable).with_name(command[0])
+        command = [str(program), *command[1:]]
+        command.insert(4 if name == "polar_ft" else len(command), str(tmp_path / name))
+        ended = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("polar_ft", "xtuner"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for file in ("config.json", "tokenizer.json", "modeling_internlm2.py"):
+        assert (tmp_path / "polar_ft" / file).read_text() == (tmp_path / "xtuner" / file).read_text()
