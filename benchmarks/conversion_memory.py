@@ -42,7 +42,6 @@ SHARDS = ("5GB", "1GB")
 STAGES = (2, 3)
 
 CONFIG = """\
-from polar_ft.files import read_json
 from polar_ft.template import PolarTemplate
 from polar_ft.training.model import PolarRewardModel
 

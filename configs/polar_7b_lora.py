@@ -3,14 +3,11 @@
 #   polar-ft train configs/polar_7b_lora.py
 #   NPROC_PER_NODE=8 polar-ft train configs/polar_7b_lora.py
 #
-# Memory, computed from the shapes and not measured on such a card:
+# Memory, computed from the shapes and not measured on such a card, 40.8 GB in all:
 #   frozen weights, 7.36e9 in bfloat16                                      14.7 GB
 #   adapters, 168e6 parameters of 16 bytes: weight, gradient, two moments    2.7 GB
-#   activations of one pack of 32,768 tokens, all layers recomputed:
-#     the inputs of 32 layers, 8,192 bytes a token                           8.6 GB
-#     one layer while it is computed again, 452,512 bytes a token           14.8 GB
-# 40.8 GB in all; with "auto", recompute_layers spends the rest on layers that are not recomputed. The bytes
-# of a layer are those that polar_ft.model.memory measures on a layer of this shape.
+#   activations of 32,768 tokens: 8,192 bytes a token for each of 32 layers  8.6 GB
+#   one layer while it is recomputed, 452,512 bytes a token                 14.8 GB
 
 from mmengine.optim import OptimWrapper
 from mmengine.visualization import LocalVisBackend, TensorboardVisBackend, Visualizer
@@ -25,8 +22,7 @@ from polar_ft.training.prepare import prepare_training
 # ---- Settings: edit these lines ----
 # The model: a folder, or an id on the HuggingFace hub.
 pretrained_model_name_or_path = "internlm/POLAR-7B-Base"
-# Your data: a file (.jsonl, .jsonl.gz, .parquet), a hub id, or a list of
-# dict(path=…, weight=…, max_samples=…).
+# Your data: a .jsonl(.gz) or .parquet file, a hub id, or a list of dict(path=…, weight=…, max_samples=…).
 # A row: {"prompt": …, "reference": …, "chosen": …, "rejected": …}. Check it first: polar-ft data check FILE
 data = "data/train.jsonl"
 # Held-out rows to measure the model on while it trains, in the same form; None for none.
@@ -35,15 +31,14 @@ val_data = None
 # Ten times the published 2e-5 of full training, as is usual for adapters; not tuned for POLAR.
 lr = 2e-4
 max_epochs = 1
-# Pairs of an optimizer step, over all GPUs.
-global_batch_pairs = 320
+global_batch_pairs = 320  # pairs of an optimizer step, over all GPUs
 # Tokens that one forward computes: lower it where memory runs out, it changes nothing else.
 max_packed_length = 32768
-# The adapters: rank, scale, dropout of their inputs; on all projections of every layer.
+# The float32 adapters: rank, scale, dropout of their inputs; on all projections of every layer.
 lora = dict(r=64, alpha=128, dropout=0.05)
 
 # ---- Settings seldom edited ----
-# Length limits in tokens: of a whole input, and of the reference and each candidate.
+# Length limits in tokens: of an input, and of the reference and each candidate.
 max_length = 16384
 max_response_length = 4096
 # The token whose hidden state is scored. Another base: see docs/configs.md for naming or adding tokens.
@@ -54,17 +49,14 @@ allow_tokenizer_code = ("tokenization_internlm2_fast.InternLM2TokenizerFast",)
 
 loss_type = "ranking"  # Bradley–Terry; or "focal", or "margin" (rows with a "margin")
 penalty_type = "none"  # or "log_barrier", "L2"
-# Share of the rows trained without their reference, so that one model also scores without one.
-reference_dropout = 0.0
+reference_dropout = 0.0  # share of rows trained without reference: one model then also scores without
 
 # Layers computed again in backward, for memory: "auto" (as few as needed), "none", "selective" or "full".
 recompute_layers = "auto"
-# RMSNorm, rotary embedding and SwiGLU by liger-kernel (pip install liger-kernel); on a GPU only.
-fused_kernels = False
-# "tree" computes the prefix that candidates share once, "flat" computes every sequence whole; same gradients.
+fused_kernels = False  # True: RMSNorm, rotary embedding and SwiGLU by liger-kernel; on a GPU only
+# "tree" computes the prefix that candidates share once, "flat" once for each candidate; same gradients.
 layout = "tree"
-# Packs of each GPU in a step; None takes as few as hold it.
-packs_per_step = None
+packs_per_step = None  # packs of each GPU in a step; None takes as few as hold it
 
 betas = (0.9, 0.95)
 weight_decay = 0
@@ -75,15 +67,13 @@ seed = 0
 # In optimizer steps; the last step is always saved.
 save_steps = 500
 save_total_limit = 2
-# A loss that is NaN or infinite updates nothing; so many such steps in a row end the run.
-max_bad_steps = 5
+max_bad_steps = 5  # a non-finite loss updates nothing; so many such steps in a row end the run
 log_interval = 1
 # With val_data: a validation before step 1, every so many steps, and after the last one.
 val_interval = 50
 # The best checkpoint is kept by this: "accuracy", "accuracy_ties_half", "macro_accuracy" or "log_loss".
 val_metric = "accuracy"
-# Training ends after so many validations in a row without a new best; None trains to the end.
-val_patience = None
+val_patience = None  # training ends after so many validations without a new best; None: at the end
 
 # ---- What the settings configure ----
 model_resource = dict(fn=prepare_training)
@@ -100,7 +90,6 @@ tokenizer = dict(
 )
 model = dict(
     type=PolarRewardModel,
-    # As published, and frozen; the adapters beside them are float32.
     llm=dict(pretrained_model_name_or_path=pretrained_model_name_or_path, torch_dtype="bfloat16"),
     tokenizer=tokenizer,
     loss_type=loss_type,
@@ -122,11 +111,8 @@ train_dataset = dict(
     seed=seed,
 )
 train_dataloader = dict(dataset=train_dataset, batch_size=1, num_workers=2, pin_memory=True)
-optim_wrapper = dict(
-    type=OptimWrapper,
-    optimizer=dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay),
-    clip_grad=dict(max_norm=max_norm),
-)
+optimizer = dict(type=AdamW, lr=lr, betas=betas, weight_decay=weight_decay)
+optim_wrapper = dict(type=OptimWrapper, optimizer=optimizer, clip_grad=dict(max_norm=max_norm))
 train_cfg = dict(
     type=TrainingLoop,
     max_epochs=max_epochs,
@@ -139,7 +125,6 @@ train_cfg = dict(
 )
 # The loop does what these hooks of mmengine do; a list custom_hooks may hold hooks of your own.
 default_hooks = dict(timer=None, logger=None, param_scheduler=None, checkpoint=None, sampler_seed=None)
-visualizer = dict(
-    type=Visualizer, vis_backends=[dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)]
-)
+backends = [dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)]
+visualizer = dict(type=Visualizer, vis_backends=backends)
 randomness = dict(seed=seed)
