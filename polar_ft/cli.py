@@ -72,7 +72,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     help="Train like `xtuner train CONFIG …`, and exit with the run's real status.",
     epilog="What follows CONFIG goes to xtuner: --deepspeed deepspeed_zero2, --work-dir DIR, --resume PATH, "
-    "--cfg-options KEY=VALUE …; --resume auto goes on from the newest whole checkpoint, if there is one. "
+    "--cfg-options KEY=VALUE …; --resume auto resumes from the newest complete checkpoint, if there is one. "
     "Processes: NPROC_PER_NODE, and over machines NNODES, NODE_RANK, ADDR, PORT in the environment.",
 )
 def train(context: typer.Context, config: Annotated[Path, typer.Argument(help="A config file.")]) -> None:

@@ -126,7 +126,7 @@ class TestTrain:
     def test_resume_auto_takes_the_newest_complete_checkpoint(self, started, config, tmp_path):
         arguments = ["train", str(config), "--work-dir", str(tmp_path), "--resume", "auto", "--seed", "1"]
         result = CliRunner().invoke(cli.app, arguments)
-        assert "has no checkpoint, so the run starts anew" in result.output
+        assert "has no checkpoint, so the run starts from the beginning" in result.output
         assert started.pop()[2:] == [str(config), "--work-dir", str(tmp_path), "--seed", "1"]
         for step in (2, 10):
             unfinished = tmp_path / "unfinished" / f"iter_{step}.pth"

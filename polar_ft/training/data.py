@@ -94,7 +94,7 @@ def build_reward_dataset(
         global_batch_pairs: Pairs of an optimizer step, over all ranks.
         max_packed_length: Tokens of a pack: what one forward computes.
         packs_per_step: Packs of each rank in a step; None takes as few as hold the step.
-        layout: "tree" computes a shared prefix once; "flat" computes every sequence whole. Same gradients.
+        layout: "tree" computes a shared prefix once; "flat" once for each candidate. Same gradients.
         reference_dropout: Share of the groups trained without their reference.
         seed: Of the order of the data.
         cache_dir: Where tokenized data is kept.

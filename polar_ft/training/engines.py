@@ -42,11 +42,11 @@ class PlainEngine:
         self.autocast = autocast
 
     def begin(self, packs: int) -> None:
-        """See `polar_ft.training.step.Engine`."""
+        """Begins a step of that many packs."""
 
     @contextmanager
     def computing(self, last: bool) -> Iterator[None]:
-        """See `polar_ft.training.step.Engine`; ranks exchange gradients once, with the last pack."""
+        """The context of forward and backward of a pack; ranks exchange gradients once, with the last one."""
         local: Any = nullcontext()
         if isinstance(self.model, DistributedDataParallel) and not last:
             local = self.model.no_sync()
@@ -54,17 +54,20 @@ class PlainEngine:
             yield
 
     def mixed_precision(self) -> Any:
-        """See `polar_ft.training.step.Engine`."""
+        """The context of forward: automatic mixed precision on CUDA."""
         if self.autocast is None or self.device.type != "cuda":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `polar_ft.training.step.Engine`."""
+        """Adds the gradients of a loss."""
         loss.backward()
 
     def update(self, finite: bool) -> float:
-        """See `polar_ft.training.step.Engine`."""
+        """Clips, applies and clears the gradients; returns their norm before clipping.
+
+        Nothing is updated where the norm is not finite, or where ``finite`` is False.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
         if finite and math.isfinite(norm):
@@ -85,27 +88,27 @@ class DeepSpeedEngine:
         self.device = engine.device
 
     def begin(self, packs: int) -> None:
-        """See `polar_ft.training.step.Engine`."""
+        """As `PlainEngine`'s."""
         if hasattr(self.model.optimizer, "gradient_accumulation_steps"):
             # Offload reads it to know whether gradients of several packs are to be added up.
             self.model.optimizer.gradient_accumulation_steps = packs
 
     @contextmanager
     def computing(self, last: bool) -> Iterator[None]:
-        """See `polar_ft.training.step.Engine`."""
+        """As `PlainEngine`'s."""
         self.model.set_gradient_accumulation_boundary(last)
         yield
 
     def mixed_precision(self) -> Any:
-        """See `polar_ft.training.step.Engine`; DeepSpeed casts the weights itself."""
+        """No context: DeepSpeed casts the weights itself."""
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `polar_ft.training.step.Engine`."""
+        """As `PlainEngine`'s."""
         self.model.backward(loss, scale_wrt_gas=False)
 
     def update(self, finite: bool) -> float:
-        """See `polar_ft.training.step.Engine`."""
+        """As `PlainEngine`'s."""
         engine = self.model
         if engine.zero_optimization():
             # ZeRO leaves out an update with a gradient that is not finite, and then keeps an old norm; only
@@ -121,6 +124,10 @@ class DeepSpeedEngine:
         else:
             engine.module.zero_grad()
         return norm
+
+
+# What `polar_ft.training.step.take_step` is given; the methods of the two mean the same.
+Engine = PlainEngine | DeepSpeedEngine
 
 
 def _check_dtype(model: nn.Module) -> None:

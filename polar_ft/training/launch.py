@@ -38,17 +38,17 @@ def launch(config: str, arguments: Sequence[str]) -> int:
     As with ``xtuner train``, the environment variables ``NPROC_PER_NODE``, ``NNODES``, ``NODE_RANK``,
     ``ADDR`` and ``PORT`` say how many processes there are; more than one is started through torchrun.
 
-    SIGTERM and SIGUSR1 are handed to the ranks, which save and stop after the current step; a second one ends
-    them at once.
+    SIGTERM and SIGUSR1 are passed on to the ranks, which save and stop after the current step; a second one
+    ends them at once.
 
     Args:
         config: Path of a config, or the name of one that xtuner ships.
-        arguments: Further arguments of ``xtuner train``; ``--resume auto`` goes on from the newest whole
-            checkpoint of the work folder, and starts anew where there is none.
+        arguments: Further arguments of ``xtuner train``; ``--resume auto`` resumes from the newest
+            complete checkpoint of the work folder, and starts from the beginning where there is none.
 
     Returns:
         The exit status; xtuner 0.2.0's own command always exits 0 (``xtuner/entry_point.py``). 75 is a run
-        that saved and stopped because it was told to.
+        that saved and stopped on a signal.
 
     Raises:
         PolarError: There is no such config.
@@ -85,13 +85,13 @@ class _Run:
 
     def __init__(self, command: Sequence[str], folder: Path) -> None:
         self.folder = folder
-        self.told = 0
+        self.signals = 0
         # The ranks take these signals once they train; until then, and in torchrun, they have no effect.
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
         self.process = subprocess.Popen(command, env={**os.environ, ranks.FOLDER_VARIABLE: str(folder)})
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._hand_on)
+            signal.signal(number, self._pass_on)
 
     def wait(self) -> int:
         """Waits for the end and returns the exit status; nothing of the run is alive after it."""
@@ -103,7 +103,7 @@ class _Run:
                 if beats and time.time() - max(beat.time for beat in beats) > limit:
                     raise PolarError(
                         f"no rank has moved for {limit:.0f} s: {ranks.describe_standstill(beats)}; the run "
-                        f"was ended. --resume auto goes on; {HANG_VARIABLE} sets the time"
+                        f"was ended. --resume auto resumes it; {HANG_VARIABLE} sets the time"
                     )
             return self.process.returncode
         except KeyboardInterrupt:
@@ -111,10 +111,10 @@ class _Run:
         finally:
             self._end()
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        self.told += 1
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.signals += 1
         training = bool(ranks.beats(self.folder))
-        if self.told > 1 or not training:
+        if self.signals > 1 or not training:
             self._end()
             return
         for process in self._workers():
@@ -164,7 +164,7 @@ def _explained(status: int, folder: Path, nodes: int, processes: int) -> int:
 
 
 def _resolve_resume(config: str, arguments: list[str]) -> list[str]:
-    """Replaces ``--resume auto`` by the newest whole checkpoint, or by nothing."""
+    """Replaces ``--resume auto`` by the newest complete checkpoint, or by nothing."""
     for number, argument in enumerate(arguments):
         if argument == "--resume=auto":
             return _resolve_resume(
@@ -175,7 +175,8 @@ def _resolve_resume(config: str, arguments: list[str]) -> list[str]:
             newest = newest_complete(
                 work_dir, lambda problem: print(f"not resumed: {problem}", file=sys.stderr)
             )
-            print(f"--resume auto: {newest or f'{work_dir} has no checkpoint, so the run starts anew'}")
+            none = f"{work_dir} has no checkpoint, so the run starts from the beginning"
+            print(f"--resume auto: {newest or none}")
             chosen = ["--resume", str(newest)] if newest else []
             return [*arguments[:number], *chosen, *arguments[number + 2 :]]
     return arguments

@@ -26,10 +26,10 @@ from xtuner.registry import BUILDER
 from polar_ft.errors import PolarError
 from polar_ft.training.checkpoints import checkpoint_path, restore_run_state, save_checkpoint
 from polar_ft.training.data import RewardDataset
-from polar_ft.training.engines import DeepSpeedEngine, PlainEngine
+from polar_ft.training.engines import DeepSpeedEngine, Engine, PlainEngine
 from polar_ft.training.log import TrainingLog, report_bad_step
 from polar_ft.training.ranks import STOPPED, StopSignals, beat, report_ending
-from polar_ft.training.step import Engine, StepBatch, take_step, unwrapped
+from polar_ft.training.step import StepBatch, take_step, unwrapped
 from polar_ft.training.validation import Validation
 
 
@@ -170,12 +170,12 @@ class TrainingLoop(BaseLoop):
                     self.validation.after_step(runner, engine, step, last=step == steps)
                     self.stop_training |= step < steps and self.validation.ends(runner, step)
 
-                told = signals.any_rank_was_told()
-                if told or self.stop_training or step == steps or step % self.save_steps == 0:
+                interrupted = signals.any_rank_got_one()
+                if interrupted or self.stop_training or step == steps or step % self.save_steps == 0:
                     save_checkpoint(runner, self.dataset, step, self.save_total_limit)
                 self._iter = step
-                if told:
-                    self._exit_as_told(step)
+                if interrupted:
+                    self._exit_interrupted(step)
         if self.validation is not None:
             self.validation.finish(runner)
         runner.call_hook("after_train")
@@ -232,7 +232,7 @@ class TrainingLoop(BaseLoop):
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         return groups[0]["lr"]
 
-    def _exit_as_told(self, step: int) -> None:
+    def _exit_interrupted(self, step: int) -> None:
         self.runner.logger.info(
             f"stopped by a signal after step {step} of {self._max_iters}; "
             f"--resume {checkpoint_path(self.runner, step)} resumes (exit status {STOPPED})"

@@ -25,7 +25,7 @@ from polar_ft.model.lora import (
 
 
 def add_adapters(decoder: Any, settings: LoraSettings, base: str) -> Adapter:
-    """Freezes a decoder and puts adapters into its projections; they are float32 and compute nothing yet.
+    """Freezes a decoder and adds float32 adapters to its projections; they start as zero updates.
 
     Args:
         decoder: ``LlamaModel`` or ``Qwen2Model``, as it was loaded.
@@ -33,7 +33,7 @@ def add_adapters(decoder: Any, settings: LoraSettings, base: str) -> Adapter:
         base: Where it was loaded from.
 
     Returns:
-        What has to be known of the adapters.
+        What a checkpoint must record of the adapters.
 
     Raises:
         PolarError: QLoRA is asked for, and there is no GPU or no bitsandbytes for it.
@@ -67,7 +67,7 @@ def add_adapters(decoder: Any, settings: LoraSettings, base: str) -> Adapter:
     )
 
 
-def let_zero_3_recompute(decoder: Any) -> None:
+def work_around_zero3_checkpoint_error(decoder: Any) -> None:
     """Recomputed layers under ZeRO-3 end in CheckpointError: metadata of the weight of a norm has shape [0].
 
     Upstream: torch 2.15 ``utils/checkpoint.py``, which while recomputing keeps a tensor that needs no
@@ -89,12 +89,12 @@ def _with_alias(norm: Any, forward: Callable[..., torch.Tensor], hidden: torch.T
 
 
 def record_adapters(model: nn.Module, adapter: Adapter) -> None:
-    """Makes checkpoints of a model hold what is trained, and what has to be known of it, and nothing else.
+    """Restricts a model's checkpoints to the trained tensors and the record of the adapters.
 
     The record is a buffer: that is what plain checkpoints and those of every ZeRO stage have in common.
 
     Args:
-        model: The whole model, with the adapters in it.
+        model: The complete model, with the adapters in it.
         adapter: What `add_adapters` returned.
     """
     model.register_buffer(RECORD, adapter.to_tensor())
@@ -103,10 +103,10 @@ def record_adapters(model: nn.Module, adapter: Adapter) -> None:
 
 
 def refuse_other_tensors(model: nn.Module) -> None:
-    """Makes loading a checkpoint fail that lacks a trained tensor or holds one that the model has not.
+    """Rejects checkpoints that lack a trained tensor or hold one that the model does not have.
 
     mmengine and DeepSpeed load what fits and only log the rest: a run without adapters that is resumed from
-    adapters would go on from the base model.
+    adapters would train on from the base model.
     """
     model.register_load_state_dict_post_hook(_check_names)
 
@@ -140,13 +140,13 @@ def _keep_trained(model: nn.Module, state: dict[str, torch.Tensor], prefix: str,
 def _check_record(model: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
     name = prefix + RECORD
     if name not in state:
-        return  # then adapters are missing as well, which `_check_names` tells of
+        return  # then adapters are missing as well, which `_check_names` reports
     mine: torch.Tensor = getattr(model, RECORD)
     changed = Adapter.of_tensor(state[name]).differences(Adapter.of_tensor(mine))
     if changed:
         raise PolarError(
             f"the checkpoint's adapters are not those of the config (checkpoint and config: "
-            f"{'; '.join(changed)}); put the config back, or start anew"
+            f"{'; '.join(changed)}); restore the config, or start from the beginning"
         )
     state[name] = mine  # what may differ may have another length
 
@@ -190,7 +190,7 @@ def _hold_in_4bit(decoder: Any) -> None:
                 )
                 quantized.bias = linear.bias
                 setattr(parent, name, quantized)
-    # By this peft knows that it is to look for such layers.
+    # peft looks for such layers only where this is set.
     decoder.is_loaded_in_4bit = True
 
 
@@ -218,7 +218,7 @@ def _named_version(package: str) -> str:
     try:
         return f"version {version(package)}"
     except PackageNotFoundError:
-        return "the one that is installed"
+        return "the installed version"
 
 
 @contextmanager

@@ -25,6 +25,16 @@ from polar_ft.template import PolarTemplate
 from polar_ft.training import lora as adapters
 
 
+def weights_dtype(llm: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which ``llm`` of a config loads the weights.
+
+    >>> weights_dtype({"torch_dtype": "bfloat16"}), weights_dtype({})
+    (torch.bfloat16, torch.float32)
+    """
+    dtype = llm.get("torch_dtype", torch.float32)
+    return getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+
+
 class PolarRewardModel(BaseModel):
     """A decoder with a reward head, trained on pairs.
 
@@ -63,10 +73,7 @@ class PolarRewardModel(BaseModel):
         self.objective = PairObjective(loss_type, penalty_type, penalty_weight)
         self.template = tokenizer if isinstance(tokenizer, PolarTemplate) else BUILDER.build(dict(tokenizer))
         self.base_folder: str = os.fspath(llm["pretrained_model_name_or_path"])
-        dtype = llm.get("torch_dtype", "float32")
-        self.llm, head_weight, _ = load_backbone(
-            self.base_folder, getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        )
+        self.llm, head_weight, _ = load_backbone(self.base_folder, weights_dtype(llm))
         if len(self.template) > self.llm.config.vocab_size:
             grow_embeddings(self.llm, len(self.template))
         self.adapter: Adapter | None = None
@@ -86,7 +93,7 @@ class PolarRewardModel(BaseModel):
             use_fused_kernels(self.llm)
         adapters.refuse_other_tensors(self)
         if self.adapter is not None:
-            adapters.let_zero_3_recompute(self.llm)
+            adapters.work_around_zero3_checkpoint_error(self.llm)
             adapters.record_adapters(self, self.adapter)
             print_log(adapters.describe(self, self.adapter), "current")
 

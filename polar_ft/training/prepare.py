@@ -1,4 +1,4 @@
-"""What happens first in a run: `prepare_training`, named by ``model_resource`` in every config."""
+"""The first step of a run: `prepare_training`, named by ``model_resource`` in every config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from polar_ft.training.ranks import report_ending
 
 
 def prepare_training(pretrained_model_name_or_path: str) -> str:
-    """Mends upstream and checks the model folder, before xtuner builds anything.
+    """Applies the upstream workarounds and checks the model folder, before xtuner builds anything.
 
     xtuner 0.2.0 calls ``model_resource["fn"]`` right after it has parsed a config: the one early hook that a
     config has. What it returns replaces every ``pretrained_model_name_or_path`` of the config.
@@ -65,23 +65,23 @@ def prepare_tiny_training(pretrained_model_name_or_path: str, data: str) -> str:
 
 
 def _check_resumed_checkpoint(arguments: Sequence[str]) -> None:
-    """Looks at the checkpoint before xtuner and mmengine read the first byte of it."""
+    """Verifies the checkpoint of ``--resume`` before xtuner and mmengine read it."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--resume", type=Path)
     checkpoint = parser.parse_known_args(arguments[1:])[0].resume
     if checkpoint is None:
         return
     manifest = None
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # it may be large, and one look is enough
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # it may be large, and one check is enough
         manifest = verify(checkpoint)
         if manifest is None:
-            print(f"{checkpoint} has no manifest, so nothing tells whether it is whole", file=sys.stderr)
+            print(f"{checkpoint}: its integrity cannot be checked (no manifest)", file=sys.stderr)
     ranks_now = int(os.environ.get("WORLD_SIZE", "1"))
     if manifest is not None and manifest.ranks != ranks_now and _is_partitioned(manifest):
         raise PolarError(
             f"{checkpoint}: was saved by {manifest.ranks} ranks, each with its part of the optimizer (ZeRO), "
             f"and this run has {ranks_now}; start with as many (NPROC_PER_NODE, NNODES), or convert it with "
-            f"tools/pth_to_hf.py and train on from its weights"
+            f"tools/pth_to_hf.py and train from its weights"
         )
 
 
@@ -90,7 +90,7 @@ def _is_partitioned(manifest: Manifest) -> bool:
 
 
 def _short_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What the user can mend is told in a line, without a traceback; the exit status stays 1."""
+    """Prints errors that the user can fix in one line, without a traceback; the exit status stays 1."""
     report_ending(f"{kind.__name__}: {error}" if not isinstance(error, PolarError) else str(error))
     if isinstance(error, PolarError):
         print(f"\nerror: {error}", file=sys.stderr)

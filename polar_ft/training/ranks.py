@@ -123,7 +123,7 @@ class StopSignals:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self._told = False
+        self._received = False
 
     def __enter__(self) -> StopSignals:
         for number in self.SIGNALS:
@@ -136,17 +136,17 @@ class StopSignals:
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
-    def any_rank_was_told(self) -> bool:
-        """Whether a rank has got a signal; every rank calls it, so that all stop after the same step."""
+    def any_rank_got_one(self) -> bool:
+        """Whether any rank received a signal; every rank calls it, so that all stop after the same step."""
         import torch
         from mmengine.dist import all_reduce
 
-        told = torch.tensor(int(self._told))
-        all_reduce(told, "max")
-        return bool(told)
+        received = torch.tensor(int(self._received))
+        all_reduce(received, "max")
+        return bool(received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        self._received = True
 
 
 def _rank() -> int:

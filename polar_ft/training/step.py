@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import nn
 
 from polar_ft.model.losses import STATISTICS, PairObjective
 from polar_ft.model.packing import Pack
+from polar_ft.training.engines import Engine
 from polar_ft.training.ranks import beat
 
 
@@ -43,7 +44,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave, summed over all ranks.
+    """The outcome of a step, over all ranks.
 
     Attributes:
         figures: ``loss``, ``accuracy``, ``margin``, ``grad_norm`` and the counts of the step, by name.
@@ -63,31 +64,6 @@ COUNTS = ("pairs", "tokens", "flat_tokens", "attended")
 def unwrapped(model: nn.Module) -> Any:
     """The model within DistributedDataParallel or a DeepSpeed engine."""
     return getattr(model, "module", model)
-
-
-class Engine(Protocol):
-    """What trains a model: one of `polar_ft.training.engines`."""
-
-    model: nn.Module
-    device: torch.device
-
-    def begin(self, packs: int) -> None:
-        """Begins a step of that many packs."""
-
-    def computing(self, last: bool) -> Any:
-        """A context for forward and backward of a pack; ``last`` of the step."""
-
-    def mixed_precision(self) -> Any:
-        """The context in which forward runs."""
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a loss; exchanges them between ranks after the last pack."""
-
-    def update(self, finite: bool) -> float:
-        """Clips, updates and clears the gradients; returns their norm before clipping.
-
-        Nothing is updated where the norm is not finite, or where ``finite`` is False.
-        """
 
 
 def take_step(engine: Engine, objective: PairObjective, batch: StepBatch) -> StepResult:

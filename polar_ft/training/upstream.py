@@ -62,7 +62,7 @@ def _data_parallel_cpu_has_no_devices() -> None:
 
 
 def _deepspeed_compiles_for_nothing() -> None:
-    """Without a GPU, ``--deepspeed`` stands still for one to two minutes: it compiles an operator in C++.
+    """Without a GPU, ``--deepspeed`` stalls for one to two minutes: it compiles an operator in C++.
 
     Upstream: deepspeed 0.16.2 ``comm/torch.py``, TorchBackend, which builds ``deepspeed_shm_comm`` for
     ``inference_all_reduce`` whether or not that is ever called; training does not call it. Goes when it is
@@ -78,7 +78,7 @@ def _checkpoints_hold_no_histories() -> None:
     """A checkpoint holds mmengine's HistoryBuffer objects, which load by calling ``getattr`` on anything.
 
     Upstream: mmengine 0.10.6 ``logging/message_hub.py``, MessageHub.state_dict: past values of every logged
-    figure, and what hooks note down anew in every run. Only notes of polar_ft, plain data, are kept. Goes
+    figure, and what hooks record again in every run. Only polar_ft's records, plain data, are kept. Goes
     when mmengine's are plain data too.
     """
     from mmengine.logging import MessageHub

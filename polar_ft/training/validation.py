@@ -25,8 +25,9 @@ from polar_ft.model.packing import Pack
 from polar_ft.template import PolarTemplate
 from polar_ft.training.checkpoints import save_best
 from polar_ft.training.data import HeldOutPairs
+from polar_ft.training.engines import Engine
 from polar_ft.training.ranks import beat
-from polar_ft.training.step import Engine, unwrapped
+from polar_ft.training.step import unwrapped
 
 Metric = Literal["accuracy", "accuracy_ties_half", "macro_accuracy", "log_loss"]
 
