@@ -138,7 +138,7 @@ def _torch() -> list[Check]:
                 name="torch",
                 status="problem",
                 found=f"{_installed('torch')} cannot be imported ({_first_line(error)})",
-                advice=f"install it anew: {_TRAIN}",
+                advice=f"reinstall it: {_TRAIN}",
             )
         ]
     pair = f"torch {torch.__version__} and torchvision {_installed('torchvision')}"
@@ -244,7 +244,7 @@ def _deepspeed() -> Check:
             name="DeepSpeed",
             status="problem",
             found=f"{_installed('deepspeed')} cannot be imported ({lines[-1][:160] if lines else 'silent'})",
-            advice=f"--deepspeed will not work; install it anew: {_TRAIN}",
+            advice=f"--deepspeed will not work; reinstall it: {_TRAIN}",
         )
     usable = sorted(name for name, works in found["usable"].items() if works)
     return Check(

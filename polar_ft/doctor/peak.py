@@ -28,7 +28,7 @@ class MemoryPeak:
         self.forget()
 
     def forget(self) -> None:
-        """Starts the search for the highest value anew; what was held at first stays the zero."""
+        """Resets the highest value; what was held at first stays the zero."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return

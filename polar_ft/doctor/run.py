@@ -33,13 +33,13 @@ from polar_ft.errors import DataError, PolarError
 from polar_ft.template import PolarTemplate
 from polar_ft.training.data import build_reward_dataset
 
-# Larger data is not tokenized whole unless asked for; of it so many rows are.
+# Larger data is tokenized completely only with --all-data; else this many rows are.
 WHOLE_BYTES = 32 * 2**20
 SAMPLE_ROWS = 2000
 
 
 class DataFigures(BaseModel):
-    """What the data comes to; of a sample, scaled to the whole by bytes.
+    """Figures of the data; those of a sample are scaled to all data by bytes.
 
     Attributes:
         rows: Rows of the data.
@@ -78,14 +78,14 @@ def inspect_data(
 ) -> Iterator[Inspection]:
     """Reads and tokenizes the data of a run, or a sample of it.
 
-    Small data is tokenized whole, where training will look for it; of large data the first rows of every
+    Small data is tokenized completely, where training will look for it; of large data the first rows of every
     source are, and thrown away afterwards.
 
     Args:
         settings: Of the run.
         hidden_size: Of the model.
         gpus: Data-parallel ranks.
-        everything: Tokenize large data whole as well.
+        everything: Tokenize large data completely too.
     """
     folder = model_folder(settings)
     try:
@@ -102,7 +102,7 @@ def inspect_data(
             advice = "`polar-ft data check` names every bad row"
             inspection = Inspection(None, [_problem("data", error, advice)])
         except PolarError as error:
-            inspection = Inspection(None, [_problem("data", error, "mend the data or the setting")])
+            inspection = Inspection(None, [_problem("data", error, "correct the data or the setting")])
         yield inspection
 
 
@@ -286,7 +286,7 @@ class TimeFigures(BaseModel):
 
     Attributes:
         warmup: What was measured.
-        seconds: Of the whole run.
+        seconds: Of the run.
         estimated_peak: Bytes that the estimate gives for what the warm-up computed; None where the two are
             not the same thing.
     """
@@ -324,7 +324,7 @@ def measure_time(
     # A pack that takes too long is made smaller, but one layer's share of it has to be there.
     if held > 0.9 * memory.available:
         return (
-            f"weights, gradients and optimizer of the whole model take {held / GIB:.0f} GiB in one process, "
+            f"weights, gradients and optimizer of the model take {held / GIB:.0f} GiB in one process, "
             f"and {memory.available / GIB:.0f} are free"
         )
     found = measure(

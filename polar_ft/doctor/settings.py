@@ -13,8 +13,9 @@ from polar_ft.model.lora import LoraSettings
 from polar_ft.training.config import config_work_dir, parse_config
 from polar_ft.training.data import build_reward_dataset, with_defaults
 from polar_ft.training.loop import TrainingLoop
+from polar_ft.training.model import PolarRewardModel, weights_dtype
 
-MODEL = "polar_ft.training.model.PolarRewardModel"
+MODEL = f"{PolarRewardModel.__module__}.{PolarRewardModel.__qualname__}"
 
 # Of InternLM2 (arXiv 2403.17297), on which POLAR is built: only used where the model's folder is not here.
 _VOCABULARY = dict(model_type="internlm2", bias=False, vocab_size=92544, num_key_value_heads=8)
@@ -96,15 +97,16 @@ def read_settings(config: Path) -> RunSettings:
         if name not in train:
             raise PolarError(f"{config}: train_dataset has no {name}; start from one of configs/")
     optim, loop = part("optim_wrapper"), with_defaults(TrainingLoop, part("train_cfg"))
-    lora = model.get("lora")
+    model = with_defaults(PolarRewardModel, model)
+    lora = model["lora"]
     return RunSettings(
         config=config,
         base=str(train["pretrained_model_name_or_path"]),
         prepared_by=str((parsed.get("model_resource") or {}).get("fn") or ""),
-        dtype=str(model.get("llm", {}).get("torch_dtype", "float32")).removeprefix("torch."),
+        dtype=str(weights_dtype(model.get("llm", {}))).removeprefix("torch."),
         autocast=loop["autocast"] is not None,
-        attention=model.get("attention", "auto"),
-        checkpointing=model.get("activation_checkpointing", "auto"),
+        attention=model["attention"],
+        checkpointing=model["activation_checkpointing"],
         lora=None if lora is None else LoraSettings.of_config(lora),
         train=with_defaults(build_reward_dataset, train),
         validation=(loop["validation"] or {}).get("data"),

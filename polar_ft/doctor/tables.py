@@ -44,7 +44,7 @@ def show_data(console: Console, data: DataFigures, epochs: int, gpus: int) -> No
     about = "about " if data.sampled_rows is not None else ""
     if data.sampled_rows is not None:
         console.print(
-            f"from a sample, the first {data.sampled_rows:,} rows, scaled to the whole by bytes "
+            f"from a sample, the first {data.sampled_rows:,} rows, scaled to all data by bytes "
             f"(--all-data looks at all of it)"
         )
     console.print(
@@ -124,7 +124,7 @@ def show_choice(console: Console, memory: Memory, config: str, gpus: int, *, flo
 
 
 def show_time(console: Console, time: TimeFigures | str, gpus: int) -> None:
-    """Estimated time, and the measured peak beside its estimate."""
+    """Estimated time, and the measured peak next to its estimate."""
     if isinstance(time, str):
         console.print(f"\n[bold]time[/]: not known; no warm-up, as {escape(time)}")
         return
