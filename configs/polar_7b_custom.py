@@ -124,6 +124,7 @@ train_cfg = dict(
 )
 # The loop does what these hooks of mmengine do; a list custom_hooks may hold hooks of your own.
 default_hooks = dict(timer=None, logger=None, param_scheduler=None, checkpoint=None, sampler_seed=None)
+env_cfg = dict(dist_cfg=dict(backend="nccl"))
 backends = [dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)]
 visualizer = dict(type=Visualizer, vis_backends=backends)
 randomness = dict(seed=seed)

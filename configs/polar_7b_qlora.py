@@ -54,8 +54,7 @@ reference_dropout = 0.0  # share of rows trained without reference: one model th
 # Layers computed again in backward, for memory: "auto" (as few as needed), "none", "selective" or "full".
 recompute_layers = "auto"
 fused_kernels = False  # True: RMSNorm, rotary embedding and SwiGLU by liger-kernel; on a GPU only
-# "tree" computes the prefix that candidates share once, "flat" once for each candidate; same gradients.
-layout = "tree"
+layout = "tree"  # computes the prefix that candidates share once; "flat" once for each candidate
 packs_per_step = None  # packs of each GPU in a step; None takes as few as hold it
 
 betas = (0.9, 0.95)
@@ -125,6 +124,7 @@ train_cfg = dict(
 )
 # The loop does what these hooks of mmengine do; a list custom_hooks may hold hooks of your own.
 default_hooks = dict(timer=None, logger=None, param_scheduler=None, checkpoint=None, sampler_seed=None)
+env_cfg = dict(dist_cfg=dict(backend="nccl"))
 backends = [dict(type=TensorboardVisBackend), dict(type=LocalVisBackend)]
 visualizer = dict(type=Visualizer, vis_backends=backends)
 randomness = dict(seed=seed)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from polar_ft.training.config import parse_config
 from tests.training.conftest import STEPS, RunOnce
 from tests.training.runs import PAIRS, REPOSITORY, Run, edit_config, replace_in_config, write_zero_settings
 
@@ -104,6 +105,12 @@ def test_published_configs_differ_in_the_published_rates_only():
     assert {line.split(" = ")[0] for line in lines[0] ^ lines[1]} == {"lr", "pretrained_model_name_or_path"}
     assert "lr = 1e-5" in lines[0]
     assert "lr = 2e-5" in lines[1]
+
+
+@pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("*.py")), ids=lambda file: file.stem)
+def test_every_config_names_a_backend(config):
+    """mmengine's runner for DeepSpeed ends in TypeError where a config has no env_cfg."""
+    assert parse_config(config)["env_cfg"]["dist_cfg"]["backend"] in ("nccl", "gloo")
 
 
 @pytest.mark.parametrize(("size", "base"), [("1_8b", "published"), ("7b", "with_code")])
