@@ -21,6 +21,16 @@ from polar_ft.files import resolve_folder
 
 FILE_NAME = "reward_scale.json"
 
+# How far rewards may differ by rounding alone, by the dtype that computes or in which weights are
+# written; relative to the largest reward or the range of the rewards. Sums in another order differ in
+# float32 in the 6th digit, in bfloat16, with 8 bits of mantissa and rounding in every layer, in the 2nd;
+# rounding the weights (relative 2⁻¹² and 2⁻⁹) comes to as much in a deep model.
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+# The same between engines, relative to the root mean square of the rewards. A random two-layer model, the
+# scorer in that dtype on a CPU against vLLM 0.32 in float32: 3e-6, 6e-3 and 5e-2; between engines in
+# bfloat16 3e-3 is usual (SGLang#2427). A wrong template, pooling or RoPE changes rewards by their own size.
+ENGINE_TOLERANCES = {"float32": 1e-4, "float16": 1.25e-2, "bfloat16": 1e-1}
+
 
 class RewardScale(BaseModel):
     """Centre, spread and temperature of a model's rewards on some data.

@@ -14,13 +14,13 @@ from polar_ft.conversion.adapter import holds_adapter, merge_adapter, write_adap
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.conversion.huggingface import write_hf_folder
 from polar_ft.conversion.verify import (
-    TOLERANCES,
     Verification,
     compare_rewards,
     sample,
     scorer_of_weights,
 )
 from polar_ft.errors import PolarError
+from polar_ft.reward_scale import TOLERANCES
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 
@@ -54,7 +54,7 @@ def convert_checkpoint(
         adapter_only: Write the adapters of a LoRA run instead of merging them into the base.
         verify: Rows that checkpoint and folder have to give the same rewards; see `compare_rewards`.
         verify_tolerance: Largest difference of two rewards, as a share of the range of all; None takes that
-            of the dtype in `TOLERANCES`.
+            of the dtype in `polar_ft.reward_scale.TOLERANCES`.
         allow_tokenizer_code: See `PolarTemplate.from_pretrained`; for configs that do not say it themselves.
         on_written: Called after each weight file with the bytes written so far and in all.
         on_verified: Called with the outcome of ``verify``.
@@ -95,7 +95,9 @@ def convert_checkpoint(
             examples,
             trained=lambda: scorer_of_weights(tensors if merged is None else merged, base, template),
             exported=lambda: RewardScorer.from_pretrained(folder, dtype=torch.float32),
-            tolerance=TOLERANCES[written] if verify_tolerance is None else verify_tolerance,
+            tolerance=TOLERANCES[str(written).removeprefix("torch.")]
+            if verify_tolerance is None
+            else verify_tolerance,
         )
         if on_verified is not None:
             on_verified(outcome)

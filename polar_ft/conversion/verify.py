@@ -18,10 +18,6 @@ from polar_ft.model.reward_model import RewardHead
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 
-# Of the range of the rewards, by the dtype that is written. float32 is the same weights and the same sums;
-# the other two are as much as rounding the weights (relative 2⁻¹² and 2⁻⁹) may come to in a deep model.
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
 ROWS = 32
 
 

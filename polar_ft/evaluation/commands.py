@@ -8,28 +8,34 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 from polar_ft.data.reading import DataSource, expand, read_examples
-from polar_ft.data.records import Pairing
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.cache import DEFAULT_CACHE, ScoreCache, file_sha256, model_hash, setup_key
 from polar_ft.evaluation.evaluator import Scorer
 from polar_ft.evaluation.gates import GateResult
 from polar_ft.evaluation.references import Aggregation, ReferenceSettings
 from polar_ft.evaluation.scores import SCORES_FILE
-from polar_ft.files import first_line, resolve_folder
+from polar_ft.files import resolve_folder
+from polar_ft.options import (
+    AllowTokenizerCode,
+    Device,
+    Dtype,
+    MaxLength,
+    MaxResponseLength,
+    Pairing,
+    Split,
+)
 
 DEFAULT_OUT = Path("work_dirs/eval")
 
 # Whose versions decide a score.
 _PACKAGES = ("polar-ft", "torch", "transformers", "tokenizers")
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class _RunUnlessNamed(TyperGroup):
@@ -83,19 +89,12 @@ def evaluate(
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens in one forward pass; lower it when memory runs out.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if any.")] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: what the folder has on a GPU, float32 on a CPU.")
-    ] = "auto",
-    max_length: Annotated[
-        int | None, typer.Option(help="Limit of a whole sequence in tokens; default 16384.")
-    ] = None,
-    max_response_length: Annotated[
-        int | None,
-        typer.Option(help="Limit of the reference and of each candidate in tokens; default 4096."),
-    ] = None,
-    pairing: Annotated[Pairing, typer.Option(help="How ranked rows become pairs.")] = "adjacent",
-    split: Annotated[str, typer.Option(help="Split of a HuggingFace data set.")] = "test",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    max_length: MaxLength = None,
+    max_response_length: MaxResponseLength = None,
+    pairing: Pairing = "adjacent",
+    split: Split = "test",
     subset_by: Annotated[
         list[str] | None,
         typer.Option(
@@ -126,10 +125,7 @@ def evaluate(
     cache_dir: Annotated[
         Path, typer.Option(envvar="POLAR_FT_CACHE", help="Where scores are cached.")
     ] = DEFAULT_CACHE,
-    allow_tokenizer_code: Annotated[
-        list[str] | None,
-        typer.Option(help="A tokenizer class of the folder whose code may be run; may be repeated."),
-    ] = None,
+    allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
     """Preference accuracy of a reward model on held-out pairs, with 95 % intervals, and a report.
 
@@ -284,20 +280,9 @@ def load_scorer(folder: Path, *, device: str | None, dtype: Dtype, **settings: A
         PolarError: The folder holds no reward model, or there is no such device.
     """
     # Imported here: `--help`, bad data and a wrong path need no torch.
-    import torch
-
     from polar_ft.scoring.scorer import RewardScorer
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise PolarError(f"--device {device}: {first_line(error)}") from error
-    return RewardScorer.from_pretrained(
-        folder,
-        device=device,
-        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-        **settings,
-    )
+    return RewardScorer.from_pretrained(folder, device=device, dtype=dtype, **settings)
 
 
 @contextmanager

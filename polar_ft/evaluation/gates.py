@@ -21,11 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from polar_ft.data.records import Example
 from polar_ft.evaluation.evaluator import Scorer, example_chars
 from polar_ft.evaluation.references import Aggregation, RowReferences, aggregate
-
-# By how much a reward may change with its batch, relative to the largest reward of the sample (at least 1).
-# A product of matrices is summed up in another order when the shapes change: float32 then differs in the 6th
-# digit, bfloat16, with 8 bits of mantissa and rounding in every layer, in the 2nd.
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+from polar_ft.reward_scale import TOLERANCES
 
 SAMPLE_PAIRS = 16
 # Of a small data set every pair; of long texts at least so many pairs, and no more than this many characters.
@@ -109,6 +105,7 @@ def run_gates(scorer: Scorer, sample: Sequence[SamplePair], aggregation: Aggrega
     dtype = str(scorer.dtype).removeprefix("torch.")
     known = np.array([pair.scores for pair in sample], dtype=np.float64).reshape(-1, 2)
     largest = np.abs(known[np.isfinite(known)]).max(initial=1.0)
+    # Relative to the largest reward of the sample, or 1.
     tolerance = float(TOLERANCES.get(dtype, TOLERANCES["bfloat16"]) * largest)
     return [
         _label_swap(scorer, sample, known, tolerance, aggregation),

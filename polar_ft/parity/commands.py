@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich import box
@@ -12,13 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from polar_ft.errors import PolarError
-from polar_ft.parity.report import TOLERANCES, ParityReport
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+from polar_ft.options import AllowTokenizerCode, ApiKeyFile, Device, Dtype, ModelFolder
+from polar_ft.parity.report import ParityReport
+from polar_ft.reward_scale import ENGINE_TOLERANCES
 
 
 def parity(
-    model: Annotated[str, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")],
+    model: ModelFolder,
     server: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,9 +34,7 @@ def parity(
             help="Also score with transformers and the Python files of HF_DIR: read those first.",
         ),
     ] = False,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="File with the API key of the servers; or set POLAR_API_KEY.")
-    ] = None,
+    api_key_file: ApiKeyFile = None,
     inputs: Annotated[int, typer.Option(min=1, help="Inputs, each with four candidates.")] = 55,
     max_length: Annotated[
         int | None, typer.Option(help="Limit of a text in tokens; default 2048, or the model's if lower.")
@@ -49,18 +47,13 @@ def parity(
         typer.Option(
             min=0,
             help="Largest difference that is not an error. Default: root mean square of the rewards times "
-            + ", ".join(f"{value:g} in {name}" for name, value in TOLERANCES.items())
+            + ", ".join(f"{value:g} in {name}" for name, value in ENGINE_TOLERANCES.items())
             + ".",
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if any.")] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: what the folder has on a GPU, float32 on a CPU.")
-    ] = "auto",
-    allow_tokenizer_code: Annotated[
-        list[str] | None,
-        typer.Option(help="A tokenizer class of the folder whose code may be run; may be repeated."),
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    allow_tokenizer_code: AllowTokenizerCode = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare the rewards that training code, scorer, transformers and engines give the same inputs.
@@ -68,8 +61,6 @@ def parity(
     Ends with status 1 where one of them is beyond the tolerance, or cannot be asked.
     """
     # Imported here: `polar-ft --help` needs no torch.
-    import torch
-
     from polar_ft.parity.measure import measure_parity
 
     stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
@@ -83,7 +74,7 @@ def parity(
         max_response_length=max_response_length,
         tolerance=tolerance,
         device=device,
-        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        dtype=dtype,
         allow_tokenizer_code=allow_tokenizer_code or (),
         on_way=lambda name: stderr.print(f"scoring: {name}"),
     )

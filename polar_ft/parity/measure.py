@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -21,9 +21,10 @@ from polar_ft.files import read_json, resolve_folder
 from polar_ft.groups import TokenGroup
 from polar_ft.model.backbones import backbone_of
 from polar_ft.parity.inputs import ParityInput, parity_inputs
-from polar_ft.parity.report import TOLERANCES, Deviation, ParityReport, Rewards, compare
+from polar_ft.parity.report import Deviation, ParityReport, Rewards, compare
 from polar_ft.parity.rewards import client_rewards, scorer_rewards, training_rewards, transformers_rewards
 from polar_ft.parity.rope import always_scaled_base, rope_base
+from polar_ft.reward_scale import ENGINE_TOLERANCES
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 
@@ -101,7 +102,7 @@ def measure_parity(
     max_response_length: int | None = None,
     tolerance: float | None = None,
     device: str | None = None,
-    dtype: torch.dtype | Literal["auto"] = "auto",
+    dtype: torch.dtype | str = "auto",
     allow_tokenizer_code: Sequence[str] = (),
     on_way: Callable[[str], None] = lambda name: None,
 ) -> ParityReport:
@@ -115,7 +116,7 @@ def measure_parity(
         n_inputs: Number of inputs; each has four candidates.
         max_length: Limit of a text in tokens; None takes 2048, or the model's where that is lower.
         max_response_length: Limit of a response in tokens; None takes 512, or the model's.
-        tolerance: Largest difference that is not an error; None takes `TOLERANCES` times the root mean
+        tolerance: Largest difference that is not an error; None takes `ENGINE_TOLERANCES` times the root mean
             square of the rewards.
         device: Where to compute; None takes CUDA where there is one.
         dtype: To compute in; "auto" is the folder's on a GPU, float32 on a CPU.
@@ -170,7 +171,7 @@ def _score(
     max_response_length: int | None,
     *,
     device: str | None,
-    dtype: torch.dtype | Literal["auto"],
+    dtype: torch.dtype | str,
     code: tuple[str, ...],
 ) -> _Basis:
     folder = resolve_folder(model)
@@ -269,14 +270,14 @@ def _walk(basis: _Basis, way: _Way, tolerance: float | None) -> Deviation:
     if way.rewards is None:
         return Deviation(name=way.name, tolerance=None, note=way.note)
     if tolerance is None:
-        relative = max(TOLERANCES.get(dtype, 0) for dtype in (_name(basis.dtype), way.dtype))
+        relative = max(ENGINE_TOLERANCES.get(dtype, 0) for dtype in (_name(basis.dtype), way.dtype))
         tolerance = relative * basis.size
     try:
         found = way.rewards()
     except PolarError as error:
         return Deviation(name=way.name, tolerance=tolerance, error=str(error))
     result = compare(way.name, basis.inputs, basis.encoded, basis.expected, found, tolerance)
-    rounding = max(TOLERANCES.values()) * basis.size
+    rounding = max(ENGINE_TOLERANCES.values()) * basis.size
     if not result.ok and result.max_abs_diff is not None and result.max_abs_diff <= rounding:
         result.note = way.half_precision
     if not result.ok and basis.scaled is not None:

@@ -16,12 +16,6 @@ Rewards = list[list[float]]
 # Upper ends of the length classes, in tokens; what is longer is the last class.
 LENGTHS = (64, 256, 1024, 4096, 16384)
 
-# Allowed difference by the dtype that computes, relative to the root mean square of the rewards. A random
-# two-layer model, the scorer in that dtype on a CPU against vLLM 0.32 in float32: 3e-6, 6e-3 and 5e-2;
-# between engines in bfloat16 3e-3 is usual (SGLang#2427). A wrong template, pooling or RoPE changes rewards
-# by their own size.
-TOLERANCES = {"float32": 1e-4, "float16": 1.25e-2, "bfloat16": 1e-1}
-
 
 class LengthClass(BaseModel):
     """Differences over the texts of about one length.
