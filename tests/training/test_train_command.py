@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -160,11 +161,13 @@ def test_xtuner_convert_writes_what_our_command_writes(project: Path, plain_run:
         "xtuner": ["xtuner", "convert", "pth_to_hf", config, checkpoint],
         "polar_ft": ["polar-ft", "convert", config, checkpoint, "--dtype", "float16"],
     }
+    # xtuner starts the first "python" of PATH, and exits 0 where that fails.
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for name, command in commands.items():
         program = Path(sys.executable).with_name(command[0])
         command = [str(program), *command[1:]]
         command.insert(4 if name == "polar_ft" else len(command), str(tmp_path / name))
-        ended = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+        ended = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr[-2000:]
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("polar_ft", "xtuner"))
     assert ours.keys() == theirs.keys()
