@@ -1,8 +1,9 @@
 """Scores that were computed before: one SQLite file for all models, by model, template, dtype and input.
 
 A score is looked up by what decides it and by nothing else: the content of the model's files, the template
-(tokenizer, control tokens, limits), the dtype, the kind of device, and the texts. So a second evaluation
-scores nothing, in whatever folder its results go, and a changed model or limit scores everything anew.
+(tokenizer, control tokens, limits), the dtype, the kind of device, and the texts. So an interrupted
+evaluation resumes, a second one computes nothing, whatever its output folder, and one with a changed model or
+limit computes everything again.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ class CachedScorer:
 
     Args:
         scorer: Computes.
-        cache: Keeps; None counts only.
+        cache: Keeps them.
         setup: What scores; see `setup_key`.
 
     Attributes:
@@ -170,7 +171,7 @@ class CachedScorer:
         n_from_cache: Rewards that it did not need to.
     """
 
-    def __init__(self, scorer: Scorer, cache: ScoreCache | None, setup: str) -> None:
+    def __init__(self, scorer: Scorer, cache: ScoreCache, setup: str) -> None:
         self.scorer, self.cache, self.setup = scorer, cache, setup
         self.n_computed = self.n_from_cache = 0
 
@@ -189,12 +190,13 @@ class CachedScorer:
         """Where it computes."""
         return self.scorer.device
 
+    def knows(self, examples: Iterable[Example]) -> bool:
+        """Whether the cache has every reward of the examples."""
+        keys = {input_key(example, text) for example in examples for text in example.candidates}
+        return len(self.cache.get(self.setup, list(keys))) == len(keys)
+
     def score_examples(self, examples: list[Example]) -> list[list[float]]:
         """A reward for each candidate of each example, `[examples][candidates]`, in the order given."""
-        if self.cache is None:
-            scores = self.scorer.score_examples(examples) if examples else []
-            self.n_computed += sum(map(len, scores))
-            return scores
         keys = [[input_key(example, text) for text in example.candidates] for example in examples]
         known = self.cache.get(self.setup, [key for row in keys for key in row])
         self.n_from_cache += len(known)

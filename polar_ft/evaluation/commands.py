@@ -74,8 +74,8 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help=f"Where the scores, figures and the report go; default {DEFAULT_OUT}/<model name>. A run "
-            "that was broken off goes on with the same command."
+            help=f"Where the scores, figures and the report go; default {DEFAULT_OUT}/<model name>. An "
+            "interrupted run resumes with the same command."
         ),
     ] = None,
     from_scores: Annotated[
@@ -120,7 +120,7 @@ def evaluate(
         bool, typer.Option("--no-gates", help="Leave out the checks of the scorer on a sample of the pairs.")
     ] = False,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Score anew what earlier runs have scored, and keep nothing.")
+        bool, typer.Option("--no-cache", help="Compute every score again, and keep none for later runs.")
     ] = False,
     cache_dir: Annotated[
         Path, typer.Option(envvar="POLAR_FT_CACHE", help="Where scores are cached.")

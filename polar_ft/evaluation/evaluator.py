@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
-from polar_ft.groups import FieldLengths, TokenGroup
+from polar_ft.groups import FieldLengths, TokenGroup, against
 from polar_ft.template import EncodeError, PolarTemplate
 
 Result = TypeVar("Result")
@@ -46,14 +46,6 @@ class FieldTokens:
     cut: FieldLengths
 
 
-def example_chars(example: Example) -> int:
-    """Characters that a scorer reads for an example, a measure of its work.
-
-    The candidates share what stands before them: prompt, reference and the prompt once more.
-    """
-    return 2 * len(example.prompt) + len(example.reference) + sum(map(len, example.candidates))
-
-
 def score_references(
     scorer: Scorer, examples: Sequence[Example], references: Sequence[Sequence[str]]
 ) -> list[dict[str, list[float]]]:
@@ -71,15 +63,20 @@ def score_references(
         ValueError: The scorer lost rows.
     """
     requests = [
-        replace(example, references=(text,))
+        request
         for example, texts in zip(examples, references, strict=True)
-        for text in texts
+        for request in requests_against(example, texts)
     ]
     scores = scorer.score_examples(requests)
     if len(scores) != len(requests):
         raise ValueError(f"the scorer gave rewards for {len(scores)} of {len(requests)} rows")
     rest = iter(scores)
     return [{text: next(rest) for text in texts} for texts in references]
+
+
+def requests_against(example: Example, references: Sequence[str]) -> list[Example]:
+    """What a scorer is asked for: the row against each reference, `[references]`."""
+    return [against(example, text) for text in references]
 
 
 def count_tokens(
@@ -103,7 +100,7 @@ def count_tokens(
     """
 
     def count(chunk: list[Example]) -> list[FieldTokens]:
-        each = [replace(e, references=(text,)) for e in chunk for text in e.references]
+        each = [request for e in chunk for request in requests_against(e, e.references)]
         counts = map(_field_tokens, encode_examples(template, each, measure=True))
         return [_longest([next(counts) for _ in e.references]) for e in chunk]
 
@@ -163,7 +160,7 @@ def _by_chunks(
 
 def chunks(examples: Sequence[Example]) -> Iterator[list[int]]:
     """Row numbers of the examples, the longest first, cut into chunks of about `CHUNK_CHARS` characters."""
-    chars = [example_chars(example) for example in examples]
+    chars = [example.characters for example in examples]
     rows: list[int] = []
     size = 0
     for row in sorted(range(len(examples)), key=lambda row: -chars[row]):

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from polar_ft.data.records import Example
-from polar_ft.evaluation.evaluator import Scorer, example_chars
+from polar_ft.evaluation.evaluator import Scorer
 from polar_ft.evaluation.references import Aggregation, RowReferences, aggregate
 from polar_ft.reward_scale import TOLERANCES
 
@@ -87,7 +87,7 @@ def draw_sample(examples: Sequence[Example], seed: int = 0) -> list[tuple[int, t
     chars = 0
     for row in rng.permutation(len(examples)).tolist():
         example = examples[row]
-        chars += example_chars(example)
+        chars += example.characters
         if len(sample) >= SAMPLE_PAIRS or (len(sample) >= MIN_PAIRS and chars > SAMPLE_CHARS):
             break
         sample.append((row, example.pairs[int(rng.integers(len(example.pairs)))]))

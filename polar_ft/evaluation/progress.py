@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from polar_ft.data.records import Example
-from polar_ft.evaluation.evaluator import OnChunk, example_chars
+from polar_ft.evaluation.evaluator import OnChunk
 
 # Between two lines where there is no terminal to draw a bar on.
 SECONDS_BETWEEN_LINES = 30.0
@@ -39,7 +39,7 @@ def scoring_progress(
         The function to call with the examples of each chunk that is done.
     """
     n_pairs = sum(len(example.pairs) for example in examples)
-    n_chars = max(1, sum(example_chars(example) for example in examples))
+    n_chars = max(1, sum(example.characters for example in examples))
     done_pairs = done_chars = 0
     start = last_line = clock()
     bar = Progress(
@@ -55,7 +55,7 @@ def scoring_progress(
         def on_chunk(chunk: Sequence[Example]) -> None:
             nonlocal done_pairs, done_chars, last_line
             done_pairs += sum(len(example.pairs) for example in chunk)
-            done_chars += sum(example_chars(example) for example in chunk)
+            done_chars += sum(example.characters for example in chunk)
             now = clock()
             state = progress_text(done_pairs, n_pairs, now - start, done_chars / n_chars)
             bar.update(task, completed=done_chars, state=state)

@@ -1,10 +1,13 @@
-"""One evaluation: the rows that are still to be scored, their lines in the run's files, and the gates."""
+"""One evaluation: the rows that are still to be scored, the files of scores, and the gates."""
 
 from __future__ import annotations
 
+import fcntl
 import shutil
+import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,14 +16,23 @@ from pydantic import TypeAdapter
 from rich.console import Console
 
 from polar_ft.data.records import Example
-from polar_ft.evaluation.cache import CachedScorer, ScoreCache, setup_key
-from polar_ft.evaluation.evaluator import FieldTokens, Scorer, chunks, count_tokens, score_references
+from polar_ft.errors import PolarError
+from polar_ft.evaluation.cache import CACHE_FILE, CachedScorer, ScoreCache, setup_key
+from polar_ft.evaluation.evaluator import Scorer, chunks, count_tokens, requests_against, score_references
 from polar_ft.evaluation.gates import GateResult, SamplePair, draw_sample, run_gates
-from polar_ft.evaluation.journal import ScoreJournal
 from polar_ft.evaluation.progress import scoring_progress
-from polar_ft.evaluation.references import ReferenceSettings, RowReferences, aggregate, plan_references
+from polar_ft.evaluation.references import ReferenceSettings, aggregate, plan_references
 from polar_ft.evaluation.report.report import HTML_FILE, MARKDOWN_FILE, METRICS_FILE, PLOTS_FOLDER
-from polar_ft.evaluation.scores import RankedScores, ScoredPair, input_hash, pair_rows, ranked_row, score_key
+from polar_ft.evaluation.scores import (
+    RANKINGS_FILE,
+    SCORES_FILE,
+    input_hash,
+    pair_rows,
+    ranked_row,
+    score_key,
+    to_json_line,
+)
+from polar_ft.files import first_line, unfinished
 
 _GATES = TypeAdapter(list[GateResult])
 
@@ -30,9 +42,9 @@ class ScoredRun:
     """What a run did.
 
     Attributes:
-        n_pairs_scored: Pairs that this call scored; the others were there from a run that was broken off.
+        n_pairs_scored: Pairs for which the model computed a reward; those of the others were known.
         n_computed: Rewards that the model computed.
-        n_from_cache: Rewards that the cache had.
+        n_from_cache: Rewards that were known.
         seconds: Time spent scoring.
         gates: What the gates found; empty where they were left out.
     """
@@ -55,7 +67,10 @@ def score_into(
     gates: bool,
     console: Console,
 ) -> ScoredRun:
-    """Scores rows into `scores.jsonl` and `rankings.jsonl`, going on where an earlier run was broken off.
+    """Scores rows and writes `scores.jsonl` and `rankings.jsonl`; known rewards are not computed.
+
+    Each reward goes into the cache as soon as it is computed, so an interrupted run resumes with the same
+    command. The files are replaced atomically at the end, in the order of the data.
 
     Args:
         folder: Where the files go; must exist.
@@ -63,118 +78,142 @@ def score_into(
         examples: What to score, each with a pair.
         references: Against which references.
         setup: What scores: `polar_ft.evaluation.cache.setup_key`.
-        cache: Scores of earlier runs; None uses none.
+        cache: Scores of earlier runs; with None a file in `folder` serves this run, and is then removed.
         gates: Try the gates on a sample.
         console: Where progress is shown.
 
     Raises:
-        PolarError: A row does not fit the model's limits (the message names it; nothing was scored yet), or
-            the files cannot be written.
+        PolarError: A row does not fit the model's limits (the message names it; nothing was scored yet),
+            another run is writing into the folder, or the scores cannot be written.
     """
     plan = plan_references(examples, references)
-    keys = [
-        score_key(setup, example, row_references, references.aggregation)
-        for example, row_references in zip(examples, plan, strict=True)
-    ]
-    cached = CachedScorer(scorer, cache, setup)
-    if cache is not None:
-        cache.touch(setup)
-    with ScoreJournal(folder, examples, keys) as journal:
-        todo = [row for row, key in enumerate(keys) if not journal.is_done(key)]
+    run_cache = _own_cache(folder) if cache is None else nullcontext(cache)
+    with _disk_errors(folder), _locked(folder), run_cache as known:
+        known.touch(setup)
+        cached = CachedScorer(scorer, known, setup)
+        todo = [
+            row
+            for row, row_plan in enumerate(plan)
+            if not cached.knows(requests_against(examples[row], row_plan.distinct))
+        ]
         n_pairs = sum(len(example.pairs) for example in examples)
         n_todo = sum(len(examples[row].pairs) for row in todo)
         if n_todo < n_pairs:
             console.print(
-                f"{folder}: {n_pairs - n_todo} of {n_pairs} pairs are scored already; going on with the rest",
+                f"{n_pairs - n_todo} of {n_pairs} pairs are scored already; resuming with the rest",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
             )
-        seconds = 0.0
+        with scoring_progress("tokenizing", examples, console) as on_chunk:
+            tokens = count_tokens(scorer.template, examples, on_chunk=on_chunk)
+
+        scores: dict[int, dict[str, list[float]]] = {}  # row → reference → a reward for each candidate
+
+        def score(rows: Sequence[int]) -> None:
+            texts = [plan[row].distinct for row in rows]
+            scores.update(
+                zip(rows, score_references(cached, [examples[row] for row in rows], texts), strict=True)
+            )
+
+        start = time.perf_counter()
         if todo:
-            seconds = _score_rows(folder, journal, cached, examples, plan, keys, todo, references, console)
-        journal.finish()
+            wanted = [examples[row] for row in todo]
+            with scoring_progress("scoring", wanted, console) as on_chunk:
+                for chunk in chunks(wanted):
+                    score([todo[at] for at in chunk])
+                    on_chunk([wanted[at] for at in chunk])
+        seconds = time.perf_counter() - start
+        score([row for row in range(len(examples)) if row not in scores])
+
+        combine = partial(aggregate, aggregation=references.aggregation)
+        _remove_report(folder)
+        pair_lines, ranked_lines = (_replaced(folder / name) for name in (SCORES_FILE, RANKINGS_FILE))
+        with pair_lines as write_pair, ranked_lines as write_ranked:
+            for row, example in enumerate(examples):
+                key = score_key(setup, example, plan[row], references.aggregation)
+                for pair in pair_rows(example, plan[row], scores[row], combine, tokens[row], key):
+                    write_pair(to_json_line(pair))
+                own = combine([scores[row][text] for text in plan[row].own])
+                if (ranked := ranked_row(example, own, tokens[row], key)) is not None:
+                    write_ranked(to_json_line(ranked))
+        if not any(example.candidate_info for example in examples):
+            (folder / RANKINGS_FILE).unlink()
+
         results = []
         if gates:
-            sample = draw_sample(examples)
-            pairs = [
-                SamplePair(examples[row], plan[row], pair, journal.scores_of(keys[row], pair))
-                for row, pair in sample
-            ]
-            results = _gates(scorer, pairs, references, cache, setup)
+            sample = []
+            for row, (chosen, rejected) in draw_sample(examples):
+                own = combine([scores[row][text] for text in plan[row].own])
+                sample.append(
+                    SamplePair(examples[row], plan[row], (chosen, rejected), (own[chosen], own[rejected]))
+                )
+            results = _gates(scorer, sample, references, known, setup)
     return ScoredRun(n_todo, cached.n_computed, cached.n_from_cache, seconds, results)
 
 
-def _score_rows(
-    folder: Path,
-    journal: ScoreJournal,
-    scorer: Scorer,
-    examples: Sequence[Example],
-    plan: Sequence[RowReferences],
-    keys: Sequence[str],
-    todo: Sequence[int],
-    references: ReferenceSettings,
-    console: Console,
-) -> float:
-    """Scores rows and appends their lines; returns the seconds that it took."""
-    wanted = [examples[row] for row in todo]
-    with scoring_progress("tokenizing", wanted, console) as on_chunk:
-        tokens = count_tokens(scorer.template, wanted, on_chunk=on_chunk)
-    start = time.perf_counter()
-    combine = partial(aggregate, aggregation=references.aggregation)
-    with scoring_progress("scoring", wanted, console) as on_chunk:
-        for chunk in chunks(wanted):
-            batch = [wanted[at] for at in chunk]
-            texts = [plan[todo[at]].distinct for at in chunk]
-            scored = score_references(scorer, batch, texts)
-            lines: list[ScoredPair | RankedScores] = []
-            for at, by_reference in zip(chunk, scored, strict=True):
-                row = todo[at]
-                lines += _lines(examples[row], plan[row], by_reference, combine, tokens[at], keys[row])
-            # Not before there is a score: an earlier result is whole until then.
-            _remove_report(folder)
-            journal.append(lines)
-            on_chunk(batch)
-    return time.perf_counter() - start
-
-
 def _remove_report(folder: Path) -> None:
-    """Removes the report of an earlier run: its figures must not stand beside other scores."""
+    """Removes the report of an earlier run: its figures are of other scores."""
     for name in (METRICS_FILE, HTML_FILE, MARKDOWN_FILE):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / PLOTS_FOLDER, ignore_errors=True)
 
 
-def _lines(
-    example: Example,
-    references: RowReferences,
-    by_reference: dict[str, list[float]],
-    combine: partial[list[float]],
-    tokens: FieldTokens,
-    key: str,
-) -> list[ScoredPair | RankedScores]:
-    scores = combine([by_reference[text] for text in references.own])
-    ranked = ranked_row(example, scores, tokens, key)
-    pairs = pair_rows(example, references, by_reference, combine, tokens, key)
-    return [*([ranked] if ranked is not None else []), *pairs]
+@contextmanager
+def _replaced(file: Path) -> Iterator[Callable[[bytes], int]]:
+    with unfinished(file) as part, part.open("wb") as stream:
+        yield stream.write
+
+
+@contextmanager
+def _own_cache(folder: Path) -> Iterator[ScoreCache]:
+    """A cache in the run's folder, by which an interrupted run resumes; removed when the run has ended."""
+    with ScoreCache(folder) as cache:
+        yield cache
+    (folder / CACHE_FILE).unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    file = folder / ".lock"
+    with file.open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PolarError(
+                f"{folder}: another run is writing into it; wait for it, or name another folder with --out"
+            ) from None
+        yield
+        file.unlink()
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        raise PolarError(
+            f"{folder}: the scores could not be written ({first_line(error)}); make room or name another "
+            f"folder with --out. The same command resumes with what was scored"
+        ) from error
 
 
 def _gates(
     scorer: Scorer,
     sample: Sequence[SamplePair],
     references: ReferenceSettings,
-    cache: ScoreCache | None,
+    cache: ScoreCache,
     setup: str,
 ) -> list[GateResult]:
-    """Tries the gates, or says what they found on the very same scores before."""
+    """Runs the gates, or returns what they found on the very same scores before."""
     tried = setup_key(
         part
         for pair in sample
         for part in (input_hash(pair.example), repr((pair.pair, pair.scores)), references.aggregation)
     )
-    if cache is not None and (known := cache.get_gates(setup, tried)) is not None:
+    if (known := cache.get_gates(setup, tried)) is not None:
         return _GATES.validate_json(known)
     results = run_gates(scorer, sample, references.aggregation)
-    if cache is not None and not any(result.status == "failed" for result in results):
+    if not any(result.status == "failed" for result in results):
         cache.put_gates(setup, tried, _GATES.dump_json(results).decode())
     return results

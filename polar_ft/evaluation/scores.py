@@ -86,8 +86,7 @@ class ScoredPair(_Row):
         rejected_info: The same for the rejected one.
         extra: Fields of the row that polar_ft does not know, as they came.
         input_hash: Hash of the row's texts: equal in runs of other models on the same row.
-        score_key: Hash of all that decides this line (texts, model, dtype, limits, options): the line is kept
-            when a run that was broken off goes on, and computed anew when any of it has changed.
+        score_key: Hash of all that decides this line (texts, model, dtype, limits, options).
     """
 
     id: str

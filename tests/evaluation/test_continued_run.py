@@ -1,10 +1,11 @@
-"""A run that was killed goes on with the same command and ends with the same files."""
+"""A run that was killed resumes with the same command and ends with the same files."""
 
 from __future__ import annotations
 
 import io
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,7 @@ from rich.console import Console
 
 from polar_ft.errors import PolarError
 from polar_ft.evaluation import evaluator
-from polar_ft.evaluation.cache import ScoreCache
-from polar_ft.evaluation.journal import ScoreJournal
+from polar_ft.evaluation.cache import CACHE_FILE, ScoreCache
 from polar_ft.evaluation.references import ReferenceSettings
 from polar_ft.evaluation.run import score_into
 
@@ -90,52 +90,59 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def scored_rows(scorer):
-    return {example.source for call in scorer.calls for example in call}
-
-
 def test_killed_and_continued_ends_with_the_same_files(data, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_into(data, whole, length_score)
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
+    run_into(data, complete, length_score)
     root = Path(__file__).parents[2]
     process = subprocess.run([sys.executable, "-c", KILLED, data, killed], cwd=root, capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-    before = (killed / "scores.jsonl").read_bytes()
-    kept = {json.loads(line)["source"] for line in before.splitlines()}
-    assert 0 < len(kept) < len(ROWS)
+    assert not (killed / "scores.jsonl").exists()
+    assert (killed / CACHE_FILE).exists()
     done, scorer = run_into(data, killed, length_score)
-    assert contents(killed) == contents(whole)
-    # Nothing that was on disk is scored again.
-    assert scored_rows(scorer) & kept == set()
-    assert done.n_pairs_scored == 6 + 2 - before.count(b"\n")
+    assert contents(killed) == contents(complete)
+    # 20 rewards were computed before the kill; those of the chunks that had ended are not computed again.
+    assert 0 < done.n_from_cache <= 20
+    asked = [(example.key, text) for call in scorer.calls for example in call for text in example.candidates]
+    assert len(asked) == len(set(asked)) == done.n_computed
+    assert done.n_pairs_scored < 8
 
 
-@pytest.mark.parametrize("torn", [1, 40, 2000])
-def test_a_torn_line_is_dropped(data, tmp_path, torn):
+def test_an_interrupted_run_leaves_the_earlier_result(data, tmp_path):
     folder = tmp_path / "out"
     run_into(data, folder, length_score)
-    whole = contents(folder)
-    (folder / "scores.jsonl").write_bytes(whole["scores.jsonl"][:-torn])
-    _, scorer = run_into(data, folder, length_score)
-    assert contents(folder) == whole
-    # The ranked row is the last of the file; of it one line or both are gone, and perhaps rows before it.
-    assert scored_rows(scorer) >= {f"{data}:7"}
-    assert len(scored_rows(scorer)) < len(ROWS)
+    (folder / "report.md").write_text("figures")
+    before = contents(folder)
+
+    def fails(example, candidate):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        run_into(data, folder, fails, setup="another model")
+    left = contents(folder)
+    assert {name: left[name] for name in before} == before
 
 
-def test_a_ranked_row_without_its_line_of_rankings_is_scored_again(data, tmp_path):
-    run_into(data, tmp_path / "out", length_score)
-    whole = contents(tmp_path / "out")
-    (tmp_path / "out" / "rankings.jsonl").write_bytes(b"")
-    _, scorer = run_into(data, tmp_path / "out", length_score)
-    assert contents(tmp_path / "out") == whole
-    assert scored_rows(scorer) == {f"{data}:7"}
+def test_a_full_disk_is_an_error_that_says_what_to_do(data, tmp_path, monkeypatch):
+    def full(self, setup, scores):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(ScoreCache, "put", full)
+    with pytest.raises(PolarError, match=r"disk is full.*make room or name another folder with --out"):
+        run_into(data, tmp_path / "out", length_score)
 
 
 def test_a_finished_run_scores_nothing(data, tmp_path):
-    run_into(data, tmp_path / "out", length_score)
-    done, scorer = run_into(data, tmp_path / "out", length_score)
+    with ScoreCache(tmp_path / "cache") as cache:
+        run_into(data, tmp_path / "out", length_score, cache=cache)
+        done, scorer = run_into(data, tmp_path / "out", length_score, cache=cache)
     assert (scorer.calls, done.n_pairs_scored, done.n_computed) == ([], 0, 0)
+
+
+def test_without_a_cache_everything_is_scored_again(data, tmp_path):
+    first, _ = run_into(data, tmp_path / "out", length_score)
+    second, _ = run_into(data, tmp_path / "out", length_score)
+    assert second.n_computed == first.n_computed > 0
+    assert sorted(contents(tmp_path / "out")) == ["rankings.jsonl", "scores.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -148,32 +155,38 @@ def test_a_finished_run_scores_nothing(data, tmp_path):
     ],
 )
 def test_another_run_takes_nothing_over(data, tmp_path, changes):
-    run_into(data, tmp_path / "out", length_score)
-    done, _ = run_into(data, tmp_path / "out", length_score, **changes)
-    # Another seed of seven rows may leave some row its shuffled reference.
-    assert done.n_pairs_scored == 8 or ("references" in changes and done.n_pairs_scored > 0)
+    with ScoreCache(tmp_path / "cache") as cache:
+        run_into(data, tmp_path / "out", length_score, cache=cache)
+        done, _ = run_into(data, tmp_path / "out", length_score, cache=cache, **changes)
+    if "setup" in changes:
+        assert (done.n_pairs_scored, done.n_from_cache) == (8, 0)
     run_into(data, tmp_path / "new", length_score, **changes)
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
 
 
 def test_rows_that_changed_are_scored_again(data, tmp_path, write_rows):
-    run_into(data, tmp_path / "out", length_score, references=ReferenceSettings())
     changed = [dict(row) for row in ROWS]
     changed[2]["chosen"] = "better"
-    changed[4]["subset"] = "new"
-    write_rows(changed)
-    _, scorer = run_into(data, tmp_path / "out", length_score, references=ReferenceSettings())
-    assert scored_rows(scorer) == {f"{data}:3", f"{data}:5"}
-    lines = (tmp_path / "out" / "scores.jsonl").read_text().splitlines()
-    assert [json.loads(line)["source"] for line in lines] == [f"{data}:{n}" for n in (1, 2, 3, 4, 5, 6, 7, 7)]
+    changed[4]["subset"] = "new"  # is written, and decides no reward
+    with ScoreCache(tmp_path / "cache") as cache:
+        run_into(data, tmp_path / "out", length_score, cache=cache, references=ReferenceSettings())
+        write_rows(changed)
+        _, scorer = run_into(
+            data, tmp_path / "out", length_score, cache=cache, references=ReferenceSettings()
+        )
+    assert [example.candidates for call in scorer.calls for example in call] == [("better",)]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == [f"{data}:{n}" for n in (1, 2, 3, 4, 5, 6, 7, 7)]
+    assert rows[4]["subset"] == "new"
 
 
-def test_two_runs_do_not_write_one_folder(tmp_path, make_example):
-    examples, keys = [make_example(0)], ["k"]
-    with ScoreJournal(tmp_path, examples, keys), pytest.raises(PolarError, match="another run is writing it"):
-        ScoreJournal(tmp_path, examples, keys)
-    with ScoreJournal(tmp_path, examples, keys):  # and afterwards they may
-        pass
+def test_two_runs_do_not_write_one_folder(data, tmp_path):
+    def second_run(example, candidate):
+        run_into(data, tmp_path / "out", length_score)
+
+    with pytest.raises(PolarError, match="another run is writing into it"):
+        run_into(data, tmp_path / "out", second_run)
+    run_into(data, tmp_path / "out", length_score)  # and afterwards they may
 
 
 def test_the_cache_spares_a_second_folder_everything(data, tmp_path):

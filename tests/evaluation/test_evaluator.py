@@ -6,15 +6,15 @@ import pytest
 from polar_ft.data.reading import read_examples
 from polar_ft.errors import PolarError
 from polar_ft.evaluation import evaluator
-from polar_ft.evaluation.evaluator import chunks, count_tokens, example_chars, score_references
+from polar_ft.evaluation.evaluator import chunks, count_tokens, score_references
 from polar_ft.evaluation.figures import compute_figures
 from polar_ft.evaluation.pairs import PairTable
 from tests.shared_data import shared_file
 
 
-def test_example_chars_by_hand(make_example):
+def test_characters_by_hand(make_example):
     # prompt 3, reference 5, prompt again 3, candidates 4 and 1
-    assert example_chars(make_example(0, prompt="abc", reference="12345", candidates=("wxyz", "w"))) == 16
+    assert make_example(0, prompt="abc", reference="12345", candidates=("wxyz", "w")).characters == 16
 
 
 def test_chunks_hold_every_row_once_longest_first(make_example, monkeypatch):
@@ -24,10 +24,10 @@ def test_chunks_hold_every_row_once_longest_first(make_example, monkeypatch):
     assert len(parts) > 5
     rows = [row for part in parts for row in part]
     assert sorted(rows) == list(range(40))
-    chars = [example_chars(examples[row]) for row in rows]
+    chars = [examples[row].characters for row in rows]
     assert chars == sorted(chars, reverse=True)
     # A chunk is full with the row that reaches the limit.
-    sizes = [sum(example_chars(examples[row]) for row in part) for part in parts]
+    sizes = [sum(examples[row].characters for row in part) for part in parts]
     assert all(300 <= size < 400 for size in sizes[:-1])
 
 

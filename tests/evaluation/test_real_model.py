@@ -100,4 +100,4 @@ def test_weights_of_nan_end_with_an_error(llama_reward, model_dir, write_rows, t
 def test_a_device_that_is_not_there(llama_reward, model_dir, write_rows, monkeypatch, capsys):
     data = write_rows([{"prompt": "?", "reference": "", "chosen": "a", "rejected": "b"}])
     assert run_tool(monkeypatch, model_dir, data, "--device", "warp:9") == 1
-    assert "error: --device warp:9: " in capsys.readouterr().err
+    assert "error: device warp:9: " in capsys.readouterr().err

@@ -84,9 +84,9 @@ def test_rows_of_one_reference_come_together(write_rows):
     )
     groups = read_groups([str(data)])
     assert [(g.reference, g.wrapper, g.candidates, g.pairs) for g in groups] == [
-        ("r", "sft", ["a", "b", "c", "e", "a"], [(0, 1), (3, 4)]),
-        ("other", "sft", ["d"], []),
-        ("r", "pretrain", ["f"], []),
+        ("r", "sft", ("a", "b", "c", "e", "a"), ((0, 1), (3, 4))),
+        ("other", "sft", ("d",), ()),
+        ("r", "pretrain", ("f",), ()),
     ]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.report import report as report_module
-from polar_ft.evaluation.report.plots import drawing
+from polar_ft.evaluation.report import writing
 from polar_ft.evaluation.report.report import Report
 from polar_ft.evaluation.report.worst import worst_pairs
 from polar_ft.evaluation.report.writing import write_report
@@ -68,7 +68,7 @@ def test_a_full_disk_leaves_what_was_there(four_pairs, four_pairs_report, tmp_pa
         made.append(plot)
         return b"png"
 
-    monkeypatch.setattr(drawing, "to_png", disk_full)
+    monkeypatch.setattr(writing, "to_png", disk_full)
     later = four_pairs_report.model_copy(update={"warnings": ["another run"]})
     with pytest.raises(PolarError, match=r"could not be written \(No space left on device\).*--out"):
         write_report(later, four_pairs, tmp_path)
