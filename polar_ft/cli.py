@@ -83,7 +83,7 @@ def train(context: typer.Context, config: Annotated[Path, typer.Argument(help="A
 
 
 def main() -> None:
-    """Entry point; what the user can mend is told in a line and ends with status 1."""
+    """Entry point; errors that the user can fix end with one line and status 1."""
     run(app)
 
 

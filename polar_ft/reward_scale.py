@@ -1,4 +1,4 @@
-"""The range of a model's rewards, measured once and kept beside the model: ``reward_scale.json``.
+"""The range of a model's rewards, measured once and kept in the model's folder: ``reward_scale.json``.
 
 A reward compares candidates of one (prompt, reference); its zero and its unit mean nothing, and differ from
 model to model. What uses rewards as numbers (a PPO loss, a threshold, a mixture of several rewards) needs to
@@ -119,11 +119,11 @@ class RewardScale(BaseModel):
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise PolarError(
-                f"{path}: {where}: {first['msg']}; the file is damaged: make it anew with polar-ft calibrate"
+                f"{path}: {where}: {first['msg']}; the file is damaged: run polar-ft calibrate again"
             ) from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the scale to a file, or into a model folder; whole or not at all.
+        """Writes the scale to a file, or into a model folder, atomically.
 
         Raises:
             PolarError: It cannot be written.

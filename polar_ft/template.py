@@ -114,7 +114,7 @@ class PolarTemplate:
     ) -> None:
         if max_response_length < 1 or max_length <= TEMPLATE_TOKENS + max_response_length:
             raise PolarError(
-                f"max_length={max_length} leaves no room beside max_response_length={max_response_length}: "
+                f"max_length={max_length} leaves no room next to max_response_length={max_response_length}: "
                 f"raise max_length or lower max_response_length"
             )
         self.separator = separator

@@ -376,7 +376,7 @@ def _model_allows(model: dict[str, Any], splits: bool | None) -> bool:
         return False
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return False
-    # "▁" has to be in the vocabulary, else it may be fused with unknown characters beside it.
+    # "▁" has to be in the vocabulary, else it may be fused with unknown characters next to it.
     return splits or (
         "▁" in model["vocab"]
         and not model.get("ignore_merges")

@@ -31,7 +31,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def event_loop() -> asyncio.AbstractEventLoop:
-    """The loop, running; started at the first call, and anew in a forked process."""
+    """The loop, running; started at the first call, and again in a forked process."""
     global _loop
     with _lock:
         if _loop is None:

@@ -31,7 +31,7 @@ API_KEY_VARIABLE = "POLAR_API_KEY"
 # Elements of the data that are encoded and sent together.
 ELEMENTS_AT_ONCE = 1024
 
-# Beside the weights, what says how a model's inputs are made.
+# Besides the weights, what says how a model's inputs are made.
 _TOKENIZER_FILES = ["*.json", "*.py", "*.model", "*.txt"]
 
 
@@ -70,7 +70,7 @@ class RewardModelClient:
         tokens_per_request: A request holds at most so many tokens, or a single input.
         concurrency: Requests under way at each server.
         check_raw: False uses a server without evidence that its scores are raw rewards.
-        scale: Apply the reward scale that ``polar-ft calibrate`` wrote beside the model.
+        scale: Apply the reward scale that ``polar-ft calibrate`` wrote into the model's folder.
         allow_tokenizer_code: As in `PolarTemplate.from_pretrained`.
 
     Raises:
@@ -167,7 +167,7 @@ class RewardModelClient:
         return self._request(data, self.server_type)
 
     async def score_async(self, data: Any) -> list[float]:
-        """As calling the client, from a coroutine, whose event loop goes on meanwhile."""
+        """As calling the client, from a coroutine, whose event loop continues meanwhile."""
         encoded = await asyncio.to_thread(
             lambda: encode(self.template, list(check([data] if _is_one(data) else data)))
         )

@@ -101,7 +101,7 @@ def score(
         allow_tokenizer_code=allow_tokenizer_code or (),
     ) as client:
         for address, profile in zip(server, client.servers(), strict=True):
-            if profile is not None:  # one that does not answer is told by the client
+            if profile is not None:  # the client reports one that does not answer
                 name = profile.name or "engine unknown"
                 console.print(f"{address}: {name}, model {profile.model}", markup=False)
         with _Progress(console) as progress:
@@ -116,7 +116,7 @@ def score(
                     show=progress.show,
                 )
             except KeyboardInterrupt:
-                console.print("stopped; what is scored is kept, and the same command goes on from there")
+                console.print("stopped; what is scored is kept, and the same command resumes from there")
                 raise typer.Exit(130) from None
     if result.n_resumed:
         console.print(f"{result.n_resumed:,} rows had been scored by an earlier run")

@@ -1,7 +1,7 @@
 """First contact: which engine answers, and are its answers raw rewards?
 
 An engine that applies an activation to the rewards gives numbers that look fine and train a policy on the
-wrong thing: vLLM returns sigmoid(reward) unless it is told not to, SGLang's ``/v1/classify`` returns a
+wrong thing: vLLM returns sigmoid(reward) by default, SGLang's ``/v1/classify`` returns a
 softmax over one class, which is 1. So before a server is used it scores the inputs of `probe_sequences`, and
 there has to be evidence that these are rewards:
 
@@ -110,7 +110,7 @@ async def identify(server: str, ask: Ask, server_type: ServerType) -> Profile:
         server_type: What the user says it is; "auto" believes the server.
 
     Raises:
-        RewardServerError: The server is not what the user says, or cannot be told what it is.
+        RewardServerError: The server is not what the user says, or it cannot be identified.
         UnavailableError: It does not answer now.
     """
     status, listing = await ask("/v1/models", None)

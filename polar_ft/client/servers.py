@@ -187,7 +187,7 @@ class ServerPool:
         pause = max(min(LONGEST_PAUSE, pause), problem.retry_after or 0.0)
         server.rests_until = now + pause
         LOGGER.log(
-            # A server that is gone for hours is told once, not every half minute.
+            # A server that is gone for hours is reported once, not every half minute.
             logging.WARNING if server.failures == 1 else logging.INFO,
             "%s: %s; it is tried again in %.1f s%s",
             server.name,

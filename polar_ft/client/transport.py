@@ -35,7 +35,7 @@ RETRIED = (429, 502, 503, 504)
 CONNECT_SECONDS = 10.0
 
 # A server may have been restarted, with another model, while nobody asked it: after so long it is contacted
-# anew. Where it was being asked, requests failed, and it is contacted anew for that.
+# again. Where it was being asked, requests failed, and it is contacted again for that.
 IDLE_SECONDS = 30.0
 
 # What is meant for this machine is not sent through a proxy, whatever the environment says.

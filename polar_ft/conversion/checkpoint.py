@@ -36,7 +36,7 @@ def read_checkpoint(path: Path) -> TrainedWeights:
     none, with those inside its files.
 
     Raises:
-        PolarError: There is none, it is not whole, or it holds something that is not known to be harmless.
+        PolarError: There is none, it is incomplete, or it holds something that is not known to be harmless.
     """
     if path.is_dir():
         if not is_zero_folder(path):

@@ -203,7 +203,7 @@ def _read_all(vectors: Sequence[FlatVector], start: int, count: int) -> list[tor
 
 
 def _add_frozen(weights: ZeroWeights, models: Sequence[Mapping[str, Any]]) -> None:
-    """Parameters without gradient are beside the model: whole in ZeRO 1 and 2, a piece a rank in ZeRO 3."""
+    """Parameters without gradient are saved apart: whole in ZeRO 1 and 2, a piece a rank in ZeRO 3."""
     for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
         pieces = [model["frozen_param_fragments"][name] for model in models]
         if sum(piece.numel() for piece in pieces) < math.prod(shape):

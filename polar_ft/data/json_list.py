@@ -44,7 +44,7 @@ def entries(stream: TextIO, max_chars: int) -> Iterator[Any]:
             found = repr(separator) if separator else "the end of the file"
             raise BrokenListError(f"has {found} where a comma or the end of the list belongs")
     if text.peek():
-        raise BrokenListError("goes on after the end of the list")
+        raise BrokenListError("continues after the end of the list")
 
 
 class _Text:
@@ -85,7 +85,7 @@ class _Text:
                 return value
 
     def _read(self) -> bool:
-        """Reads more, as much again as is there: an entry is decoded anew each time, but few times."""
+        """Reads more, as much again as is there: an entry is decoded again each time, but few times."""
         more = self._stream.read(max(_READ, len(self._text)))
         self._text += more
         return bool(more)

@@ -208,7 +208,7 @@ class Response(_Strict):
         return self.score if self.score is not None else -(self.rank or 0.0)
 
     def info(self) -> dict[str, Any]:
-        """What the row says of the response beside its text.
+        """What the row says of the response in addition to its text.
 
         >>> Response(content="four", score=0.9, policy="small-lm").info()
         {'score': 0.9, 'policy': 'small-lm'}
@@ -331,12 +331,13 @@ def parse_row(row: Any) -> PairRow | RankedRow:
         raise RowError("", f"the row is {describe(row)} — write one JSON object a line")
     both = {"chosen", "rejected"} & row.keys() if "responses" in row else set()
     if both:
-        raise RowError("responses", f"stands beside {' and '.join(sorted(both))} — keep one of the two forms")
+        others = " and ".join(sorted(both))
+        raise RowError("responses", f"is given together with {others} — keep one of the two forms")
     # Parquet has every column in every row: null is how it says that an optional field is not there.
     fields = {key: value for key, value in row.items() if value is not None or key not in _HAVE_DEFAULTS}
     if row.get("references") is not None:
         if row.get("reference") is not None:
-            raise RowError("references", 'stands beside "reference" — keep one of the two fields')
+            raise RowError("references", 'is given together with "reference" — keep one of the two fields')
         if row["references"] == []:
             raise RowError("references", 'is an empty list — "reference": "" says that there is none')
         # The list has the texts; a ranked row with a reference takes none of its responses for one.

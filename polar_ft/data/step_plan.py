@@ -223,7 +223,7 @@ class StepPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the plan follows from, beside the data."""
+        """What the plan follows from, in addition to the data."""
         return {
             "steps_per_epoch": self.steps_per_epoch,
             "max_packed_length": self.max_packed_length,

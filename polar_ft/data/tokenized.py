@@ -1,8 +1,8 @@
 """Tokenized data on disk: rows of preference data in, groups of token ids out, memory-mapped.
 
 The first start on some data tokenizes it, all cores at work, into an Arrow file under the cache folder; a
-later start with the same files, tokenizer and limits maps that file. Nothing of it is held in memory beside
-a few numbers for each group. Processes of one machine that start together wait for one of them to write it.
+later start with the same files, tokenizer and limits maps that file. Only a few numbers for each group are
+held in memory. Processes of one machine that start together wait for one of them to write it.
 """
 
 from __future__ import annotations

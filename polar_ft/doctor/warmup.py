@@ -25,7 +25,7 @@ class Request(BaseModel):
 
     Attributes:
         groups: Folder of tokenized data.
-        plan: Arguments of `StepPlan` beside the sizes.
+        plan: Arguments of `StepPlan` other than the sizes.
         hf_config: Shapes of the model.
         lora: Settings of adapters, or None.
         dtype: Of the weights.

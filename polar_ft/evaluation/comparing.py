@@ -66,7 +66,7 @@ def compare_runs(runs: Sequence[Path], out_dir: Path, subset_by: Sequence[str]) 
     Args:
         runs: Folders of runs, or files of scores; at least two.
         out_dir: Where `compare.json` goes.
-        subset_by: Fields to group by, beside "subset"; the values are those of the first run.
+        subset_by: Fields to group by, in addition to "subset"; the values are those of the first run.
 
     Raises:
         PolarError: Scores cannot be read, runs share no pair, or the file cannot be written.
@@ -74,7 +74,7 @@ def compare_runs(runs: Sequence[Path], out_dir: Path, subset_by: Sequence[str]) 
     if len(runs) < 2:
         raise PolarError("comparing takes two runs or more: polar-ft eval compare A B")
     for run in runs:
-        find_scores(run)  # a wrong path is told before minutes of reading
+        find_scores(run)  # a wrong path is an error before minutes of reading
     console = Console()
     console.width = min(console.width, TABLE_WIDTH) if console.is_terminal else TABLE_WIDTH
     base = read_scores(runs[0], subset_by)

@@ -1,6 +1,6 @@
 """Checks that every run makes of its own scores, on a sample; a run that fails one ends with status 1.
 
-- **label swap**: the same pairs scored anew with their candidates exchanged, chosen and rejected exchanged
+- **label swap**: the same pairs scored again with their candidates exchanged, chosen and rejected exchanged
   with them: the accuracy must be 1 − accuracy − ties. A scorer that prefers the first candidate, or an
   evaluation that forgets which score is whose, cannot give that.
 - **batch and packing**: every candidate scored alone must get the reward that it got in the run, among

@@ -136,7 +136,7 @@ class Ranking:
         prompt: Number of the prompt, the same numbering as in `PairTable.prompts`.
         model_scores: The model's reward of each candidate, `[candidates]`; may hold NaN and infinities.
         given: How good the data says each candidate is, `[candidates]`, higher is better.
-        info: What the data says of each candidate beside its text, `[candidates]`.
+        info: What the data says of each candidate in addition to its text, `[candidates]`.
         benchmark: Which benchmark the row is of (its field `benchmark`): `REWARDBENCH_2`, `RM_BENCH` or `RMB`
             make it count to that benchmark's own summary; see `polar_ft.evaluation.statistics.benchmarks`.
     """

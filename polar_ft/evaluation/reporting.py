@@ -34,7 +34,7 @@ def report_scores(
     Args:
         scores: A run's folder, or a file of scores.
         out_dir: Where the report goes.
-        subset_by: Fields to group by, beside "subset".
+        subset_by: Fields to group by, in addition to "subset".
         run: What is known about the run; what the scores themselves say is filled in.
         gates: What the run checked of itself.
         examples: The rows that were scored, for the texts of the worst pairs; with

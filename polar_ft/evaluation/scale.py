@@ -1,4 +1,4 @@
-"""`polar-ft calibrate`: the range of a model's rewards on data, kept beside the model."""
+"""`polar-ft calibrate`: the range of a model's rewards on data, kept in the model's folder."""
 
 from __future__ import annotations
 
@@ -172,9 +172,9 @@ def calibrate(
     dtype: Dtype = "auto",
     allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
-    """Measure centre, spread and temperature of a model's rewards, and keep them beside the model.
+    """Measure centre, spread and temperature of a model's rewards, and keep them in the model's folder.
 
-    Nothing applies them by itself: scorer, server and client do where they are told to.
+    Nothing applies them by itself: scorer, server and client do where they are asked to.
     """
     target = out or Path(model)
     if out is None and not target.is_dir():
@@ -209,7 +209,7 @@ def calibrate(
 
 
 def _rows(groups: Sequence[TextGroup], console: Console) -> Iterator[dict[str, str]]:
-    """The rows that the scorer takes, with a progress bar that goes on as it takes them."""
+    """The rows that the scorer takes, with a progress bar that advances as it takes them."""
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=sum(len(group.candidates) for group in groups))

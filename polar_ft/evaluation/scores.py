@@ -27,7 +27,7 @@ class _Row(BaseModel):
 
 
 class PairCut(_Row):
-    """Tokens cut off each field of a pair; 0 where the field is whole."""
+    """Tokens cut off each field of a pair; 0 where the field was not cut."""
 
     prompt: int
     reference: int
@@ -125,7 +125,7 @@ class RankedCandidate(_Row):
         given: How good the data says it is, higher is better: its score, or its rank turned round.
         chars: Characters of its text before anything was cut.
         tokens: Tokens of its text before anything was cut.
-        info: What the row says of it beside its text.
+        info: What the row says of it in addition to its text.
     """
 
     score: float
@@ -192,7 +192,7 @@ def input_hash(example: Example) -> str:
 
 
 def score_key(setup: str, example: Example, references: RowReferences, aggregation: str) -> str:
-    """Hash of all that decides the lines of a row, what is said of it beside its texts included.
+    """Hash of all that decides the lines of a row, what is said of it in addition to its texts included.
 
     Args:
         setup: What scores: `polar_ft.evaluation.cache.setup_key`.

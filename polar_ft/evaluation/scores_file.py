@@ -57,7 +57,7 @@ class SavedScores:
 
     Attributes:
         table: The pairs by column.
-        rankings: The ranked rows, where there is a `rankings.jsonl` beside the file.
+        rankings: The ranked rows, where there is a `rankings.jsonl` next to the file.
         cut: Field → pairs of which it was cut; None where the file does not say.
         input_hashes: Hash of the texts of each pair's row, uint64 `[pairs]`; None where the file does not
             say.
@@ -92,8 +92,8 @@ def read_scores(path: Path, subset_by: Sequence[str] = ()) -> SavedScores:
 
     Args:
         path: A run folder, or a file of JSON lines (.jsonl, .json) or CSV (.csv; .tsv with tabs), also .gz.
-        subset_by: Fields whose values pairs are grouped by, beside "subset": a name, or a path such as
-            "meta.source" or "chosen_info.policy". What is not found in the row itself is looked for in its
+        subset_by: Fields whose values pairs are grouped by, in addition to "subset": a name, or a path such
+            as "meta.source" or "chosen_info.policy". What is not found in the row itself is looked for in its
             `extra`.
 
     Raises:

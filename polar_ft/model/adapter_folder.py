@@ -1,4 +1,4 @@
-"""A folder with adapters and reward head beside the base model that it names.
+"""A folder with adapters, the reward head, and the name of their base model.
 
 ::
 
@@ -103,7 +103,7 @@ def merge_into(
             if shapes != [(adapter.lora.r, weight.shape[1]), (weight.shape[0], adapter.lora.r)]:
                 raise PolarError(
                     f"{folder / ADAPTER_FILE}: {a} and {b} are missing or do not fit {adapter.base}; "
-                    f"copy the folder anew"
+                    f"copy the folder again"
                 )
             matrices = left.pop(a), left.pop(b)
         weight.data = merged(name, weight.data, adapter, matrices).to(dtype)

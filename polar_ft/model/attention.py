@@ -124,7 +124,7 @@ def check_kernel(backend: Backend, device: str, dtype: torch.dtype) -> None:
     """Compares a varlen kernel with SDPA on a small tree, once a device and dtype.
 
     Kernels differ in how they align a causal mask where a segment has more keys than queries: top left would
-    hide most of the prefix, and training would go on with wrong gradients.
+    hide most of the prefix, and training would continue with wrong gradients.
 
     Raises:
         PolarError: The two differ.

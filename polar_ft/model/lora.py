@@ -87,7 +87,7 @@ class LoraSettings(BaseModel):
 
 
 class Adapter(BaseModel):
-    """What has to be known of adapters beside their tensors.
+    """What has to be known of adapters in addition to their tensors.
 
     Attributes:
         lora: How they were trained.

@@ -9,7 +9,7 @@ Flat layout, every sequence on its own; queries and keys are the same::
     keys     [ chosen 1      ][ rejected 1    ][ chosen 2  ] …      cu_seqlens_k = cu_seqlens_q
 
 Tree layout, the prefix that all candidates of a group share is computed once; the keys of a branch are
-gathered (``key_index``) from the prefix and from the branch itself, and its positions go on from the
+gathered (``key_index``) from the prefix and from the branch itself, and its positions continue from the
 prefix, so causal attention gives every token exactly what it gets in the flat layout::
 
     queries  [ prefix ][ branch 1 ][ branch 2 ]                     cu_seqlens_q

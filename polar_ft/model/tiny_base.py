@@ -1,7 +1,7 @@
 """A tiny InternLM2-shaped base model with its tokenizer, made on the spot: what the demo and tests train.
 
 It stands in for ``internlm/POLAR-1_8B-Base``: same architecture, same tensor names, same control tokens,
-same code files beside the weights; random weights and a vocabulary learned from the texts it is given.
+same code files next to the weights; random weights and a vocabulary learned from the texts it is given.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from polar_ft.reward_scale import ENGINE_TOLERANCES
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 
-# Unless told otherwise texts are at most this long: an engine with a small context takes them, a CPU computes
+# By default texts are at most this long: an engine with a small context takes them, a CPU computes
 # them, and cutting is the same on them as on longer ones.
 MAX_LENGTH, MAX_RESPONSE_LENGTH = 2048, 512
 
@@ -247,7 +247,7 @@ def _server(basis: _Basis, engine: ServerType, host: str, api_key: str | None, c
         ) as client:
             return client_rewards(client, basis.inputs)
 
-    # Engines compute in the dtype of the folder unless they are told otherwise.
+    # Engines compute in the dtype of the folder by default.
     dtype = basis.config.get("torch_dtype") or basis.config.get("dtype") or "float32"
     hint = (
         "the difference is no larger than rounding in half precision, in which vLLM serves a float32 folder "

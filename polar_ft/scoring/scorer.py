@@ -132,7 +132,7 @@ class RewardScorer:
             data: Dicts as in the published quick start, or one: ``prompt``, ``reference`` and ``output``,
                 each a string or a list of messages, and perhaps ``wrapper``. Any iterable: few rows are held
                 at a time.
-            scale: Apply the reward scale that ``polar-ft calibrate`` wrote beside the model.
+            scale: Apply the reward scale that ``polar-ft calibrate`` wrote into the model's folder.
 
         Raises:
             PolarError: A row cannot be scored, or there is no scale.
@@ -158,7 +158,7 @@ class RewardScorer:
             PolarError: It has not been run for this model.
         """
         if self.folder is None:
-            raise PolarError("this model was not read from a folder, so no reward scale lies beside it")
+            raise PolarError("this model was not read from a folder, so it has no reward scale")
         return RewardScale.load(self.folder)
 
     def score_examples(

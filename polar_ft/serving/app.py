@@ -57,7 +57,7 @@ from polar_ft.serving.wire import (
 T = TypeVar("T")
 PoolingFormat = Literal["vllm", "lmdeploy"]
 
-# Of one request. Each takes about a kilobyte beside its tokens, however short it is.
+# Of one request. Each takes about a kilobyte in addition to its tokens, however short it is.
 MAX_CANDIDATES = 65536
 
 _ERRORS: dict[int | str, dict[str, Any]] = {

@@ -89,7 +89,7 @@ class InputReader:
             )
         if separator in right and not _begin_with_the_same_line(left, right):
             raise InputError(
-                f"text {index} spells {separator!r} more than once, and which one is meant cannot be told: "
+                f"text {index} spells {separator!r} more than once, and which one is meant is ambiguous: "
                 f"send token ids, or texts to /v1/rewards"
             )
         return left, right

@@ -15,7 +15,7 @@ class _Strict(BaseModel):
 
 
 class _Engine(BaseModel):
-    # What engines know beside (model, user, priority, …) is let through, as they do.
+    # What engines know in addition (model, user, priority, …) is let through, as they do.
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
@@ -71,7 +71,7 @@ AnyRewardRequest = Annotated[
 
 
 class CutTokens(BaseModel):
-    """Tokens that were cut off each field, as training cuts them; 0 where it is whole."""
+    """Tokens that were cut off each field, as training cuts them; 0 where it was not cut."""
 
     prompt: int
     reference: int
@@ -128,7 +128,7 @@ _SeveralArm = Annotated[list[list[StrictInt]], Tag("ids of several")]
 
 
 def _form(must_be: str) -> Discriminator:
-    """Which arm a value is for, told by its first element: one error, of that arm alone."""
+    """Which arm a value is for, decided by its first element: one error, of that arm alone."""
     return Discriminator(
         _input_form, custom_error_type="input_form", custom_error_message=f"must be {must_be}"
     )

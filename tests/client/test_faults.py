@@ -231,7 +231,7 @@ def test_servers_says_which_one_is_down(serve, connect):
 
 
 def test_comes_back(serve, connect, template, data):
-    """A server that was restarted is contacted anew and used again."""
+    """A server that was restarted is contacted again and used again."""
     server = serve("sglang")
     client = connect(server, max_retries=50)
     assert client(data) == expected(template, data)

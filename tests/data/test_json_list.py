@@ -56,7 +56,7 @@ def test_a_file_that_is_one_list_is_read(name: str, tmp_path: Path) -> None:
         ('[{"a": 1} {"b": 2}]', 2, "has '{' where a comma"),
         ('[{"a": 1}, {"b": 2', 2, "is not JSON (Expecting ',' delimiter)"),
         ('[{"a": 1},]', 2, "is not JSON (Expecting value)"),
-        ('[{"a": 1}] {', 2, "goes on after the end of the list"),
+        ('[{"a": 1}] {', 2, "continues after the end of the list"),
         ('[{"a": 1}, {"b": "' + "x" * 3000 + '"}]', 2, "is over the limit of 1,048 characters"),
         ('[{"a": 1}, ' + "[" * 100_000, 2, "is nested too deeply to be a row"),
         ('[{"a": 1}, 5]', 2, "is a number — every entry of the list must be a JSON object"),

@@ -55,7 +55,7 @@ def test_several_references_in_both_forms() -> None:
         (
             {"reference": "4", "references": ["4"]},
             "references",
-            'stands beside "reference" — keep one of the',
+            'is given together with "reference" — keep one of the',
         ),
         ({"references": []}, "references", 'is an empty list — "reference": "" says that there is none'),
         (
@@ -97,7 +97,7 @@ def test_without_an_id_the_source_is_the_id() -> None:
         ({"id": [1]}, "id", "is a list of 1 — must be a string or a whole number"),
         ({"subset": 3}, "subset", "is the number 3 — must be a string"),
         ({"rejected": "\ud83d"}, "rejected", "half of a surrogate pair"),
-        ({"responses": []}, "responses", "stands beside chosen and rejected — keep one of the two forms"),
+        ({"responses": []}, "responses", "is given together with chosen and rejected — keep one of"),
     ],
 )
 def test_wrong_values_are_named(changes: dict[str, Any], field: str, reason: str) -> None:

@@ -65,7 +65,7 @@ rows = st.fixed_dictionaries(
 @settings(max_examples=25, deadline=None)
 @given(data=st.lists(rows, max_size=12), tokens_per_batch=st.sampled_from([1, 200, 16384]))
 def test_every_row_gets_its_own_reward(scorer, by_transformers, data, tokens_per_batch):
-    """Whatever stands beside it, is shared, is cut, and however the rows are split into forwards."""
+    """Whatever is in the same pack, is shared, is cut, and however the rows are split into forwards."""
     small = RewardScorer(scorer.decoder, scorer.head, scorer.template, tokens_per_batch=tokens_per_batch)
     assert small.score(iter(data)) == pytest.approx([by_transformers(row) for row in data], abs=2e-5)
 

@@ -1,12 +1,12 @@
-"""The journal of a scoring run: rewards as they come, so that a killed run goes on where it was.
+"""The journal of a scoring run: rewards as they come, so that a killed run resumes.
 
-A file of JSON lines beside the output. The first says what the run is, each further one holds the rewards of
+A file of JSON lines next to the output. The first says what the run is, each further one holds the rewards of
 some rows::
 
     {"version": 1, "rows": 5000, "data": "9f2c…", "template": "03ab…", "scale": false, "known": [-0.5, …]}
     {"rewards": [[17, [-0.5, -11.0]], [18, [-3.25, -4.0]]], "cut": 0}
 
-Rows come in any order, but never far from it: what is under way at a time is bounded. So neither going on nor
+Rows come in any order, but never far from it: what is under way at a time is bounded. So neither resuming nor
 putting the rewards in order needs more memory for more rows.
 """
 
@@ -143,7 +143,7 @@ class RewardJournal:
         except OSError as error:
             raise PolarError(
                 f"{self.path}: cannot be written ({error.strerror or error}); free some space and give the "
-                f"same command again, it goes on from here"
+                f"same command again, it resumes from here"
             ) from error
 
 
@@ -187,7 +187,7 @@ def _lock(stream: Any, path: Path) -> None:
 def another_run(path: Path, what: str) -> PolarError:
     """The journal is of a run that differs in something."""
     return PolarError(
-        f"{path}: is of a run with another {what}; give --restart to score everything anew, or name another "
+        f"{path}: is of a run with another {what}; give --restart to score everything again, or name another "
         f"output"
     )
 

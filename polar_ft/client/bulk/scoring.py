@@ -1,7 +1,7 @@
 """Scores a data set of any size: rows stream through the servers, their number does not matter to memory.
 
 Three passes over the data: every row is checked before the first is scored; rows are scored, their rewards go
-into a journal as they come; the output is put together in the order of the data and appears when it is whole.
+into a journal as they come; the output is put together in the order of the data and appears at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from polar_ft.template import EncodeError, PolarTemplate
 BATCH_CHARS = 100_000
 BATCH_ROWS = 64
 
-_CHANGED = "the data changed during the run; give --restart to score it anew"
+_CHANGED = "the data changed during the run; give --restart to score it again"
 
 # With so many bad rows the others are not read any more.
 MOST_PROBLEMS = 1000
@@ -86,7 +86,7 @@ class Result:
 
 
 class Show(Protocol):
-    """Told how far a run is, in characters."""
+    """Called with the progress of a run, in characters."""
 
     def __call__(self, phase: str, done: int, total: int | None) -> None: ...
 
@@ -103,14 +103,14 @@ def score_data_set(
 ) -> Result:
     """Scores every row and writes it with its rewards.
 
-    Killed or failed, the same call goes on: what was answered is not asked again.
+    Killed or failed, the same call resumes: what was answered is not asked again.
 
     Args:
         client: Gives the rewards.
         data: The rows.
-        out: A .jsonl or .jsonl.gz file; appears, whole, at the end.
+        out: A .jsonl or .jsonl.gz file; appears at the end, complete.
         batches_under_way: Batches of rows that are held in memory at a time.
-        restart: Score everything anew, whatever an earlier run left.
+        restart: Score everything again, whatever an earlier run left.
         scaled: Whether the client applies the reward scale; a run with it is another run than one without.
         show: Called with the progress.
 
@@ -136,7 +136,7 @@ def score_data_set(
             _score_missing(client, data, journal, contents, batches_under_way, show)
         except PolarError as error:
             kept = f"{len(journal.done):,} of {contents.n_rows:,} rows are scored and kept"
-            raise PolarError(f"{error}\n{kept}; the same command goes on from there") from error
+            raise PolarError(f"{error}\n{kept}; the same command resumes from there") from error
         _write(data, journal, out, contents, show)
         remove(journal_path)
         return Result(contents.n_rows, n_resumed, journal.n_cut)

@@ -44,8 +44,8 @@ def _subsets(figures: Figures) -> Section:
         id="subsets",
         title="Accuracy",
         explanation=(
-            "How often the chosen candidate gets the higher score, beside what the same pairs give without a "
-            "model."
+            "How often the chosen candidate gets the higher score, compared with what the same pairs give "
+            "without a model."
         ),
         tables=tables,
         plots=("subsets", *(f"subsets_{i}" for i in range(2, len(figures.subsets) + 1))),

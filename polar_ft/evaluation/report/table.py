@@ -170,7 +170,7 @@ def _ranking_table(report: Report) -> Table:
 
 
 def _table(*, padding: int, names: str) -> Table:
-    """A table whose first column, of names, takes what the others leave; long names go on below."""
+    """A table whose first column, of names, takes what the others leave; long names wrap."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, padding, 0, 0), pad_edge=False, show_edge=False)
     table.add_column(_plain(names), overflow="fold", min_width=9)
     return table

@@ -1,4 +1,4 @@
-"""What the same pairs give without a model, beside which an accuracy has to be read."""
+"""What the same pairs give without a model, with which an accuracy has to be compared."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Baseline(BaseModel):
 
 
 class Baselines(BaseModel):
-    """The rules that every accuracy is shown beside, on the pairs that the accuracy is over.
+    """The rules that every accuracy is compared with, on the pairs that the accuracy is over.
 
     Attributes:
         longer_wins: The candidate with more characters (Unicode code points of its text, before anything is

@@ -1,6 +1,6 @@
 """Intervals and p-values by drawing prompts, not pairs: the bootstrap for clustered data.
 
-Pairs of one prompt succeed and fail together, so what a new data set would draw anew is the prompt with all
+Pairs of one prompt succeed and fail together, so what a new data set would draw again is the prompt with all
 its pairs (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8). Every figure
 here is a ratio of sums over prompts, such as correct pairs / scored pairs. A sample of C prompts with
 replacement then depends only on how often it holds each *kind* of prompt, the kinds being the distinct

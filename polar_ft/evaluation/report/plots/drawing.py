@@ -180,7 +180,7 @@ def _settings(more: dict[str, Any]) -> Iterator[None]:
 
 
 def _for_page(svg: str, plot: Plot) -> str:
-    """Takes the `<svg>` element out of the file and makes it fit to stand beside others in one page."""
+    """Takes the `<svg>` element out of the file and makes it fit for a page with others."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     # A style element inside a page's SVG holds for the whole page.

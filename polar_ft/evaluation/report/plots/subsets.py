@@ -1,4 +1,4 @@
-"""The chart of subsets: the model's accuracy with its interval, beside what needs no model."""
+"""The chart of subsets: the model's accuracy with its interval, next to rules that need no model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from polar_ft.evaluation.statistics.accuracy import Interval, PairMetrics
 _MAX_SUBSETS = 40
 _NAME_LIMIT = 24
 
-# The rules that are drawn beside the model, where they are known.
+# The rules that are drawn next to the model, where they are known.
 _BASELINE_MARKERS = {"longer wins": "D", "most like the reference wins": "s"}
 
 
@@ -86,7 +86,7 @@ def subset_plot(
     title: str = "Accuracy by subset",
     name: str = "subsets",
 ) -> Plot:
-    """Accuracy of every subset with its interval, beside what needs no model.
+    """Accuracy of every subset with its interval, next to rules that need no model.
 
     Args:
         subsets: In any order; beyond 40 the ones with the most pairs are drawn.
