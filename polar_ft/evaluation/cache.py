@@ -13,12 +13,14 @@ import math
 import sqlite3
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from polar_ft.data.records import Example
+from polar_ft.errors import PolarError
 from polar_ft.evaluation.evaluator import Scorer
 from polar_ft.template import PolarTemplate
 
@@ -95,10 +97,14 @@ class ScoreCache:
         return found
 
     def put(self, setup: str, scores: Mapping[bytes, float]) -> None:
-        """Keeps scores; those that are NaN or infinite are left out, to be computed again."""
+        """Keeps scores; those that are NaN or infinite are left out, to be computed again.
+
+        Raises:
+            PolarError: They could not be written.
+        """
         number = self._setup(setup)
         rows = [(number, key, score) for key, score in scores.items() if math.isfinite(score)]
-        with self._db:
+        with self._writing():
             self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
     def get_gates(self, setup: str, sample: str) -> str | None:
@@ -109,8 +115,8 @@ class ScoreCache:
 
     def put_gates(self, setup: str, sample: str, result: str) -> None:
         """Keeps the results of the gates on a sample, as text."""
-        with self._db:
-            values = (self._setup(setup), sample, result)
+        values = (self._setup(setup), sample, result)
+        with self._writing():
             self._db.execute("INSERT OR REPLACE INTO gates VALUES (?, ?, ?)", values)
 
     def sha256(self, file: Path) -> str:
@@ -121,7 +127,7 @@ class ScoreCache:
         if known is not None:
             return known[0]
         digest = file_sha256(file)
-        with self._db:
+        with self._writing():
             values = (path, state.st_size, state.st_mtime_ns, digest)
             self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", values)
         return digest
@@ -129,7 +135,7 @@ class ScoreCache:
     def _setup(self, key: str) -> int:
         row = self._db.execute("SELECT id FROM setups WHERE key = ?", (key,)).fetchone()
         if row is None:
-            with self._db:
+            with self._writing():
                 self._db.execute("INSERT OR IGNORE INTO setups (key, used) VALUES (?, ?)", (key, time.time()))
             row = self._db.execute("SELECT id FROM setups WHERE key = ?", (key,)).fetchone()
         return row[0]
@@ -137,8 +143,19 @@ class ScoreCache:
     def touch(self, setup: str) -> None:
         """Says that a set-up is in use, so that its scores are among the last to go."""
         number = self._setup(setup)
-        with self._db:
+        with self._writing():
             self._db.execute("UPDATE setups SET used = ? WHERE id = ?", (time.time(), number))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._db:
+                yield
+        except sqlite3.Error as error:
+            raise PolarError(
+                f"{self.file}: the scores could not be written ({error}); make room or name another folder "
+                f"with --cache-dir (with --no-cache: --out). The same command resumes with what was scored"
+            ) from error
 
     def _make_room(self, limit_bytes: int) -> None:
         def used() -> int:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
-from polar_ft.evaluation.cache import CACHE_FILE, CachedScorer, ScoreCache, setup_key
+from polar_ft.evaluation.cache import CachedScorer, ScoreCache, setup_key
 from polar_ft.evaluation.evaluator import Scorer, chunks, count_tokens, requests_against, score_references
 from polar_ft.evaluation.gates import GateResult, SamplePair, draw_sample, run_gates
 from polar_ft.evaluation.progress import scoring_progress
@@ -35,6 +35,9 @@ from polar_ft.evaluation.scores import (
 from polar_ft.files import first_line, unfinished
 
 _GATES = TypeAdapter(list[GateResult])
+
+# Where a run without a cache keeps its scores until it has ended, in its folder.
+_OWN_CACHE = ".unfinished-scores"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def score_into(
         examples: What to score, each with a pair.
         references: Against which references.
         setup: What scores: `polar_ft.evaluation.cache.setup_key`.
-        cache: Scores of earlier runs; with None a file in `folder` serves this run, and is then removed.
+        cache: Scores of earlier runs; with None one in `folder` serves this run, and is then removed.
         gates: Try the gates on a sample.
         console: Where progress is shown.
 
@@ -88,7 +91,7 @@ def score_into(
     """
     plan = plan_references(examples, references)
     run_cache = _own_cache(folder) if cache is None else nullcontext(cache)
-    with _disk_errors(folder), _locked(folder), run_cache as known:
+    with _locked(folder), run_cache as known:
         known.touch(setup)
         cached = CachedScorer(scorer, known, setup)
         todo = [
@@ -123,13 +126,12 @@ def score_into(
                 for chunk in chunks(wanted):
                     score([todo[at] for at in chunk])
                     on_chunk([wanted[at] for at in chunk])
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start if todo else 0.0
         score([row for row in range(len(examples)) if row not in scores])
 
         combine = partial(aggregate, aggregation=references.aggregation)
-        _remove_report(folder)
         pair_lines, ranked_lines = (_replaced(folder / name) for name in (SCORES_FILE, RANKINGS_FILE))
-        with pair_lines as write_pair, ranked_lines as write_ranked:
+        with _disk_errors(folder), pair_lines as write_pair, ranked_lines as write_ranked:
             for row, example in enumerate(examples):
                 key = score_key(setup, example, plan[row], references.aggregation)
                 for pair in pair_rows(example, plan[row], scores[row], combine, tokens[row], key):
@@ -137,6 +139,8 @@ def score_into(
                 own = combine([scores[row][text] for text in plan[row].own])
                 if (ranked := ranked_row(example, own, tokens[row], key)) is not None:
                     write_ranked(to_json_line(ranked))
+            # The new files are complete, and replace the old ones when this block ends.
+            _remove_report(folder)
         if not any(example.candidate_info for example in examples):
             (folder / RANKINGS_FILE).unlink()
 
@@ -168,23 +172,29 @@ def _replaced(file: Path) -> Iterator[Callable[[bytes], int]]:
 @contextmanager
 def _own_cache(folder: Path) -> Iterator[ScoreCache]:
     """A cache in the run's folder, by which an interrupted run resumes; removed when the run has ended."""
-    with ScoreCache(folder) as cache:
+    with _disk_errors(folder):
+        cache = ScoreCache(folder / _OWN_CACHE)
+    with cache:
         yield cache
-    (folder / CACHE_FILE).unlink()
+    shutil.rmtree(folder / _OWN_CACHE)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     file = folder / ".lock"
-    with file.open("wb") as lock:
+    with _disk_errors(folder):
+        lock = file.open("wb")
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PolarError(
                 f"{folder}: another run is writing into it; wait for it, or name another folder with --out"
             ) from None
-        yield
-        file.unlink()
+        try:
+            yield
+        finally:
+            file.unlink()
 
 
 @contextmanager
@@ -192,8 +202,9 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.Error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise PolarError(
-            f"{folder}: the scores could not be written ({first_line(error)}); make room or name another "
+            f"{folder}: the scores could not be written ({reason}); make room or name another "
             f"folder with --out. The same command resumes with what was scored"
         ) from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from polar_ft.errors import PolarError
-from polar_ft.evaluation import evaluator
+from polar_ft.evaluation import evaluator, run
 from polar_ft.evaluation.cache import CACHE_FILE, ScoreCache
 from polar_ft.evaluation.references import ReferenceSettings
 from polar_ft.evaluation.run import score_into
@@ -87,7 +86,7 @@ def data(write_rows):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
 def test_killed_and_continued_ends_with_the_same_files(data, tmp_path):
@@ -97,7 +96,7 @@ def test_killed_and_continued_ends_with_the_same_files(data, tmp_path):
     process = subprocess.run([sys.executable, "-c", KILLED, data, killed], cwd=root, capture_output=True)
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
     assert not (killed / "scores.jsonl").exists()
-    assert (killed / CACHE_FILE).exists()
+    assert (killed / ".unfinished-scores" / CACHE_FILE).exists()
     done, scorer = run_into(data, killed, length_score)
     assert contents(killed) == contents(complete)
     # 20 rewards were computed before the kill; those of the chunks that had ended are not computed again.
@@ -122,20 +121,64 @@ def test_an_interrupted_run_leaves_the_earlier_result(data, tmp_path):
     assert {name: left[name] for name in before} == before
 
 
-def test_a_full_disk_is_an_error_that_says_what_to_do(data, tmp_path, monkeypatch):
-    def full(self, setup, scores):
-        raise sqlite3.OperationalError("database or disk is full")
+def test_a_full_disk_under_the_cache_is_an_error_that_names_it(tmp_path):
+    with ScoreCache(tmp_path / "cache") as cache:
+        cache._db.execute("PRAGMA max_page_count = 1")  # SQLite's "database or disk is full"
+        with pytest.raises(
+            PolarError, match=r"cache/scores\.sqlite: .*disk is full.*folder with --cache-dir"
+        ):
+            cache.put("setup", {number.to_bytes(16, "big"): 1.0 for number in range(3000)})
 
-    monkeypatch.setattr(ScoreCache, "put", full)
-    with pytest.raises(PolarError, match=r"disk is full.*make room or name another folder with --out"):
-        run_into(data, tmp_path / "out", length_score)
+
+def test_a_full_disk_under_the_results_leaves_the_earlier_ones(data, tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    run_into(data, folder, length_score)
+    (folder / "metrics.json").write_text("figures")
+    before = contents(folder)
+
+    def full(row):
+        raise OSError(28, "No space left on device")
+
+    problem = r"written \(No space left on device\); make room or name another folder with --out"
+    with ScoreCache(tmp_path / "cache") as cache:
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "to_json_line", full)
+            with pytest.raises(PolarError, match=problem):
+                run_into(data, folder, length_score, cache=cache, setup="another model")
+        assert contents(folder) == before
+        _, scorer = run_into(data, folder, length_score, cache=cache, setup="another model")
+    assert scorer.calls == []
+    assert sorted(contents(folder)) == ["rankings.jsonl", "scores.jsonl"]
 
 
 def test_a_finished_run_scores_nothing(data, tmp_path):
     with ScoreCache(tmp_path / "cache") as cache:
         run_into(data, tmp_path / "out", length_score, cache=cache)
         done, scorer = run_into(data, tmp_path / "out", length_score, cache=cache)
-    assert (scorer.calls, done.n_pairs_scored, done.n_computed) == ([], 0, 0)
+    # No time and no rate either: nothing was scored.
+    assert (scorer.calls, done.n_pairs_scored, done.n_computed, done.seconds) == ([], 0, 0, 0.0)
+
+
+@pytest.mark.parametrize("torn", [1, 40, 2000])
+@pytest.mark.parametrize("name", ["scores.jsonl", "rankings.jsonl"])
+def test_a_damaged_file_is_written_again(data, tmp_path, name, torn):
+    folder = tmp_path / "out"
+    with ScoreCache(tmp_path / "cache") as cache:
+        run_into(data, folder, length_score, cache=cache)
+        complete = contents(folder)
+        (folder / name).write_bytes(complete[name][:-torn])
+        _, scorer = run_into(data, folder, length_score, cache=cache)
+    assert contents(folder) == complete
+    assert scorer.calls == []
+
+
+def test_a_run_without_a_cache_leaves_a_cache_in_its_folder_alone(data, tmp_path):
+    folder = tmp_path / "out"
+    with ScoreCache(folder) as cache:
+        first, _ = run_into(data, folder, length_score, cache=cache)
+    second, _ = run_into(data, folder, length_score)
+    assert second.n_computed == first.n_computed > 0
+    assert sorted(contents(folder)) == ["rankings.jsonl", "scores.jsonl", CACHE_FILE]
 
 
 def test_without_a_cache_everything_is_scored_again(data, tmp_path):
