@@ -1,4 +1,4 @@
-"""Saved scores as columns: `scores.jsonl` of a run, or what another tool wrote, as JSON lines or CSV.
+"""Reading saved scores as columns: `scores.jsonl` of a run, or what another tool wrote, as JSON lines or CSV.
 
 What a line must and may say (a column that only some lines have is left out, with a warning)::
 
@@ -16,39 +16,45 @@ A million lines take seconds and some hundred MB: lines are read in blocks, and 
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
 import json
 import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
 from polar_ft.errors import DataError, PolarError
 from polar_ft.evaluation.pairs import Categories, PairTable, Ranking
-from polar_ft.evaluation.score_lines import Block, getter, read_blocks, shown
 from polar_ft.evaluation.scores import RANKINGS_FILE, SCORES_FILE, prompt_id
+
+CSV_SUFFIXES = (".csv", ".tsv")
+JSON_SUFFIXES = (".jsonl", ".json")
 
 MAX_CATEGORIES = 1000
 
+_BLOCK = 8192  # lines that are parsed at once
 _PROBLEMS_SHOWN = 20
 
-_SCORES = ("chosen_score", "rejected_score")
 _ROUGE = ("chosen_rouge", "rejected_rouge")
-_COUNTS = ("chosen_chars", "rejected_chars", "chosen_tokens", "rejected_tokens")
-_OTHER_SCORES = {
-    "shuffled_chosen": "shuffled_reference.chosen_score",
-    "shuffled_rejected": "shuffled_reference.rejected_score",
-    "empty_chosen": "empty_reference.chosen_score",
-    "empty_rejected": "empty_reference.rejected_score",
-}
 _CUT_FIELDS = ("prompt", "reference", "chosen", "rejected")
 
-# No text is so long; 2**53 is where float64 no longer knows every whole number.
+# No text is so long; 2**53 is where float64 no longer knows every integer.
 _HUGE = 1 << 53
+
+# Called with line (0: the file), column ("": the line) and what is wrong.
+OnProblem = Callable[[int, str, str], None]
 
 
 @dataclass(frozen=True)
@@ -101,40 +107,56 @@ def read_scores(path: Path, subset_by: Sequence[str] = ()) -> SavedScores:
             has a field of ``subset_by``.
     """
     file = find_scores(path)
-    columns = _Columns(file, subset_by)
-    for block in read_blocks(file, columns.problem):
-        columns.add(block)
-        if len(columns.problems) > 10 * _PROBLEMS_SHOWN:
+    reader = _Reader(file, subset_by)
+    for block in read_blocks(file, reader.problem):
+        reader.add(block)
+        if len(reader.problems) > 10 * _PROBLEMS_SHOWN:
             break
-    columns.raise_problems()
+    reader.raise_problems()
     rankings = file.with_name(RANKINGS_FILE)
     has_rankings = file.name == SCORES_FILE and rankings.is_file()
-    return columns.finish(list(_read_rankings(rankings, columns.prompt_codes)) if has_rankings else [])
+    return reader.finish(list(_read_rankings(rankings, reader.prompt_codes)) if has_rankings else [])
 
 
-class _Columns:
-    """Columns that grow block by block."""
+class _Reader:
+    """The columns of a file, growing block by block."""
 
     def __init__(self, file: Path, subset_by: Sequence[str]) -> None:
         self.file = file
         self.problems: list[str] = []
         self.n = 0
         self.prompt_codes: dict[str, int] = {}
-        self._floats = {name: array("d") for name in (*_SCORES, *_ROUGE, *_OTHER_SCORES)}
-        self._counts = {name: array("q") for name in _COUNTS}
-        self._flags = {name: bytearray() for name in ("cut", "reference_is_chosen")}
+        columns = [
+            _Column("chosen_score", "d", needed=True),
+            _Column("rejected_score", "d", needed=True),
+            *(_Column(name, "d", fill=math.nan) for name in _ROUGE),  # a row without a reference has none
+            *(
+                _Column(f"{kind}_{role}", "d", path=f"{kind}_reference.{role}_score")
+                for kind in ("shuffled", "empty")
+                for role in ("chosen", "rejected")
+            ),
+            *(
+                _Column(f"{role}_{unit}", "q")
+                for unit in ("chars", "tokens")
+                for role in ("chosen", "rejected")
+            ),
+            _Column("cut", "b"),
+            _Column("reference_is_chosen", "b"),
+        ]
+        self._columns = {column.name: column for column in columns}
+        self._columns["cut"].convert = self._cut_flag
         self._cut = dict.fromkeys(_CUT_FIELDS, 0)
         self._n_cut_by_field = self._n_same_reference = self._n_shuffled = 0
         self._prompts = array("q")
         self._hashes = array("Q")
         self._ids: list[str] = []
         # dict.fromkeys: once each, "subset" first
-        self._groups = {name: _Group(name) for name in dict.fromkeys(("subset", *subset_by))}
+        self._subsets = [_SubsetField(name) for name in dict.fromkeys(("subset", *subset_by))]
         self._asked = set(subset_by)
         self._first_fields: list[str] = []
 
     def problem(self, line: int, column: str, reason: str) -> None:
-        """Notes what is wrong with a line; 0 for the file as a whole."""
+        """Notes what is wrong with a line; 0 for the file as such."""
         place = f"{self.file}:{line}" if line else str(self.file)
         self.problems.append(": ".join(part for part in (place, column, reason) if part))
 
@@ -142,77 +164,19 @@ class _Columns:
         """Adds the lines of a block to every column."""
         if not self.n:
             self._first_fields = list(block.rows[0])
-        for name in _SCORES:
-            self._add_numbers(name, block, unknown="error")
-        for name in _ROUGE:  # a row without a reference has none
-            self._add_numbers(name, block, unknown=math.nan)
-        for name in _OTHER_SCORES:
-            self._add_numbers(name, block, unknown=None)
-        for name in _COUNTS:
-            self._add_counts(name, block)
-        self._add_flags("cut", block, self._cut_flag)
-        self._add_flags("reference_is_chosen", block, _as_flag)
+        for column in self._columns.values():
+            column.add(block, self.problem)
         for shuffled in block.values("shuffled_reference") or ():
             if isinstance(shuffled, dict):
                 self._n_shuffled += 1
                 self._n_same_reference += shuffled.get("same_reference") is True
         self._add_prompts(block)
-        self._hashes.extend(
-            [int(value[:16], 16) for value in block.values("input_hash") or () if _is_hash(value)]
-        )
+        hashes = block.values("input_hash") or ()
+        self._hashes.extend([int(value[:16], 16) for value in hashes if _is_hash(value)])
         self._add_ids(block)
-        for group in self._groups.values():
-            group.add(block)
+        for subset in self._subsets:
+            subset.add(block)
         self.n += len(block.rows)
-
-    def _add_numbers(
-        self, name: str, block: Block, unknown: float | Literal["error"] | None = "error"
-    ) -> None:
-        """Adds a column of numbers; for a line without one ``unknown``, nothing for None."""
-        values = block.values(_OTHER_SCORES.get(name, name))
-        if values is None:
-            if unknown == "error":
-                values = [None] * len(block.rows)
-            else:
-                self._floats[name].extend([] if unknown is None else [unknown] * len(block.rows))
-                return
-        column = self._floats[name]
-        if set(map(type, values)) == {float}:
-            column.extend(values)
-            return
-        for line, row, value in zip(block.numbers, block.rows, values, strict=True):
-            number = _as_number(value)
-            if number is not None:
-                column.append(number)
-            elif value is not None:
-                self.problem(line, name, f"is {shown(value)} — must be a number")
-            elif unknown == "error":
-                self.problem(line, name, _missing(row))
-            elif unknown is not None:
-                column.append(unknown)
-
-    def _add_counts(self, name: str, block: Block) -> None:
-        column = self._counts[name]
-        for line, value in zip(block.numbers, block.values(name) or (), strict=False):
-            if type(value) is int and 0 <= value < _HUGE:
-                column.append(value)
-            elif value is not None:
-                number = _as_number(value)
-                if number is None or not number.is_integer() or not 0 <= number < _HUGE:
-                    self.problem(line, name, f"is {shown(value)} — must be a whole number, 0 or more")
-                else:
-                    column.append(int(number))
-
-    def _add_flags(self, name: str, block: Block, convert: Callable[[Any], bool | None]) -> None:
-        column = self._flags[name]
-        for line, value in zip(block.numbers, block.values(name) or (), strict=False):
-            if value is None:
-                continue
-            flag = convert(value)
-            if flag is None:
-                self.problem(line, name, f"is {shown(value)} — must be true or false")
-            else:
-                column.append(flag)
 
     def _cut_flag(self, value: Any) -> bool | None:
         if not isinstance(value, dict):
@@ -235,12 +199,8 @@ class _Columns:
 
     def _add_ids(self, block: Block) -> None:
         values = block.values("id") or []
-        pairs = block.values("pair")
-        if pairs is None:
-            self._ids.extend([str(value) for value in values if value is not None])
-            return
         # A ranked row has several pairs, and an id must name one.
-        for name, pair in zip(values, pairs, strict=False):
+        for name, pair in zip(values, block.values("pair") or [None] * len(values), strict=True):
             if name is not None:
                 own = not isinstance(pair, list) or len(pair) != 2 or pair == [0, 1]
                 self._ids.append(str(name) if own else f"{name} ({pair[0]}>{pair[1]})")
@@ -260,114 +220,41 @@ class _Columns:
 
     def finish(self, rankings: list[Ranking]) -> SavedScores:
         """The columns that all lines have, as arrays."""
-        warnings: list[str] = []
-        partly: dict[str, int] = {}
-
-        def whole(name: str, values: Any) -> Any:
-            if len(values) == self.n:
-                return values
-            if len(values):
-                partly[name] = self.n - len(values)
-            return None
-
-        def numbers(name: str) -> NDArray[np.float64] | None:
-            values = whole(name, self._floats[name])
-            return None if values is None else np.frombuffer(values, dtype=np.float64)
-
-        counts: dict[str, Any] = {
-            name: None if (values := whole(name, column)) is None else np.frombuffer(values, dtype=np.int64)
-            for name, column in self._counts.items()
+        grown = {column.name: column.values for column in self._columns.values()}
+        grown |= {"prompt_id": self._prompts, "id": self._ids}
+        complete = {name: values if len(values) == self.n else None for name, values in grown.items()}
+        warnings = [
+            f"{self.file}: {name} is missing in {self.n - len(values):,} of {self.n:,} lines, so it is left "
+            f"out with the figures that need it."
+            for name, values in grown.items()
+            if 0 < len(values) < self.n
+        ]
+        arrays: dict[str, Any] = {
+            name: None if (values := complete[name]) is None else np.frombuffer(values, dtype=column.dtype)
+            for name, column in self._columns.items()
         }
-        flags: dict[str, Any] = {
-            name: None if (values := whole(name, column)) is None else np.frombuffer(values, dtype=np.bool_)
-            for name, column in self._flags.items()
-        }
-        prompts = whole("prompt_id", self._prompts)
-        ids = whole("id", self._ids)
-        subsets = {}
-        for name, group in self._groups.items():
-            categories = group.finish(self.file, self._first_fields, needed=name in self._asked)
-            if categories is not None:
-                subsets[name] = categories
-        chosen, rejected = numbers("chosen_score"), numbers("rejected_score")
-        assert chosen is not None, "raise_problems() was called"
-        assert rejected is not None, "raise_problems() was called"
-        others: dict[str, Any] = {name: numbers(name) for name in (*_ROUGE, *_OTHER_SCORES)}
         for name in _ROUGE:  # NaN for a row without a reference; for all of them it is no column
-            values = others[name]
-            others[name] = None if values is None or np.isnan(values).all() else values
-        for name, missing in partly.items():
-            warnings.append(
-                f"{self.file}: {name} is missing in {missing:,} of {self.n:,} lines, so it is left out with "
-                f"the figures that need it."
-            )
-        hashes = np.frombuffer(self._hashes, dtype=np.uint64) if len(self._hashes) == self.n else None
-        table = PairTable(
-            chosen_score=chosen,
-            rejected_score=rejected,
-            ids=ids,
-            subsets=subsets,
-            prompts=None if prompts is None else np.frombuffer(prompts, dtype=np.int64),
-            **counts,
-            **flags,
-            **others,
-        )
+            if arrays[name] is not None and np.isnan(arrays[name]).all():
+                arrays[name] = None
+        subsets = {}
+        for subset in self._subsets:
+            values = subset.finish(self.file, self._first_fields, needed=subset.name in self._asked)
+            if values is not None:
+                subsets[subset.name] = values
+        prompts = complete["prompt_id"]
         return SavedScores(
-            table=table,
+            table=PairTable(
+                ids=complete["id"],
+                subsets=subsets,
+                prompts=None if prompts is None else np.frombuffer(prompts, dtype=np.int64),
+                **arrays,
+            ),
             rankings=rankings,
             cut=self._cut if self._n_cut_by_field == self.n else None,
-            input_hashes=hashes,
+            input_hashes=np.frombuffer(self._hashes, np.uint64) if len(self._hashes) == self.n else None,
             n_same_reference=self._n_same_reference if self._n_shuffled == self.n else None,
             warnings=warnings,
         )
-
-
-@dataclass
-class _Group:
-    """Values of one field of ``subset_by``."""
-
-    name: str
-    codes: array[int] = field(default_factory=lambda: array("i"))
-    names: dict[str, int] = field(default_factory=dict)
-    n_found: int = 0
-
-    def add(self, block: Block) -> None:
-        """Adds the lines of a block."""
-        values, names = block.values(self.name), self.names
-        if "extra" in block.fields:
-            get = getter(self.name)
-            known = values or [None] * len(block.rows)
-            values = [
-                get(row["extra"]) if value is None and isinstance(row.get("extra"), dict) else value
-                for value, row in zip(known, block.rows, strict=True)
-            ]
-        none = f"(no {self.name})"
-        if values is None:
-            values = [None] * len(block.rows)
-        self.n_found += len(values) - values.count(None)
-        texts = [
-            value if type(value) is str else none if value is None else json.dumps(value, ensure_ascii=False)
-            for value in values
-        ]
-        self.codes.extend([names.setdefault(text, len(names)) for text in texts])
-        if len(names) > MAX_CATEGORIES:
-            raise PolarError(
-                f"the field {self.name} has more than {MAX_CATEGORIES} different values; name one "
-                f"that names parts of the data, not rows"
-            )
-
-    def finish(self, file: Path, fields: Sequence[str], needed: bool) -> Categories | None:
-        if not self.n_found:
-            if needed:
-                raise PolarError(
-                    f"{file}: no line has the field {self.name!r} of --subset-by; the fields of the first "
-                    f"line are {', '.join(fields)}"
-                )
-            return None
-        ordered = sorted(self.names)
-        rank = {name: number for number, name in enumerate(ordered)}
-        recode = np.array([rank[name] for name in self.names], dtype=np.int32)
-        return Categories(ordered, recode[np.frombuffer(self.codes, dtype=np.intc)])
 
 
 def _as_number(value: Any) -> float | None:
@@ -384,14 +271,108 @@ def _as_number(value: Any) -> float | None:
         return None
 
 
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and len(value) >= 16 and not set(value[:16]) - set("0123456789abcdef")
+def _as_count(value: Any) -> int | None:
+    if type(value) is int:
+        return value if 0 <= value < _HUGE else None
+    number = _as_number(value)
+    return int(number) if number is not None and number.is_integer() and 0 <= number < _HUGE else None
 
 
 def _as_flag(value: Any) -> bool | None:
     if isinstance(value, bool):
         return value
     return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+
+
+# Of a kind of column, by the type code of its array: dtype, what makes a value of it, what a value must be.
+_KINDS: dict[str, tuple[Any, Callable[[Any], float | None], str]] = {
+    "d": (np.float64, _as_number, "a number"),
+    "q": (np.int64, _as_count, "a whole number, 0 or more"),
+    "b": (np.bool_, _as_flag, "true or false"),
+}
+
+
+class _Column:
+    """Numbers ("d"), counts ("q") or flags ("b") of a field; a line without a value adds ``fill``, if any."""
+
+    def __init__(
+        self, name: str, kind: str, *, path: str = "", fill: float | None = None, needed: bool = False
+    ) -> None:
+        self.name, self.path, self.fill, self.needed = name, path or name, fill, needed
+        self.values: Any = array(kind)
+        self.dtype, self.convert, self.expected = _KINDS[kind]
+
+    def add(self, block: Block, problem: OnProblem) -> None:
+        """Adds the lines of a block."""
+        values = block.values(self.path)
+        if values is None and self.fill is None and not self.needed:
+            return
+        values = values or [None] * len(block.rows)
+        if self.dtype is np.float64 and set(map(type, values)) == {float}:
+            self.values.extend(values)
+            return
+        for line, row, value in zip(block.numbers, block.rows, values, strict=True):
+            converted = None if value is None else self.convert(value)
+            if converted is not None:
+                self.values.append(converted)
+            elif value is not None:
+                problem(line, self.name, f"is {_shown(value)} — must be {self.expected}")
+            elif self.needed:
+                problem(line, self.name, _missing(row))
+            elif self.fill is not None:
+                self.values.append(self.fill)
+
+
+class _SubsetField:
+    """Values of one field of ``subset_by``."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._codes = array("i")
+        self._names: dict[str, int] = {}
+        self._n_found = 0
+
+    def add(self, block: Block) -> None:
+        """Adds the lines of a block."""
+        values, names = block.values(self.name), self._names
+        if "extra" in block.fields:
+            get = _getter(self.name)
+            known = values or [None] * len(block.rows)
+            values = [
+                get(row["extra"]) if value is None and isinstance(row.get("extra"), dict) else value
+                for value, row in zip(known, block.rows, strict=True)
+            ]
+        none = f"(no {self.name})"
+        if values is None:
+            values = [None] * len(block.rows)
+        self._n_found += len(values) - values.count(None)
+        texts = [
+            value if type(value) is str else none if value is None else json.dumps(value, ensure_ascii=False)
+            for value in values
+        ]
+        self._codes.extend([names.setdefault(text, len(names)) for text in texts])
+        if len(names) > MAX_CATEGORIES:
+            raise PolarError(
+                f"the field {self.name} has more than {MAX_CATEGORIES} different values; name one "
+                f"that names parts of the data, not rows"
+            )
+
+    def finish(self, file: Path, fields: Sequence[str], needed: bool) -> Categories | None:
+        if not self._n_found:
+            if needed:
+                raise PolarError(
+                    f"{file}: no line has the field {self.name!r} of --subset-by; the fields of the first "
+                    f"line are {', '.join(fields)}"
+                )
+            return None
+        ordered = sorted(self._names)
+        rank = {name: number for number, name in enumerate(ordered)}
+        recode = np.array([rank[name] for name in self._names], dtype=np.int32)
+        return Categories(ordered, recode[np.frombuffer(self._codes, dtype=np.intc)])
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) >= 16 and not set(value[:16]) - set("0123456789abcdef")
 
 
 def _missing(row: Mapping[str, Any]) -> str:
@@ -421,3 +402,169 @@ def _read_rankings(file: Path, prompt_codes: dict[str, int]) -> Iterator[Ranking
                 f"{file}:{number}: is no ranked row of `polar-ft eval` ({type(error).__name__}: {error}); "
                 f"remove the file to leave the ranking figures out"
             ) from error
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some lines of a file.
+
+    Attributes:
+        numbers: Of each line in its file, from 1, `[lines]`.
+        rows: What each line says, `[lines]`.
+    """
+
+    numbers: Sequence[int]
+    rows: list[dict[str, Any]]
+
+    @cached_property
+    def fields(self) -> set[str]:
+        """Every field that a line of the block has."""
+        return set(chain.from_iterable(self.rows))
+
+    def values(self, path: str) -> list[Any] | None:
+        """The value of a field in each line, None where a line has none; None where no line can have one.
+
+        >>> Block([1, 2], [{"id": "a", "meta": {"n": 1}}, {"id": "b"}]).values("meta.n")
+        [1, None]
+        """
+        if path not in self.fields and path.partition(".")[0] not in self.fields:
+            return None
+        if path in self.fields:
+            try:
+                return list(map(itemgetter(path), self.rows))
+            except KeyError:
+                pass
+        return list(map(_getter(path), self.rows))
+
+
+def read_blocks(file: Path, problem: OnProblem) -> Iterator[Block]:
+    """Reads a file of JSON lines (.jsonl, .json) or CSV (.csv; .tsv with tabs), also compressed (.gz).
+
+    Args:
+        file: The file.
+        problem: Called with each line that is no row; it is left out.
+
+    Raises:
+        PolarError: The file is of another kind, damaged, or CSV without the two columns of scores.
+    """
+    name = file.name.removesuffix(".gz")
+    if name.endswith(CSV_SUFFIXES):
+        lines = _csv_lines(file, "\t" if name.endswith(".tsv") else ",", problem)
+        while block := list(islice(lines, _BLOCK)):
+            yield Block([number for number, _ in block], [row for _, row in block])
+    elif name.endswith(JSON_SUFFIXES):
+        yield from _json_blocks(file, problem)
+    else:
+        kinds = ", ".join((*JSON_SUFFIXES, *CSV_SUFFIXES))
+        raise PolarError(f"{file}: cannot read this kind of file; let its name end in {kinds}, also with .gz")
+
+
+def _json_blocks(file: Path, problem: OnProblem) -> Iterator[Block]:
+    with _opened(file) as stream:
+        start = 1
+        while texts := list(islice(stream, _BLOCK)):
+            block = _parse(texts, start, problem)
+            if block.rows:
+                yield block
+            start += len(texts)
+
+
+def _parse(texts: Sequence[str], start: int, problem: OnProblem) -> Block:
+    """Parses lines all at once, which takes half the time, and one by one where that fails, to say which."""
+    try:
+        rows = from_json(f"[{','.join(texts)}]")
+    except (ValueError, RecursionError):
+        rows = []
+    if len(rows) == len(texts) and set(map(type, rows)) == {dict}:
+        return Block(range(start, start + len(rows)), rows)
+    numbers, rows = [], []
+    for number, text in enumerate(texts, start):
+        if text.isspace():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            what = "is a list" if number == 1 and text.lstrip().startswith("[") else f"is not JSON ({error})"
+            problem(number, "", f"{what} — write one JSON object a line")
+            continue
+        if isinstance(row, dict):
+            numbers.append(number)
+            rows.append(row)
+        else:
+            problem(number, "", f"is {_shown(row)} — write one JSON object a line")
+    return Block(numbers, rows)
+
+
+def _csv_lines(file: Path, delimiter: str, problem: OnProblem) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _opened(file) as stream:
+        reader = csv.reader(stream, delimiter=delimiter)
+        rows = _csv_rows(reader, file)
+        names = [name.strip() for name in next(rows, ())]
+        if not names:
+            return
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise PolarError(f"{file}:1: column {twice[0]!r} stands there twice; rename one of the two")
+        for name in ("chosen_score", "rejected_score"):
+            if name not in names:
+                raise PolarError(
+                    f"{file}:1: no column {name!r}; the first line must name the columns, and it has "
+                    f"{', '.join(names)[:200]}"
+                )
+        for cells in rows:
+            if not cells:
+                continue
+            if len(cells) != len(names):
+                problem(reader.line_num, "", f"has {len(cells)} cells, the first line {len(names)} columns")
+                continue
+            row = {name: cell for name, cell in zip(names, cells, strict=True) if cell != ""}
+            yield reader.line_num, row
+
+
+def _csv_rows(reader: Any, file: Path) -> Iterator[list[str]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise PolarError(f"{file}:{reader.line_num}: is not CSV ({error})") from error
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[IO[str]]:
+    """A text file, also compressed, with or without a byte order mark."""
+    opened = gzip.open if file.name.endswith(".gz") else open
+    with opened(file, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:  # type: ignore[type-var]
+        try:
+            yield stream
+        except UnicodeDecodeError as error:
+            raise PolarError(f"{file}: is not valid UTF-8 ({error}); save it as UTF-8") from error
+        except (OSError, EOFError) as error:
+            raise PolarError(f"{file}: cannot be read ({error}); the file is damaged") from error
+
+
+def _getter(path: str) -> Callable[[Mapping[str, Any]], Any]:
+    """Reads a field by its name, or by a path with dots where no field has the whole name.
+
+    >>> _getter("meta.source")({"meta": {"source": "wiki"}}), _getter("meta.source")({"meta": None})
+    ('wiki', None)
+    """
+    first, *rest = path.split(".")
+    if not rest:
+        return lambda row: row.get(first)
+
+    def get(row: Mapping[str, Any]) -> Any:
+        if path in row:
+            return row[path]
+        value: Any = row.get(first)
+        for key in rest:
+            if not isinstance(value, Mapping):
+                return None
+            value = value.get(key)
+        return value
+
+    return get
+
+
+def _shown(value: Any) -> str:
+    """A wrong value for a message, short whatever its size."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:39]}…"

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from polar_ft.errors import PolarError
-from polar_ft.evaluation.score_lines import read_blocks
-from polar_ft.evaluation.scores_file import read_scores
+from polar_ft.evaluation.scores_file import read_blocks, read_scores
 
 
 @pytest.fixture
