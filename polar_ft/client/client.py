@@ -17,7 +17,7 @@ import numpy as np
 
 from polar_ft.client import background
 from polar_ft.client.contact import Profile, ServerType, probe_sequences
-from polar_ft.client.encoded_text import EncodedElement, check, encode
+from polar_ft.client.encoded_text import EncodedElement, encode_elements, parse_elements
 from polar_ft.client.servers import LOGGER, Endpoint, parse_addresses
 from polar_ft.client.transport import Settings, Transport
 from polar_ft.client.wire import WIRES
@@ -149,7 +149,7 @@ class RewardModelClient:
             PolarError: An element cannot be encoded; names it.
         """
         one = _is_one(data)
-        encoded = encode(self.template, list(check([data] if one else data)))
+        encoded = encode_elements(self.template, list(parse_elements([data] if one else data)))
         self._report_cut(_n_cut(encoded), len(encoded))
         texts = [element.text for element in encoded]
         return texts[0] if one else texts
@@ -168,12 +168,12 @@ class RewardModelClient:
 
     async def score_async(self, data: Any) -> list[float]:
         """As calling the client, from a coroutine, whose event loop continues meanwhile."""
-        encoded = await asyncio.to_thread(
-            lambda: encode(self.template, list(check([data] if _is_one(data) else data)))
-        )
+        elements = parse_elements([data] if _is_one(data) else data)
+        encoded = await asyncio.to_thread(lambda: encode_elements(self.template, list(elements)))
         self._report_cut(_n_cut(encoded), len(encoded))
         inputs = [element.ids for element in encoded]
-        return self._scaled(await asyncio.wrap_future(self._start(inputs)))
+        future = background.start(self._score(inputs, self.server_type, self._settings))
+        return self._scaled(await asyncio.wrap_future(future))
 
     def sglang_request_reward(
         self, data: Any, retry_delay: float | None = None, max_retries: int | None = None
@@ -255,28 +255,26 @@ class RewardModelClient:
             settings = replace(settings, retry_delay=_positive("retry_delay", retry_delay))
         if max_retries is not None:
             settings = replace(settings, max_retries=int(_positive("max_retries", max_retries)))
-        elements = check([data] if _is_one(data) else data)
+        elements = parse_elements([data] if _is_one(data) else data)
         under_way: deque[Future[list[float]]] = deque()
         rewards: list[float] = []
-        n_cut = 0
+        n_encoded = n_cut = 0
         try:
             while window := list(islice(elements, ELEMENTS_AT_ONCE)):
-                encoded = encode(self.template, window)
+                encoded = encode_elements(self.template, window, first=n_encoded)
+                n_encoded += len(encoded)
                 n_cut += _n_cut(encoded)
                 inputs = [element.ids for element in encoded]
                 under_way.append(background.start(self._score(inputs, server_type, settings)))
-                if len(under_way) > 2:  # the next is encoded while these are scored
-                    _extend(rewards, under_way.popleft())
+                if len(under_way) > 2:  # the next window is encoded while these are scored
+                    rewards += background.wait_for(under_way.popleft())
             while under_way:
-                _extend(rewards, under_way.popleft())
+                rewards += background.wait_for(under_way.popleft())
         finally:
             for future in under_way:
                 future.cancel()
-        self._report_cut(n_cut, len(rewards))
+        self._report_cut(n_cut, n_encoded)
         return self._scaled(rewards)
-
-    def _start(self, inputs: Sequence[np.ndarray]) -> Future[list[float]]:
-        return background.start(self._score(inputs, self.server_type, self._settings))
 
     async def _score(
         self, inputs: Sequence[np.ndarray], server_type: ServerType, settings: Settings
@@ -313,11 +311,6 @@ def _is_one(data: Any) -> bool:
 
 def _n_cut(encoded: Iterable[EncodedElement]) -> int:
     return sum(element.is_cut for element in encoded)
-
-
-def _extend(rewards: list[float], future: Future[list[float]]) -> None:
-    more = background.wait_for(future)
-    rewards += more
 
 
 def _take(transports: dict[Any, Transport]) -> list[Transport]:

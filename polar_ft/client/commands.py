@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from polar_ft.data.reading import MAX_LINE_MB, expand
+from polar_ft.data.reading import MAX_LINE_MB, DataSource, expand
 from polar_ft.data.writing import refuse_to_overwrite
 from polar_ft.errors import PolarError
 from polar_ft.options import (
@@ -77,7 +77,7 @@ def score(
 ) -> None:
     """Rewards of a data set of any size, from running servers; a killed run resumes."""
     # Imported here: `polar-ft --help` starts at once.
-    from polar_ft.client.bulk.scoring import DataSet, score_data_set
+    from polar_ft.client.bulk.scoring import score_data_set
     from polar_ft.client.client import RewardModelClient
     from polar_ft.client.served_model import served_model
 
@@ -108,7 +108,7 @@ def score(
             try:
                 result = score_data_set(
                     client,
-                    DataSet(data, split, max_line_mb),
+                    DataSource(path=data, split=split, max_line_mb=max_line_mb),
                     out,
                     batches_under_way=2 * concurrency * len(server),
                     restart=restart,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import tee
 from typing import Any
 
 import numpy as np
 
-from polar_ft.data.score_rows import parse_score_rows
+from polar_ft.data.score_rows import parse_element
 from polar_ft.errors import PolarError
 from polar_ft.groups import TextGroup, merge_texts
 from polar_ft.template import EncodeError, PolarTemplate
@@ -45,37 +44,24 @@ class EncodedText(str):
         return type(self), (str(self), self.array)
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """An element of the data that has the right form.
-
-    Attributes:
-        number: Its index in the data.
-        text: The element, where it is a string.
-        group: Its texts, where it is a dict; of a string empty.
-    """
-
-    number: int
-    text: str | None
-    group: TextGroup
-
-
-def check(data: Iterable[Any]) -> Iterator[Checked]:
-    """Checks the elements of the data as they come.
+def parse_elements(data: Iterable[Any]) -> Iterator[str | TextGroup]:
+    """Checks the elements of the data as they are read.
 
     Args:
-        data: Dicts of prompt, reference, output and perhaps wrapper; strings that are an `EncodedText` or are
-            spelled like one; or both.
+        data: Dicts of prompt, reference, output and an optional wrapper; strings, which are an `EncodedText`
+            or are spelled like one; or both.
+
+    Yields:
+        For a dict its texts, a group of one candidate; a string as it is.
 
     Raises:
-        DataError: An element is neither; names it and the field.
+        DataError: An element is neither; names it by its index, and the field.
+
+    >>> list(parse_elements(["a<|reward|>b[UNUSED_TOKEN_130]"]))
+    ['a<|reward|>b[UNUSED_TOKEN_130]']
     """
-    elements, others = tee(data)
-    # A string keeps its place among the rows, so that an error names an element by its index.
-    nothing = {"prompt": "", "reference": "", "output": ""}
-    rows = parse_score_rows(nothing if isinstance(element, str) else element for element in elements)
-    for number, (row, element) in enumerate(zip(rows, others, strict=True)):
-        yield Checked(number, element if isinstance(element, str) else None, row)
+    for index, element in enumerate(data):
+        yield element if isinstance(element, str) else parse_element(index, element)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,46 +70,54 @@ class EncodedElement:
 
     Attributes:
         ids: From BOS to the reward token, int32 array [tokens].
-        spelled: The same as text, see `PolarTemplate.spell`.
+        spell: Gives the same as text; see `PolarTemplate.spell`.
         is_cut: Whether something was cut off.
     """
 
     ids: np.ndarray
-    spelled: Callable[[], str]
-    is_cut: bool = False
+    spell: Callable[[], str]
+    is_cut: bool
 
     @property
     def text(self) -> EncodedText:
         """The text with its ids."""
-        return EncodedText(self.spelled(), self.ids)
+        return EncodedText(self.spell(), self.ids)
 
 
-def encode(template: PolarTemplate, elements: Sequence[Checked]) -> list[EncodedElement]:
-    """Encodes what `check` gave, in the same order.
+def encode_elements(
+    template: PolarTemplate, elements: Sequence[str | TextGroup], first: int = 0
+) -> list[EncodedElement]:
+    """Encodes what `parse_elements` gave, in the same order.
+
+    Args:
+        template: The model's template.
+        elements: What to encode.
+        first: Index of the first of them in the data, for errors.
 
     Raises:
         PolarError: An element cannot be encoded; names it.
     """
     placed: dict[int, EncodedElement] = {}
-    dicts = [place for place, element in enumerate(elements) if element.text is None]
-    merged = merge_texts([elements[place].group for place in dicts])
+    groups = {place: element for place, element in enumerate(elements) if isinstance(element, TextGroup)}
+    places = list(groups)
+    merged = merge_texts(list(groups.values()))
     try:
         encoded = template.encode([texts.group for texts in merged])
     except EncodeError as error:
-        first, _ = merged[error.index].members[0]
-        raise PolarError(f"data[{elements[dicts[first]].number}]: {error}") from None
+        number, _ = merged[error.index].members[0]
+        raise PolarError(f"data[{first + places[number]}]: {error}") from None
     for texts, group in zip(merged, encoded, strict=True):
         sequences, cut = group.sequences, group.cut
         for number, (candidate,) in texts.members:
-            placed[dicts[number]] = EncodedElement(
-                sequences[candidate],
-                partial(template.spell, texts.group, group, candidate),
+            placed[places[number]] = EncodedElement(
+                ids=sequences[candidate],
+                spell=partial(template.spell, texts.group, group, candidate),
                 is_cut=bool(cut.prompt or cut.reference or cut.candidates[candidate]),
             )
     for place, element in enumerate(elements):
-        if element.text is not None:
-            ids = _ids_of_text(template, element.text, element.number)
-            placed[place] = EncodedElement(ids, partial(str, element.text))
+        if isinstance(element, str):
+            ids = _ids_of_text(template, element, first + place)
+            placed[place] = EncodedElement(ids, partial(str, element), is_cut=False)
     return [placed[place] for place in range(len(elements))]
 
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from polar_ft.data.reading import DataSource, RowProblem, read_rows
+from polar_ft.data.reading import DataSource, RowProblem
 from polar_ft.data.records import Example, parse_row
 from polar_ft.errors import DataError, PolarError
 from polar_ft.groups import TokenGroup
@@ -65,10 +65,9 @@ def read_example(source: DataSource, index: int) -> Example:
     """
     if index < 0:
         raise PolarError(f"--index {index}: rows are counted from 0")
-    rows = read_rows(source.path, source.split, max_line_mb=source.max_line_mb)
-    found = next(islice(rows, index, None), None)
+    found = next(islice(source.rows(), index, None), None)
     if found is None:
-        count = sum(1 for _ in read_rows(source.path, source.split, max_line_mb=source.max_line_mb))
+        count = sum(1 for _ in source.rows())
         raise PolarError(f"{source.path}: has no row {index}; its {count:,} rows are 0 to {count - 1:,}")
     place, row = found
     if isinstance(row, RowProblem):

@@ -88,6 +88,10 @@ class DataSource(BaseModel):
     subset: str | None = None
     max_line_mb: float = Field(default=MAX_LINE_MB, gt=0)
 
+    def rows(self, on_bytes: OnBytes | None = None) -> Iterator[Row]:
+        """All rows, without regard to ``max_samples``; see `read_rows`."""
+        return read_rows(self.path, self.split, max_line_mb=self.max_line_mb, on_bytes=on_bytes)
+
 
 Sources = str | os.PathLike[str] | Mapping[str, Any] | DataSource | Sequence[Any]
 
@@ -247,8 +251,7 @@ def _read_examples(
     problems: list[RowProblem] = []
     report = problems.append if on_problem == "raise" else on_problem
     for source in sources:
-        rows = read_rows(source.path, source.split, max_line_mb=source.max_line_mb, on_bytes=on_bytes)
-        for count, (place, row) in enumerate(rows):
+        for count, (place, row) in enumerate(source.rows(on_bytes)):
             if count == source.max_samples:
                 break
             if isinstance(row, RowProblem):

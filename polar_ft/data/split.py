@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from polar_ft.data.reading import DataSource, OnBytes, RowProblem, raise_problems, read_rows
+from polar_ft.data.reading import DataSource, OnBytes, RowProblem, raise_problems
 from polar_ft.data.records import RowError, parse_row
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError
@@ -84,9 +84,7 @@ def split_by_prompt(
         train_rows = stack.enter_context(open_rows(train_path))
         held_out_rows = stack.enter_context(open_rows(held_out_path))
         for source in sources:
-            for place, row in read_rows(
-                source.path, source.split, max_line_mb=source.max_line_mb, on_bytes=on_bytes
-            ):
+            for place, row in source.rows(on_bytes):
                 if isinstance(row, RowProblem):
                     problems.append(row)
                     continue

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from polar_ft.data.reading import RowProblem, expand, raise_problems, read_rows
 from polar_ft.data.records import RowError, parse_row
-from polar_ft.data.score_rows import parse_score_rows
-from polar_ft.errors import DataError, PolarError
+from polar_ft.data.score_rows import parse_score_row
+from polar_ft.errors import PolarError
 from polar_ft.groups import TextGroup, Wrapper
 from polar_ft.options import (
     BATCH_TOKENS,
@@ -144,11 +144,7 @@ def _joined(rows: Sequence[TextGroup]) -> TextGroup:
 
 def _rollout(row: Mapping[str, Any]) -> TextGroup:
     names = ("prompt", "reference", "output", "wrapper")
-    try:
-        return next(parse_score_rows([{name: row[name] for name in names if row.get(name) is not None}]))
-    except DataError as error:
-        name, _, reason = str(error).removeprefix("data[0].").partition(": ")
-        raise RowError(name, reason) from None
+    return parse_score_row({name: row[name] for name in names if row.get(name) is not None})
 
 
 def calibrate(

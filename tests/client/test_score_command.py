@@ -19,7 +19,8 @@ import pytest
 from polar_ft.client.bulk import scoring
 from polar_ft.client.bulk.journal import open_journal
 from polar_ft.client.bulk.rows import parse_row_to_score
-from polar_ft.client.bulk.scoring import DataSet, score_data_set
+from polar_ft.client.bulk.scoring import score_data_set
+from polar_ft.data.reading import DataSource
 from polar_ft.data.records import RowError
 from polar_ft.errors import DataError, PolarError
 from polar_ft.template import PolarTemplate
@@ -85,7 +86,9 @@ def score(connect: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
 
     def run(data: Path, *servers: FakeServer, out: str = "out.jsonl", **settings: Any) -> scoring.Result:
         client = connect(*servers, tokens_per_request=400, concurrency=2)
-        return score_data_set(client, DataSet(str(data)), tmp_path / out, batches_under_way=4, **settings)
+        return score_data_set(
+            client, DataSource(path=str(data)), tmp_path / out, batches_under_way=4, **settings
+        )
 
     return run
 
@@ -209,10 +212,32 @@ def test_data_that_changes_meanwhile(score, serve, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_row_that_becomes_bad_is_named_and_so_is_the_change(score, serve, tmp_path):
+    data = write(tmp_path / "in.jsonl", make_rows(30))
+
+    def change(phase: str, done: int, total: int | None) -> None:
+        if phase == "scoring":
+            data.write_text(data.read_text(encoding="utf-8").replace('"candidates"', '"candidate"'))
+
+    with pytest.raises(PolarError, match=r"in\.jsonl:2: has nothing to score.*; the data changed during"):
+        score(data, serve("sglang"), show=change)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_checking_ends_after_many_bad_lines(score, serve, tmp_path, monkeypatch):
+    """Also where the lines are not JSON at all."""
+    monkeypatch.setattr(scoring, "MOST_PROBLEMS", 3)
+    data = tmp_path / "in.jsonl"
+    data.write_text("not JSON\n" * 10)
+    with pytest.raises(DataError) as caught:
+        score(data, serve())
+    assert len(caught.value.problems) == 3
+
+
 def test_row_that_does_not_fit_is_named(connect, serve, tmp_path):
     rows = [{"prompt": "p", "reference": "r" * n, "output": "o"} for n in (1, 99)]
     client = connect(serve(), max_length=132, max_response_length=64)
-    data = DataSet(str(write(tmp_path / "in.jsonl", rows)))
+    data = DataSource(path=str(write(tmp_path / "in.jsonl", rows)))
     with pytest.raises(PolarError, match=r"in.jsonl:2: a reference of 64 tokens"):
         score_data_set(client, data, tmp_path / "out.jsonl", batches_under_way=4)
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from polar_ft.data.records import RankedRow, RowError, parse_row
-from polar_ft.data.score_rows import parse_score_rows
-from polar_ft.errors import DataError
+from polar_ft.data.score_rows import parse_score_row
 from polar_ft.groups import TextGroup
 
 
@@ -90,17 +89,16 @@ def with_rewards(row: Mapping[str, Any], asked: RowToScore, rewards: Sequence[fl
 
 def _group(row: Mapping[str, Any], candidates: Sequence[Any], name: str) -> TextGroup:
     shared = {key: row[key] for key in ("prompt", "reference", "wrapper") if row.get(key) is not None}
-    try:
-        parsed = list(parse_score_rows({**shared, "output": candidate} for candidate in candidates))
-    except DataError as error:
-        # "data[2].output[0].role: …" is "candidates[2][0].role: …" in the terms of the row.
-        where, _, reason = str(error).partition(": ")
-        number, _, field = where.removeprefix("data[").partition("].")
-        if field.startswith("output"):
-            own = name if name == "output" else f"{name}[{number}]"
-            field = own + field.removeprefix("output")
-        raise RowError(field, reason) from None
-    return replace(parsed[0], candidates=tuple(text for one in parsed for text in one.candidates))
+    groups = []
+    for number, candidate in enumerate(candidates):
+        try:
+            groups.append(parse_score_row({**shared, "output": candidate}))
+        except RowError as error:
+            field = error.field
+            if name != "output" and field.startswith("output"):  # the name that the row has for it
+                field = f"{name}[{number}]{field.removeprefix('output')}"
+            raise RowError(field, error.reason) from None
+    return replace(groups[0], candidates=tuple(group.candidates[0] for group in groups))
 
 
 def _preference_row(row: Mapping[str, Any]) -> RowToScore:

@@ -1,58 +1,43 @@
-"""Scores a data set of any size: rows stream through the servers, their number does not matter to memory.
+"""Scores a data set of any size; memory does not grow with the number of rows.
 
-Three passes over the data: every row is checked before the first is scored; rows are scored, their rewards go
-into a journal as they come; the output is put together in the order of the data and appears at the end.
+Three passes over the data: first every row is checked; then rows are scored, and their rewards go into a
+journal as they arrive; last the output is written in the order of the data, and appears when it is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from polar_ft.client.bulk.journal import RewardJournal, another_run, open_journal, remove
 from polar_ft.client.bulk.rows import RowToScore, parse_row_to_score, with_rewards
 from polar_ft.client.client import RewardModelClient
 from polar_ft.client.contact import check_same_model
 from polar_ft.client.errors import RewardServerError
-from polar_ft.data.reading import MAX_LINE_MB, RowProblem, raise_problems, read_rows
+from polar_ft.data.reading import DataSource, RowProblem, raise_problems
 from polar_ft.data.records import RowError
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError
 from polar_ft.groups import TokenGroup
 from polar_ft.template import EncodeError, PolarTemplate
 
-# Rows that go to the client together: about a request's worth, for a time left that can be believed.
+# Rows that go to the client together: about one request, so that the estimate of the time left is stable.
 BATCH_CHARS = 100_000
 BATCH_ROWS = 64
 
-_CHANGED = "the data changed during the run; give --restart to score it again"
-
-# With so many bad rows the others are not read any more.
+# After so many bad rows the rest of the data is not read.
 MOST_PROBLEMS = 1000
 
+# Called with the progress: phase, characters done, characters in all (None where not known).
+Show = Callable[[str, int, int | None], None]
 
-@dataclass(frozen=True)
-class DataSet:
-    """What is scored.
-
-    Attributes:
-        path: File, folder or HuggingFace data set, as `polar_ft.data.reading.read_rows` takes it.
-        split: Which split of a HuggingFace data set.
-        max_line_mb: Longest line of JSON, in 2**20 bytes.
-    """
-
-    path: str
-    split: str = "train"
-    max_line_mb: float = MAX_LINE_MB
-
-    def rows(self) -> Iterator[tuple[str, dict[str, Any] | RowProblem]]:
-        """The rows with their places ("file:line")."""
-        return read_rows(self.path, self.split, max_line_mb=self.max_line_mb)
+# Rewards of each row of a batch, [rows][candidates].
+Rewards = list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -85,21 +70,15 @@ class Result:
     n_cut: int
 
 
-class Show(Protocol):
-    """Called with the progress of a run, in characters."""
-
-    def __call__(self, phase: str, done: int, total: int | None) -> None: ...
-
-
 def score_data_set(
     client: RewardModelClient,
-    data: DataSet,
+    data: DataSource,
     out: Path,
     *,
     batches_under_way: int,
     restart: bool = False,
     scaled: bool = False,
-    show: Show = lambda phase, done, total: None,
+    show: Show = lambda *_: None,
 ) -> Result:
     """Scores every row and writes it with its rewards.
 
@@ -118,7 +97,7 @@ def score_data_set(
         DataError: Rows cannot be used; nothing was scored.
         PolarError: A row does not fit the model's limits, a server failed, or a file cannot be written.
     """
-    contents = check(data, show)
+    contents = check_rows(data, show)
     known = next(profile.probe_scores for profile in client.servers() if profile is not None)
     header = {
         "version": 1,
@@ -152,8 +131,8 @@ def _check_model(journal: RewardJournal, scores: Sequence[float]) -> None:
             raise another_run(journal.path, "model (it scores the known inputs otherwise)") from None
 
 
-def check(data: DataSet, show: Show) -> Contents:
-    """Checks every row, so that none is found bad after hours.
+def check_rows(data: DataSource, show: Show) -> Contents:
+    """Checks every row, so that a long run does not fail at a bad row near its end.
 
     Raises:
         DataError: Rows cannot be used; the message names the first of them.
@@ -165,19 +144,34 @@ def check(data: DataSet, show: Show) -> Contents:
         try:
             if isinstance(row, RowProblem):
                 problems.append(row)
-                continue
-            asked = parse_row_to_score(row)
+            else:
+                asked = parse_row_to_score(row)
+                _update(digest, asked)
+                n_rows += 1
+                n_chars += asked.chars
+                show("checking", n_chars, None)
         except RowError as error:
             problems.append(RowProblem.at(place, error))
-            if len(problems) >= MOST_PROBLEMS:
-                break
-            continue
-        _update(digest, asked)
-        n_rows += 1
-        n_chars += asked.chars
-        show("checking", n_chars, None)
+        if len(problems) >= MOST_PROBLEMS:
+            break
     raise_problems(problems)
     return Contents(n_rows, n_chars, digest.hexdigest())
+
+
+def _rows_again(data: DataSource) -> Iterator[tuple[str, dict[str, Any], RowToScore]]:
+    """The rows, all of which were good when they were checked, with their places."""
+    for place, row in data.rows():
+        if isinstance(row, RowProblem):
+            raise _changed(str(row))
+        try:
+            asked = parse_row_to_score(row)
+        except RowError as error:
+            raise _changed(f"{place}: {error}") from None
+        yield place, row, asked
+
+
+def _changed(where: str) -> PolarError:
+    return PolarError(f"{where}; the data changed during the run: give --restart to score it again")
 
 
 @dataclass
@@ -196,26 +190,28 @@ class _Batch:
     def is_full(self) -> bool:
         return self.chars >= BATCH_CHARS or len(self.rows) >= BATCH_ROWS
 
+    def note(self, rewards: Rewards, journal: RewardJournal) -> None:
+        numbers = [number for number, _, _ in self.rows]
+        journal.add(list(zip(numbers, rewards, strict=True)), self.n_cut)
+
 
 def _score_missing(
     client: RewardModelClient,
-    data: DataSet,
+    data: DataSource,
     journal: RewardJournal,
     contents: Contents,
     batches_under_way: int,
     show: Show,
 ) -> None:
-    """Scores the rows that are not in the journal yet; keeps what came, however it ends."""
-    under_way: dict[Future[list[list[float]]], _Batch] = {}
+    """Scores the rows that the journal lacks; keeps the rewards that arrived, also where it fails."""
+    under_way: dict[Future[Rewards], _Batch] = {}
     done = 0
 
-    def keep(futures: set[Future[list[list[float]]]]) -> None:
+    def keep_first() -> None:
         nonlocal done
-        for future in futures:
+        for future in wait(under_way, return_when=FIRST_COMPLETED).done:
             batch = under_way.pop(future)
-            rewards = future.result()
-            numbers = [number for number, _, _ in batch.rows]
-            journal.add(list(zip(numbers, rewards, strict=True)), batch.n_cut)
+            batch.note(future.result(), journal)
             done += batch.chars
         show("scoring", done, contents.n_chars)
 
@@ -227,21 +223,18 @@ def _score_missing(
             encoded = _encode(client.template, batch)
             under_way[client.submit_encoded(encoded)] = batch
             if len(under_way) >= batches_under_way:
-                keep(wait(under_way, return_when=FIRST_COMPLETED).done)
+                keep_first()
         while under_way:
-            keep(wait(under_way, return_when=FIRST_COMPLETED).done)
+            keep_first()
     except BaseException:
-        _keep_what_came(under_way, journal)
+        _keep_finished(under_way, journal)
         raise
 
 
-def _batches(data: DataSet, journal: RewardJournal) -> Iterator[_Batch | int]:
-    """Batches of the rows that are not done, and the characters of those that are."""
+def _batches(data: DataSource, journal: RewardJournal) -> Iterator[_Batch | int]:
+    """Batches of the rows that the journal lacks, and the characters of each row that it has."""
     batch = _Batch()
-    for number, (place, row) in enumerate(data.rows()):
-        if isinstance(row, RowProblem):  # it was not there when the rows were checked
-            raise PolarError(f"{row}; {_CHANGED}")
-        asked = parse_row_to_score(row)
+    for number, (place, _, asked) in enumerate(_rows_again(data)):
         if number in journal.done:
             yield asked.chars
             continue
@@ -263,31 +256,28 @@ def _encode(template: PolarTemplate, batch: _Batch) -> list[TokenGroup]:
     return encoded
 
 
-def _keep_what_came(under_way: Mapping[Future[list[list[float]]], _Batch], journal: RewardJournal) -> None:
+def _keep_finished(under_way: Mapping[Future[Rewards], _Batch], journal: RewardJournal) -> None:
+    """Notes the batches that are finished and stops the others."""
     for future, batch in under_way.items():
         if not future.cancel() and future.done() and not future.cancelled() and future.exception() is None:
-            numbers = [number for number, _, _ in batch.rows]
-            journal.add(list(zip(numbers, future.result(), strict=True)), batch.n_cut)
+            batch.note(future.result(), journal)
 
 
-def _write(data: DataSet, journal: RewardJournal, out: Path, contents: Contents, show: Show) -> None:
+def _write(data: DataSource, journal: RewardJournal, out: Path, contents: Contents, show: Show) -> None:
     digest = hashlib.blake2b(digest_size=16)
     done = 0
     with open_rows(out) as writer:
         in_order = journal.in_order()
-        for _, row in data.rows():
-            if isinstance(row, RowProblem):
-                raise PolarError(f"{row}; {_CHANGED}")
-            asked = parse_row_to_score(row)
+        for _, row, asked in _rows_again(data):
             rewards = next(in_order, None)
             if rewards is None or len(rewards) != len(asked.group.candidates):
-                raise PolarError(f"{data.path}: {_CHANGED}")
+                raise _changed(data.path)
             _update(digest, asked)
             writer.write(with_rewards(row, asked, rewards))
             done += asked.chars
             show("writing", done, contents.n_chars)
         if digest.hexdigest() != contents.digest:
-            raise PolarError(f"{data.path}: {_CHANGED}")
+            raise _changed(data.path)
 
 
 def _update(digest: Any, asked: RowToScore) -> None:
