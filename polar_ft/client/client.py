@@ -267,9 +267,11 @@ class RewardModelClient:
                 inputs = [element.ids for element in encoded]
                 under_way.append(background.start(self._score(inputs, server_type, settings)))
                 if len(under_way) > 2:  # the next window is encoded while these are scored
-                    rewards += background.wait_for(under_way.popleft())
+                    scored = background.wait_for(under_way.popleft())
+                    rewards += scored
             while under_way:
-                rewards += background.wait_for(under_way.popleft())
+                scored = background.wait_for(under_way.popleft())
+                rewards += scored
         finally:
             for future in under_way:
                 future.cancel()
