@@ -7,7 +7,6 @@ held in memory. Processes of one machine that start together wait for one of the
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import os
@@ -16,13 +15,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from filelock import FileLock
 from pydantic import BaseModel
 from rich.console import Console
@@ -35,6 +33,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from polar_ft.data.group_file import GroupReader, GroupWriter, StoredGroup
 from polar_ft.data.reading import DataSource, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
@@ -44,25 +43,12 @@ from polar_ft.template import EncodeError, PolarTemplate
 FORMAT = 2  # raise when the layout or meaning of the cache changes
 BATCH = 512
 
-# Groups as they were tokenized; and, of prompts and references that several batches hold, the merged groups.
-_ROWS, _MERGED = "groups.arrow", "merged.arrow"
-
-SCHEMA = pa.schema(
-    [
-        ("key", pa.binary(16)),
-        ("ids", pa.list_(pa.int32())),  # the prefix, then every branch
-        ("prefix", pa.int32()),  # tokens of the prefix
-        ("branches", pa.list_(pa.int32())),  # tokens of each branch
-        ("pairs", pa.list_(pa.int32())),  # chosen, rejected, chosen, rejected, …
-        ("margins", pa.list_(pa.float32())),
-        ("weights", pa.list_(pa.float32())),
-        ("source", pa.string()),
-    ]
-)
+# The groups of each batch of rows; and the merged groups of prompts and references that several batches hold.
+_GROUPS, _MERGED = "groups.arrow", "merged.arrow"
 
 
 class TokenizationSummary(BaseModel):
-    """What became of the rows; every number is of the whole data.
+    """What became of the rows; every number is over all data.
 
     Attributes:
         rows: Rows read.
@@ -136,7 +122,7 @@ class TokenizedGroups:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.summary = TokenizationSummary.model_validate_json((folder / "summary.json").read_text())
-        self._reader = _RowReader(folder)
+        self._reader = _open(folder)
         with np.load(folder / "sizes.npz") as sizes:
             self._rows = sizes["rows"]
             self.pairs = sizes["pairs"]
@@ -153,7 +139,7 @@ class TokenizedGroups:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._reader = _RowReader(self.folder)
+        self._reader = _open(self.folder)
 
     def group(self, index: int) -> TokenGroup:
         """The group of that index."""
@@ -162,6 +148,10 @@ class TokenizedGroups:
     def source(self, index: int) -> str:
         """File and line of the first row of the group."""
         return self._reader.source(int(self._rows[index]))
+
+
+def _open(folder: Path) -> GroupReader:
+    return GroupReader([folder / _GROUPS, folder / _MERGED])
 
 
 def tokenize(
@@ -224,7 +214,7 @@ def _write_cache(
     summary = TokenizationSummary()
     rows_of: dict[bytes, list[int]] = {}  # in the order of first appearance
     sizes: list[list[float]] = []
-    with _ArrowWriter(partial / _ROWS) as writer:
+    with GroupWriter(partial / _GROUPS) as writer:
         for rows in _tokenize_batches(read_examples(sources), template, dropout, seed, summary):
             for row in rows:
                 rows_of.setdefault(row.key, []).append(len(sizes))
@@ -250,7 +240,7 @@ def _tokenize_batches(
     dropout: float,
     seed: int,
     summary: TokenizationSummary,
-) -> Iterator[list[_Row]]:
+) -> Iterator[list[StoredGroup]]:
     """Rows of the cache, a batch at a time. While batches are encoded, the next one is read."""
 
     def encode(batch: list[Example]) -> list[tuple[MergedTexts, TokenGroup]]:
@@ -302,18 +292,9 @@ def _drop_reference(example: Example, dropout: float, seed: int, summary: Tokeni
     return replace(example, references=("",))
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row of the cache: a group, and where its texts are from."""
-
-    key: bytes
-    group: TokenGroup
-    source: str
-
-
 def _to_row(
     batch: Sequence[Example], texts: MergedTexts, encoded: TokenGroup, summary: TokenizationSummary
-) -> _Row | None:
+) -> StoredGroup | None:
     """Makes the row of a group from the pairs that teach something, and counts; None where there is none."""
     cut = encoded.cut
     source_of_pair: list[str] = []
@@ -331,37 +312,40 @@ def _to_row(
     if not len(different):
         return None
     key = hashlib.blake2b("\0".join(texts.group.key).encode(), digest_size=16).digest()
-    return _Row(key, select_pairs(merged, different), source_of_pair[different[0]])
+    return StoredGroup(key, select_pairs(merged, different), source_of_pair[different[0]])
 
 
 def _merge_repeated(folder: Path, rows_of: dict[bytes, list[int]], sizes: list[list[float]]) -> np.ndarray:
-    """Merges groups whose prompt and reference came in several batches, into a second file.
+    """Merges groups whose prompt and reference occur in several batches, into a second file.
 
-    Their rows in the first file are not used any more; all others stay where they were written.
+    Their rows in the first file are not used any more; all other rows stay where they are.
 
     Args:
-        folder: Of the cache.
+        folder: Folder of the cache.
         rows_of: Rows of each key.
-        sizes: Of each row; those of the merged groups are appended.
+        sizes: Sizes of each row; those of the merged groups are appended.
 
     Returns:
         The row of each group, [groups] int64; the rows of the second file follow those of the first.
     """
-    rows = _RowReader(folder)
+    reader = GroupReader([folder / _GROUPS])
     order = []
-    with _ArrowWriter(folder / _MERGED) as writer:
-        batch = []
-        for key, members in rows_of.items():
-            if len(members) == 1:
-                order.append(members[0])
+    with GroupWriter(folder / _MERGED) as writer:
+        batch: list[StoredGroup] = []
+        rows_in_batch = 0
+        for key, rows in rows_of.items():
+            if len(rows) == 1:
+                order.append(rows[0])
                 continue
-            group = merge_token_groups([rows.group(row) for row in members])
+            group = merge_token_groups([reader.group(row) for row in rows])
             order.append(len(sizes))
             sizes.append(_sizes(group))
-            batch.append(_Row(key, group, rows.source(members[0])))
-            if len(batch) == BATCH:
+            batch.append(StoredGroup(key, group, reader.source(rows[0])))
+            # Bounded by the rows that were merged, so that a batch takes about as much memory as one of rows.
+            rows_in_batch += len(rows)
+            if rows_in_batch >= BATCH:
                 writer.write(batch)
-                batch = []
+                batch, rows_in_batch = [], 0
         writer.write(batch)
     return np.array(order, dtype=np.int64)
 
@@ -379,99 +363,3 @@ def _sizes(group: TokenGroup) -> list[float]:
         group.attended("tree"),
         group.attended("flat"),
     ]
-
-
-class _ArrowWriter:
-    def __init__(self, path: Path) -> None:
-        self.sink = pa.OSFile(str(path), "wb")
-        self.writer = pa.ipc.new_file(self.sink, SCHEMA)
-
-    def __enter__(self) -> _ArrowWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
-        self.sink.close()
-
-    def write(self, rows: Sequence[_Row]) -> None:
-        if not rows:
-            return
-        groups = [row.group for row in rows]
-        values: dict[str, list[Any]] = {
-            "key": [row.key for row in rows],
-            "ids": [np.concatenate([group.prefix, *group.branches]) for group in groups],
-            "prefix": [len(group.prefix) for group in groups],
-            "branches": [[len(branch) for branch in group.branches] for group in groups],
-            "pairs": [group.pairs.reshape(-1) for group in groups],
-            "margins": [group.margins for group in groups],
-            "weights": [group.weights for group in groups],
-            "source": [row.source for row in rows],
-        }
-        columns = [_column(values[field.name], field.type) for field in SCHEMA]
-        self.writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-
-
-def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
-    if not pa.types.is_list(kind):
-        return pa.array(values, type=kind)
-    # Much faster than to let Arrow look at every element.
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
-    dtype = kind.value_type.to_pandas_dtype()
-    if isinstance(values[0], np.ndarray):
-        flat = np.concatenate(values).astype(dtype, copy=False)
-    else:
-        flat = np.fromiter(chain.from_iterable(values), dtype, count=int(offsets[-1]))
-    return pa.ListArray.from_arrays(offsets, pa.array(flat))
-
-
-class _RowReader:
-    """Rows of a cache by number: those of the first file, then those of the second, if it is there."""
-
-    def __init__(self, folder: Path) -> None:
-        files = [
-            pa.ipc.open_file(pa.memory_map(str(folder / name)))
-            for name in (_ROWS, _MERGED)
-            if (folder / name).is_file()
-        ]
-        self.batches = [_Batch(file.get_batch(i)) for file in files for i in range(file.num_record_batches)]
-        self.starts = np.concatenate([[0], np.cumsum([len(b.prefix) for b in self.batches])]).tolist()
-
-    def _locate(self, row: int) -> tuple[_Batch, int]:
-        number = bisect.bisect_right(self.starts, row) - 1
-        return self.batches[number], row - self.starts[number]
-
-    def group(self, row: int) -> TokenGroup:
-        batch, index = self._locate(row)
-        return batch.group(index)
-
-    def source(self, row: int) -> str:
-        batch, index = self._locate(row)
-        return batch.source[index].as_py()
-
-
-class _Batch:
-    """A record batch as arrays that look into the mapped file; a row is copied when asked for."""
-
-    def __init__(self, batch: pa.RecordBatch) -> None:
-        self.prefix = batch.column("prefix").to_numpy()
-        self.source = batch.column("source")
-        self.lists = {
-            name: (batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy())
-            for name in ("ids", "branches", "pairs", "margins", "weights")
-        }
-
-    def _values(self, name: str, row: int) -> np.ndarray:
-        offsets, values = self.lists[name]
-        return values[offsets[row] : offsets[row + 1]]
-
-    def group(self, row: int) -> TokenGroup:
-        prefix = int(self.prefix[row])
-        ids = self._values("ids", row)
-        return TokenGroup(
-            prefix=ids[:prefix],
-            branches=np.split(ids[prefix:], np.cumsum(self._values("branches", row))[:-1]),
-            pairs=self._values("pairs", row).reshape(-1, 2).astype(np.int64),
-            margins=self._values("margins", row),
-            weights=self._values("weights", row),
-        )

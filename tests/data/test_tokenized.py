@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")  # the groups are laid out for training
-
 from polar_ft.data import tokenized
+from polar_ft.data.group_file import GroupReader
 from polar_ft.data.reading import as_sources
 from polar_ft.data.tokenized import TokenizedGroups, tokenize
 from polar_ft.errors import DataError, PolarError
@@ -245,6 +244,81 @@ def test_many_batches(template, cache, write_rows, monkeypatch):
     for index in (0, 7, 14):
         expected = ids_of(encode(template, str(index), "4", ["four", str(2 * index), str(2 * index + 1)]))
         assert sequences(groups.group(index)) == expected
+
+
+def test_only_groups_of_several_batches_are_merged(template, cache, write_rows, monkeypatch):
+    """Batches of two rows: "again" comes in the first and the third, the others in one each."""
+    monkeypatch.setattr(tokenized, "BATCH", 2)
+    prompts = ["again", "once", "twice", "twice", "again", "last"]
+    rows = [pair(prompt=prompt, rejected=str(number)) for number, prompt in enumerate(prompts)]
+    groups = tokenize(as_sources(write_rows("rows.jsonl", rows)), template, cache)
+    # Rows of the two files: as they were tokenized, and the merged ones.
+    tokenized_rows = GroupReader([groups.folder / "groups.arrow"])
+    merged_rows = GroupReader([groups.folder / "merged.arrow"])
+    assert [tokenized_rows.source(number)[-1] for number in range(5)] == ["1", "2", "3", "5", "6"]
+    assert merged_rows.source(0).endswith("rows.jsonl:1")
+    with pytest.raises(IndexError):
+        merged_rows.source(1)
+    # The order of groups is that of their first rows.
+    expected = {"again": ["four", "0", "4"], "once": ["four", "1"], "twice": ["four", "2", "3"]}
+    expected["last"] = ["four", "5"]
+    assert all_sequences(groups) == [
+        ids_of(encode(template, prompt, "4", candidates)) for prompt, candidates in expected.items()
+    ]
+    assert [groups.source(index)[-1] for index in range(4)] == ["1", "2", "3", "6"]
+    assert groups.group(0).pairs.tolist() == [[0, 1], [0, 2]]
+    assert groups.pairs.tolist() == [2, 1, 2, 1]
+    for index in range(4):
+        group = groups.group(index)
+        assert groups.tokens["tree"][index] == group.tree_tokens()
+        assert groups.attended["tree"][index] == group.attended("tree")
+    assert groups.summary.pairs == 6
+
+
+def test_the_cache_does_not_depend_on_the_batches(template, tmp_path, write_rows, monkeypatch):
+    rows = [pair(prompt=str(number % 7), rejected=str(number % 5), weight=number + 1) for number in range(40)]
+    sources = as_sources(write_rows("rows.jsonl", rows))
+
+    def pairs_by_group(batch: int) -> list[list[tuple[list[int], list[int], float]]]:
+        monkeypatch.setattr(tokenized, "BATCH", batch)
+        groups = tokenize(sources, template, tmp_path / str(batch))
+        loaded = [groups.group(index) for index in range(len(groups))]
+        return [
+            [
+                (found[chosen], found[rejected], weight)
+                for (chosen, rejected), weight in zip(group.pairs, group.weights.tolist(), strict=True)
+            ]
+            for group in loaded
+            for found in [sequences(group)]
+        ]
+
+    together = pairs_by_group(100)
+    assert len(together) == 7
+    for batch in (1, 3, 8):
+        assert pairs_by_group(batch) == together
+
+
+def test_an_error_of_a_later_batch_is_named_by_its_line(tokenizer_folder, cache, write_rows, monkeypatch):
+    """Rows 1 and 3 are one group, so that the failing group's number is not its row's."""
+    monkeypatch.setattr(tokenized, "BATCH", 4)
+    template = PolarTemplate.from_pretrained(tokenizer_folder, max_length=40, max_response_length=18)
+    rows = [pair(prompt=str(number)) for number in range(4)]
+    rows += [pair(), pair(prompt="b"), pair(chosen="4"), pair(reference="0123456789 " * 9)]
+    file = write_rows("rows.jsonl", rows)
+    with pytest.raises(PolarError, match=r"rows\.jsonl:8: a reference of 18 tokens leaves the prompt"):
+        tokenize(as_sources(file), template, cache)
+
+
+def test_identical_pairs_of_a_ranked_row_go_and_the_others_stay(tokenizer_folder, cache, write_rows):
+    """The best becomes the reference; the next two are the same once they are cut, the last one is not."""
+    template = PolarTemplate.from_pretrained(tokenizer_folder, max_length=64, max_response_length=6)
+    texts = [("best", 4), ("0123456789 yes", 3), ("0123456789 no", 2), ("x", 1)]
+    row = ranked(responses=[{"content": text, "score": score} for text, score in texts])
+    groups = tokenize(as_sources(write_rows("rows.jsonl", [row])), template, cache)
+    assert (groups.summary.identical_pairs, groups.summary.pairs) == (1, 1)
+    group = groups.group(0)
+    assert sequences(group) == ids_of(encode(template, row["prompt"], "best", ["0123456789", "x"]))
+    assert group.pairs.tolist() == [[0, 1]]
 
 
 def test_groups_go_to_workers_of_a_data_loader(template, cache, write_rows):
