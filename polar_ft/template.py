@@ -233,12 +233,14 @@ class PolarTemplate:
         cut = {i: fit for i, fit in fitted.items() if isinstance(fit, _Fitted) and fit.cut}
         for i, again in zip(cut, self._join([fit.group for fit in cut.values()]), strict=True):
             joined[i] = again
-        return [
-            fit
-            if isinstance(fit := fitted.get(i), EncodeError)
-            else self._token_group(i, group, row, fit, measure)
-            for i, (group, row) in enumerate(zip(groups, joined, strict=True))
-        ]
+        encoded: list[TokenGroup | EncodeError] = []
+        for i, (group, row) in enumerate(zip(groups, joined, strict=True)):
+            fit = fitted.get(i)
+            if isinstance(fit, EncodeError):
+                encoded.append(fit)
+            else:
+                encoded.append(self._token_group(i, group, row, fit, measure))
+        return encoded
 
     def kept(self, group: TextGroup) -> TextGroup:
         """What is left of the texts after cutting: an end of the prompt, beginnings of the other fields.

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from xtuner.dataset.preference_dataset import tokenize_ref
+from xtuner.utils.rm_utils import RewardModelClient as PublishedClient
 
 from polar_ft.errors import PolarError
 from polar_ft.groups import TextGroup, common_prefix_length
-from polar_ft.template import PolarTemplate
+from polar_ft.template import EncodeError, PolarTemplate
 from tests.encoding import encode, ids_of
 from tests.shared_data import shared_file
 from tests.tokenizers_zoo import KINDS, save, train
@@ -228,6 +229,73 @@ def test_a_reference_that_leaves_no_room_is_named(byte_level):
     template = PolarTemplate.from_pretrained(byte_level, max_length=90, max_response_length=42)
     with pytest.raises(PolarError, match=r"leaves the prompt a budget.*raise max_length to at least"):
         encode(template, "a prompt", "a long reference " * 20, ["x"])
+
+
+def test_the_group_that_cannot_be_encoded_is_named_by_its_index(byte_level):
+    template = PolarTemplate.from_pretrained(byte_level, max_length=90, max_response_length=42)
+    good = TextGroup("a prompt", ("short",), ("x",))
+    cut = TextGroup("a prompt " * 20, ("short",), ("a long candidate " * 20,))
+    bad = TextGroup("a prompt", ("a long reference " * 20,), ("x",))
+    groups = [good, cut, bad, good, bad]
+    with pytest.raises(EncodeError, match="leaves the prompt a budget") as caught:
+        template.encode(groups)
+    assert caught.value.index == 2
+
+    each = template.encode_each(groups)
+    assert [error.index for error in each if isinstance(error, EncodeError)] == [2, 4]
+    expected = template.encode([good, cut])
+    for place, alone in ((0, expected[0]), (1, expected[1]), (3, expected[0])):
+        assert ids_of(each[place]) == ids_of(alone)
+        assert each[place].cut == alone.cut
+    with pytest.raises(EncodeError):
+        template.kept(bad)
+
+
+@pytest.mark.parametrize("max_response_length", [4096, 8], ids=["uncut", "responses cut"])
+def test_spelling_is_that_of_the_published_client(byte_level, max_response_length):
+    """Of texts that are not empty: there the published client compares a length with a string."""
+    published = object.__new__(PublishedClient)
+    published.tokenizer = AutoTokenizer.from_pretrained(byte_level)
+    published.max_length, published.max_response_length = 16384, max_response_length
+    published.response_cut_side = "right"
+    template = PolarTemplate.from_pretrained(byte_level, max_response_length=max_response_length)
+    rng = random.Random(3)
+    # It decodes what it has cut; a part of a character is not text, so here each has one byte.
+    texts = [text for text in (random_text(rng) for _ in range(1000)) if text.isascii() and text.strip()]
+    texts = [text for text in texts if survives(published.tokenizer, text)]
+    n_cut = 0
+    for number in range(200):
+        prompt, reference, *candidates = rng.sample(texts, 4)
+        group = TextGroup(prompt, (reference,), tuple(candidates), "pretrain" if number % 3 == 0 else "sft")
+        [encoded] = template.encode([group])
+        n_cut += bool(encoded.cut)
+        for place, candidate in enumerate(candidates):
+            expected = published._encode(prompt, reference, candidate, group.wrapper)
+            assert template.spell(group, encoded, place) == expected
+    assert n_cut == 0 if max_response_length == 4096 else n_cut > 100
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.text(st.sampled_from("ab \n.é中<|>"), max_size=60), min_size=3, max_size=5),
+    wrapper=st.sampled_from(["sft", "pretrain"]),
+    limit=st.sampled_from([6, 12, 1000]),
+)
+def test_spelling_is_what_was_kept_of_the_texts(byte_level, texts, wrapper, limit):
+    template = PolarTemplate.from_pretrained(byte_level, max_length=6 * limit, max_response_length=limit)
+    group = TextGroup(texts[0], (texts[1],), tuple(texts[2:]), wrapper)
+    [encoded] = template.encode([group])
+    kept = template.kept(group)
+
+    def joined(response: str) -> str:
+        line = "" if wrapper == "pretrain" or not response else "\n"
+        return f"{kept.prompt}{line}{response}"
+
+    for number, candidate in enumerate(kept.candidates):
+        expected = f"{joined(kept.reference)}<|reward|>{joined(candidate)}[UNUSED_TOKEN_130]"
+        assert template.spell(group, encoded, number) == expected
+    if not encoded.cut:
+        assert kept == group
 
 
 @pytest.mark.parametrize(
