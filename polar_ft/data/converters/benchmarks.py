@@ -1,4 +1,9 @@
-"""RewardBench (arXiv 2403.13787) and RewardBench 2 (arXiv 2506.01937), both without references."""
+"""Benchmarks without references: RewardBench, RewardBench 2, RM-Bench and JudgeBench.
+
+RewardBench (arXiv 2403.13787) and JudgeBench (arXiv 2410.12784) have pairs of answers; RewardBench 2
+(arXiv 2506.01937) has one or more correct answers and several wrong ones, RM-Bench (arXiv 2410.16184) three
+styles of a correct and of a wrong answer.
+"""
 
 from __future__ import annotations
 
@@ -116,3 +121,111 @@ def rewardbench_2(row: Mapping[str, Any], *, reference: Literal["best", "none"] 
     ]
     common = {"id": ranked.id, "subset": ranked.subset, "benchmark": "rewardbench-2", "prompt": ranked.prompt}
     return Converted([labelled_row(common, responses, reference) | ranked.rest()])
+
+
+# The order of the answers in the file.
+STYLES = ("concise", "detailed_plain", "detailed_markdown")
+
+
+class RMBenchRow(Layout):
+    """A row of THU-KEG/RM-Bench."""
+
+    LAYOUT = "rm-bench"
+    READ = "README of github.com/THU-KEG/RM-Bench, 2026-11-21"
+
+    id: int | str = described("a string")
+    prompt: str = described("a text")
+    chosen: list[str] = described(
+        "a list of three texts (concise, detailed, detailed with markdown)", min_length=3, max_length=3
+    )
+    rejected: list[str] = described(
+        "a list of three texts (concise, detailed, detailed with markdown)", min_length=3, max_length=3
+    )
+    domain: str = described("a string")
+
+
+def rm_bench(row: Mapping[str, Any], *, reference: Literal["best", "none"] = "none") -> Converted:
+    """A ranked row of RM-Bench: correct answers have score 1, wrong ones 0, each with its ``style``.
+
+    The domain is the subset. The reference is empty. All three correct answers against all three wrong ones
+    are the nine comparisons of which the easy, normal and hard figures are averages.
+
+    Written from the README; the files themselves were not at hand. Read from data/total_dataset.json of the
+    repository (one list) or from the hub.
+
+    Args:
+        row: The row.
+        reference: "best" takes the concise correct answer out and makes it the reference: six of the nine
+            comparisons are left, and the figures are no longer the benchmark's.
+
+    Raises:
+        RowError: The row is laid out otherwise.
+
+    >>> row = {"id": 1, "prompt": "2+2?", "chosen": ["4", "It is 4.", "**4**"],
+    ...        "rejected": ["5", "It is 5.", "**5**"], "domain": "math"}
+    >>> [(r["content"], r["score"], r["style"]) for r in rm_bench(row).rows[0]["responses"]][2:4]
+    [('**4**', 1, 'detailed_markdown'), ('5', 0, 'concise')]
+    """
+    ranked = RMBenchRow.of(row)
+    responses = [
+        {"content": text, "score": int(correct), "correct": correct, "style": style}
+        for correct, texts in ((True, ranked.chosen), (False, ranked.rejected))
+        for style, text in zip(STYLES, texts, strict=True)
+    ]
+    common = {"id": ranked.id, "subset": ranked.domain, "benchmark": "rm-bench", "prompt": ranked.prompt}
+    return Converted([labelled_row(common, responses, reference) | ranked.rest()])
+
+
+# The four figures of the paper, by how the source begins.
+_CATEGORIES = {
+    "mmlu-pro": "Knowledge",
+    "livebench-reasoning": "Reasoning",
+    "livebench-math": "Math",
+    "livecodebench": "Coding",
+}
+
+
+class JudgeBenchRow(Layout):
+    """A row of JudgeBench."""
+
+    LAYOUT = "judgebench"
+    READ = "README and data of github.com/ScalerLab/JudgeBench, 2026-11-21"
+
+    pair_id: str = described("a string")
+    source: str = described("a string")
+    question: str = described("a text")
+    response_A: str = described("a text")  # noqa: N815 – the file's own name
+    response_B: str = described("a text")  # noqa: N815
+    label: Literal["A>B", "B>A"] = described('"A>B" or "B>A"')
+    original_id: int | str | None = described("a string", default=None)
+    response_model: str | None = described("a string", default=None)
+
+
+def judgebench(row: Mapping[str, Any]) -> Converted:
+    """A pair of JudgeBench: the answer that its label prefers is chosen; the reference is empty.
+
+    ``subset`` is the source of the question, ``category`` one of the four that the paper reports. Of the
+    real files two rows were read; none was converted as a whole.
+
+    Raises:
+        RowError: The row is laid out otherwise.
+
+    >>> row = {"pair_id": "p", "source": "livebench-math", "question": "2+2?", "response_A": "5",
+    ...        "response_B": "4", "label": "B>A"}
+    >>> pair = judgebench(row).rows[0]
+    >>> pair["chosen"], pair["rejected"], pair["category"]
+    ('4', '5', 'Math')
+    """
+    pair = JudgeBenchRow.of(row)
+    answers = (pair.response_A, pair.response_B)
+    chosen, rejected = answers if pair.label == "A>B" else answers[::-1]
+    result: dict[str, Any] = {"id": pair.pair_id, "subset": pair.source, "benchmark": "judgebench"}
+    for prefix, category in _CATEGORIES.items():
+        if pair.source.startswith(prefix):
+            result["category"] = category
+    result |= {"prompt": pair.question, "reference": "", "chosen": chosen, "rejected": rejected}
+    if pair.response_model is not None:
+        result |= {"chosen_policy": pair.response_model, "rejected_policy": pair.response_model}
+    if pair.original_id is not None:
+        result["original_id"] = pair.original_id
+    return Converted([result | pair.rest()])
