@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polar_ft.errors import PolarError
-from polar_ft.files import resolve_folder
+from polar_ft.files import resolve_folder, write_atomically
 
 FILE_NAME = "reward_scale.json"
 
@@ -131,13 +130,8 @@ class RewardScale(BaseModel):
         file = Path(path)
         if file.is_dir():
             file = file / FILE_NAME
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
         try:
-            part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            part.replace(file)
+            write_atomically(file, self.model_dump_json(indent=2) + "\n")
         except OSError as error:
             raise PolarError(f"{file}: cannot be written ({error.strerror or error})") from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
         return file

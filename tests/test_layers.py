@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import polar_ft
+
 PACKAGE = Path(__file__).resolve().parents[1] / "polar_ft"
 
 # The order, from the top; what stands in one line may import what stands in lines below it, and nothing else.
@@ -130,6 +132,32 @@ def graph() -> dict[str, set[str]]:
 
 def test_imports_run_downwards(graph):
     assert upward_imports(graph, LAYERS) == []
+
+
+def public_names_in(source: str) -> list[str]:
+    """Public names that a file takes from the package, which looks for them when asked, even upwards."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "polar_ft":
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            found += [node.attr] if node.value.id == "polar_ft" else []
+    return [name for name in found if name in polar_ft.__all__ and name != "__version__"]
+
+
+def test_public_names_are_imported_from_where_they_are():
+    found = {
+        module: public_names_in(file.read_text(encoding="utf-8"))
+        for module, file in modules_of(PACKAGE).items()
+    }
+    assert {module: names for module, names in found.items() if names} == {}
+
+
+def test_public_names_from_the_package_are_found():
+    assert public_names_in("from polar_ft import RewardScorer, __version__") == ["RewardScorer"]
+    assert public_names_in("import polar_ft\npolar_ft.RewardModelClient('a'), polar_ft.__version__") == [
+        "RewardModelClient"
+    ]
 
 
 def test_there_is_no_circle_of_files(graph):

@@ -62,7 +62,9 @@ def test_no_scale_says_how_to_make_one(tmp_path):
 def test_a_damaged_file_is_refused(tmp_path, change, message):
     content = {**SCALE.model_dump(), **change}
     (tmp_path / FILE_NAME).write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(PolarError, match=rf"{FILE_NAME}: {message}: .*make it anew"):
+    with pytest.raises(
+        PolarError, match=rf"{FILE_NAME}: {message}: .*the file is damaged: run polar-ft calibrate again"
+    ):
         RewardScale.load(tmp_path)
 
 

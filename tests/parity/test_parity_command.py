@@ -13,7 +13,7 @@ from polar_ft.cli import app
 from polar_ft.client import RewardServerError
 from polar_ft.errors import PolarError
 from polar_ft.parity import measure
-from polar_ft.parity.rope import always_scaled_base, rope_base
+from polar_ft.parity.measure import always_scaled_base, rope_base
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from polar_ft.parity.rope import always_scaled_base, rope_base
+from polar_ft.parity.measure import always_scaled_base, rope_base
 
 CONFIG = {
     "rope_scaling": {"type": "dynamic", "factor": 3.0},

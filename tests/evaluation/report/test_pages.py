@@ -7,9 +7,9 @@ import html.parser
 import pytest
 
 from polar_ft.evaluation.report.pages.html import KEPT_CHARS, html_report
-from polar_ft.evaluation.report.pages.markdown import markdown_report
 from polar_ft.evaluation.report.plots.plots import make_plots
 from polar_ft.evaluation.report.worst import FieldText, PairTexts, WorstPair, worst_pairs
+from polar_ft.evaluation.report.writing import markdown_report
 
 from .conftest import HOSTILE
 

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from polar_ft.evaluation.figures import compute_figures
 from polar_ft.evaluation.pairs import Categories, PairTable
-from polar_ft.evaluation.report.pages.markdown import markdown_report
 from polar_ft.evaluation.report.report import Report
 from polar_ft.evaluation.report.table import TABLE_WIDTH, metrics_table, notes, screen_tables
+from polar_ft.evaluation.report.writing import markdown_report
 
 from .conftest import run_info
 
