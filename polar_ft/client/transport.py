@@ -30,7 +30,6 @@ from polar_ft.client.contact import (
 from polar_ft.client.errors import RewardServerError, UnavailableError, WireError
 from polar_ft.client.servers import LOGGER, Endpoint, ServerPool
 from polar_ft.client.wire import ROUTES, read_rewards, request_body
-from polar_ft.files import first_line
 
 RETRIED = (429, 502, 503, 504)
 CONNECT_SECONDS = 10.0
@@ -70,10 +69,10 @@ class Settings:
     check_raw: bool = True
 
 
-def cut_into_requests(lengths: Iterable[int], max_tokens: int, max_inputs: int) -> Iterator[slice]:
+def split_by_tokens(lengths: Iterable[int], max_tokens: int, max_inputs: int) -> Iterator[slice]:
     """Cuts a row of inputs into requests, in their order; an input longer than the limit goes alone.
 
-    >>> list(cut_into_requests([3, 4, 9, 1, 1], max_tokens=8, max_inputs=100))
+    >>> list(split_by_tokens([3, 4, 9, 1, 1], max_tokens=8, max_inputs=100))
     [slice(0, 2, None), slice(2, 3, None), slice(3, 5, None)]
     """
     start = tokens = end = 0
@@ -139,7 +138,7 @@ class Transport:
         requests = []
         settings = self.settings
         lengths = [len(ids) for ids in inputs]
-        for part in cut_into_requests(lengths, settings.tokens_per_request, settings.inputs_per_request):
+        for part in split_by_tokens(lengths, settings.tokens_per_request, settings.inputs_per_request):
             requests.append((len(rewards), inputs[part]))
             rewards.append([])
         waiting = iter(requests)
@@ -269,7 +268,8 @@ class Transport:
         except (asyncio.TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout):
             raise UnavailableError(f"no answer within {seconds:g} s (timeout)") from None
         except httpx.TransportError as error:
-            raise UnavailableError(f"no connection, or it broke off ({first_line(error)})") from None
+            reason = str(error) or type(error).__name__
+            raise UnavailableError(f"no connection, or it broke off ({reason})") from None
         except httpx.HTTPError as error:
             raise RewardServerError(server.name, f"its answer cannot be read ({error})") from None
         status = response.status_code

@@ -24,7 +24,7 @@ from rich.progress import (
 
 from polar_ft.data.converters import CONVERTERS, convert_file
 from polar_ft.data.lint import check
-from polar_ft.data.preview import read_example, run_text, token_runs, summary_table
+from polar_ft.data.preview import read_example, section_text, sections, summary_table
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     DataSource,
@@ -245,7 +245,7 @@ def preview_command(
     )
     (data,) = _sources([source], split=split, pairing=pairing, max_line_mb=max_line_mb)
     example = read_example(data, index)
-    encoded, shown = token_runs(example, template)
+    encoded, shown = sections(example, template)
     console = _console()
     console.print(f"[bold]{escape(example.source)}[/]", soft_wrap=True)
     console.print(summary_table(example, encoded))
@@ -253,12 +253,12 @@ def preview_command(
     about += [f"subset {example.subset}"] if example.subset else []
     about += [f"pairs (chosen > rejected): {', '.join(f'{a} > {b}' for a, b in example.pairs) or 'none'}"]
     console.print(escape(" · ".join(about)), style="dim")
-    for run in shown:
-        kept = sum(token.kind != "cut" for token in run.tokens)
-        cut = len(run.tokens) - kept
+    for section in shown:
+        kept = sum(token.kind != "cut" for token in section.tokens)
+        cut = len(section.tokens) - kept
         lost = f", [red]{cut:,} cut[/]" if cut else ""
-        console.print(f"\n[bold]{escape(run.title)}[/] — {kept:,} tokens{lost}")
-        console.print(run_text(run, width=console.width, everything=everything, ids=ids))
+        console.print(f"\n[bold]{escape(section.title)}[/] — {kept:,} tokens{lost}")
+        console.print(section_text(section, width=console.width, everything=everything, ids=ids))
 
 
 def _sources(files: Sequence[str], **settings: Any) -> list[DataSource]:

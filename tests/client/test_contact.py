@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from polar_ft.client import RewardServerError
-from polar_ft.client.commands import served_model
 from polar_ft.client.contact import probe_sequences
+from polar_ft.client.served_model import served_model
 from polar_ft.errors import PolarError
 from tests.client.fake_server import reward_of, sigmoid
 from tests.client.test_client import expected

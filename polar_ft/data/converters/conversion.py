@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polar_ft.data.converters.benchmarks import judgebench, rewardbench, rewardbench_2, rm_bench
 from polar_ft.data.converters.dialogues import chat_pairs, hh_rlhf
 from polar_ft.data.converters.format import Format
 from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer3
+from polar_ft.data.converters.judgebench import judgebench
 from polar_ft.data.converters.ranked import ranked
+from polar_ft.data.converters.rewardbench import rewardbench, rewardbench_2
+from polar_ft.data.converters.rm_bench import rm_bench
 from polar_ft.data.converters.rmb import rmb, rmb_bon, rmb_polar, same_prompt
 from polar_ft.data.converters.ultrafeedback import ultrafeedback
 from polar_ft.data.reading import (
