@@ -288,7 +288,7 @@ def test_a_checkpoint_without_its_head_is_refused(project, template, tmp_path):
     state = dict(build(project, template).state_dict())
     del state["v_head.weight"], state["llm.layers.0.mlp.up_proj.lora_A.default.weight"]
     with pytest.raises(
-        PolarError, match=r"not whole: v_head.weight: missing; llm.layers.0.mlp.up_proj.lora_A"
+        PolarError, match=r"incomplete: v_head.weight: missing; llm.layers.0.mlp.up_proj.lora_A"
     ):
         merge_adapter(state, project / "base", template)
     with pytest.raises(PolarError, match=r"v_head.weight is missing"):

@@ -104,6 +104,7 @@ def test_message_and_status(failures, project, case):
 
 def test_xtuner_itself_exits_zero_after_a_failure(failures, project, run_once):
     """Why `polar-ft train` is there; the message is the same."""
+    failures("model_path")  # writes the config; without it the test depended on the order of the workers
     ended = run_once("xtuner_status", "xtuner", "train", str(project / "model_path.py"))
     assert ended.status == 0
     assert "no such folder" in ended.output
