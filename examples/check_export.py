@@ -1,8 +1,8 @@
-"""Compares the scores of a training checkpoint with those of the HuggingFace folder made of it.
+"""Compares the scores of a training checkpoint with those of the HuggingFace folder exported from it.
 
-The training model is built from its config and scores as it does in training. The folder is read by
-transformers with the InternLM2ForRewardModel that xtuner 0.2.0 ships, one sequence at a time, with no code
-of ours but the template. Both in float32.
+The training model is built from its config and scores as in training. The folder is read by transformers with
+the InternLM2ForRewardModel of xtuner 0.2.0, one sequence at a time; of polar_ft only the template is used.
+Both compute in float32.
 
     python examples/check_export.py CONFIG CHECKPOINT HF_DIR held_out.jsonl
 """

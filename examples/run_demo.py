@@ -1,11 +1,12 @@
-"""The main job from end to end, with the commands that a user types: what `make demo` runs.
+"""Runs the main workflow from end to end with the commands that a user types; run by `make demo`.
 
 Two parts, each: data → polar-ft data check → xtuner train → tools/pth_to_hf.py → tools/eval_preference.py.
 
-- ``domain_rm``: a catalogue in which only the reference tells which answer is right (examples/domain_rm).
-- ``alpaca``: a slice of real answers of real models (examples/data).
+- ``domain_rm``: a catalogue in which only the reference determines which answer is right
+    (examples/domain_rm).
+- ``alpaca``: ranked answers of real models (examples/data).
 
-Writes ``work_dirs/demo/summary.json``; ends with status 1 where a command fails or the domain is not learned.
+Writes ``work_dirs/demo/summary.json``; ends with status 1 if a command fails or the domain is not learned.
 
     python examples/run_demo.py [--work-dir work_dirs/demo]
 """
@@ -36,7 +37,7 @@ from polar_ft.errors import PolarError
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "polar_tiny_cpu.py"
 
-# What the domain has to reach; the slice of real answers is reported as it comes out.
+# What the domain part has to reach; for the slice of real answers nothing is required.
 MIN_DOMAIN_ACCURACY = 0.95
 MAX_DOMAIN_ACCURACY_SHUFFLED = 0.60
 MAX_SCORE_DIFF = 1e-4
@@ -47,7 +48,7 @@ class Part:
     """One part of the demo.
 
     Attributes:
-        name: Of its folder and its key in the summary.
+        name: Name of its folder and key in the summary.
         train: Training data.
         held_out: Held-out data; shares no prompt with ``train``.
         base: Arguments of examples/tiny_base.py.
@@ -64,7 +65,7 @@ class Part:
 
 
 class PartSummary(BaseModel):
-    """Results of a part, as summary.json keeps them.
+    """Results of a part, as stored in summary.json.
 
     Attributes:
         n_pairs: Held-out pairs that were scored.
@@ -73,7 +74,7 @@ class PartSummary(BaseModel):
         accuracy_shuffled_reference: The same with references shuffled between rows.
         accuracy_length_baseline: Of "the longer answer wins" on the same pairs; equal lengths count half.
         accuracy_shorter_baseline: Of "the shorter answer wins".
-        train_seconds: Wall-clock time of the whole `xtuner train` command.
+        train_seconds: Wall-clock time of the `xtuner train` command.
         hf_dir: The exported folder.
         max_abs_score_diff_export: See examples/check_export.py.
         eval_dir: Where metrics.json and scores.jsonl are.
@@ -95,7 +96,7 @@ class PartSummary(BaseModel):
 
 @dataclass
 class Runner:
-    """Runs commands from the top of the repository, each with a log of its own.
+    """Runs commands in the root of the repository, each with its own log.
 
     Attributes:
         console: Where commands and their times are shown.
@@ -105,8 +106,8 @@ class Runner:
     environment: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        # The commands of this environment come first, activated or not. One thread: on models this small a
-        # second one gains nothing, and where other programs run beside, it costs several times as much.
+        # The commands of this environment come first, whether it is activated or not. One thread: for models
+        # this small a second one gains nothing, and next to other programs it takes several times as long.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         self.environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
@@ -139,7 +140,7 @@ class Runner:
         if process.returncode != 0:
             tail = "\n".join(text.splitlines()[-30:])
             raise PolarError(
-                f"{shown}\n{tail}\nfailed with status {process.returncode}; the whole log: {log}"
+                f"{shown}\n{tail}\nfailed with status {process.returncode}; the complete log: {log}"
             )
         self.console.print(
             f"[green]✓[/] [dim]{seconds:5.1f} s[/]  {escape(shown)}", highlight=False, soft_wrap=True
@@ -148,7 +149,7 @@ class Runner:
 
 
 def parts(work_dir: Path) -> list[Part]:
-    """The two parts, with what the config says differently for each."""
+    """The two parts, with the settings in which their configs differ."""
     domain, slice_dir = work_dir / "domain_rm" / "data", ROOT / "examples" / "data"
     return [
         Part(
@@ -174,7 +175,7 @@ def run_part(part: Part, work_dir: Path, run: Runner) -> PartSummary:
 
     Args:
         part: The part.
-        work_dir: Folder of its own, which is made.
+        work_dir: Folder of the part, which is created.
         run: Runs a command.
 
     Raises:
@@ -231,15 +232,15 @@ def edit_config(text: str, settings: Mapping[str, object]) -> str:
 
 
 def last_checkpoint(train_dir: Path, log: Path) -> Path:
-    """The checkpoint that a run ended with.
+    """The last checkpoint of a run.
 
     Raises:
-        PolarError: There is none: xtuner 0.2.0's command exits with 0 even where training failed.
+        PolarError: There is none; the command of xtuner 0.2.0 exits with 0 even if training failed.
     """
     pointer = train_dir / "last_checkpoint"
     if not pointer.is_file():
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
-        raise PolarError(f"{tail}\n`xtuner train` saved no checkpoint; the whole log: {log}")
+        raise PolarError(f"{tail}\n`xtuner train` saved no checkpoint; the complete log: {log}")
     return Path(pointer.read_text(encoding="utf-8").strip())
 
 
@@ -263,7 +264,7 @@ def summarize(metrics: Mapping, compared: Mapping, train_seconds: float, work_di
 
 
 def shortfalls(summary: Mapping[str, PartSummary]) -> list[str]:
-    """What the demo promises and did not reach, in words; empty when all is well."""
+    """The promises of the demo that were not met, in words; empty if all were met."""
     domain = summary["domain_rm"]
     found = []
     if domain.accuracy < MIN_DOMAIN_ACCURACY:
@@ -271,7 +272,7 @@ def shortfalls(summary: Mapping[str, PartSummary]) -> list[str]:
     if domain.accuracy_shuffled_reference > MAX_DOMAIN_ACCURACY_SHUFFLED:
         found.append(
             f"domain_rm: accuracy with shuffled references {domain.accuracy_shuffled_reference:.1%} is above "
-            f"{MAX_DOMAIN_ACCURACY_SHUFFLED:.0%}: something else than the reference tells the answer"
+            f"{MAX_DOMAIN_ACCURACY_SHUFFLED:.0%}: something other than the reference reveals the answer"
         )
     for name, part in summary.items():
         difference = part.max_abs_score_diff_export

@@ -1,4 +1,4 @@
-"""Makes a tiny InternLM2-shaped base model with random weights, to be trained by the demo and by tests.
+"""Makes a tiny InternLM2-shaped base model with random weights, for the demo and for tests.
 
 python examples/tiny_base.py OUT_DIR TEXTS.jsonl [MORE.jsonl ...]
 """

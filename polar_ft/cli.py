@@ -1,7 +1,7 @@
 """The command ``polar-ft``: one Typer app, one sub-command per job.
 
-Imports of torch, xtuner and the like are left to the sub-commands, so that ``polar-ft --help`` and
-``polar-ft data`` start at once and need the base install only.
+Sub-commands import torch, xtuner and the like when they run, so that ``polar-ft --help`` and ``polar-ft
+data`` start at once and need only the base install.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from polar_ft.evaluation.scale import calibrate
 from polar_ft.parity.commands import parity
 from polar_ft.serving.commands import serve
 
-# Which extra brings a package that a command needs; see setup.py.
+# For each extra the packages that it installs; see setup.py.
 EXTRAS = {
     "eval": {"jinja2", "matplotlib", "rapidfuzz", "scipy"},
     "serve": {"fastapi", "prometheus_client", "uvicorn"},
@@ -70,25 +70,25 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    help="Train like `xtuner train CONFIG …`, and exit with the run's real status.",
-    epilog="What follows CONFIG goes to xtuner: --deepspeed deepspeed_zero2, --work-dir DIR, --resume PATH, "
-    "--cfg-options KEY=VALUE …; --resume auto resumes from the newest complete checkpoint, if there is one. "
-    "Processes: NPROC_PER_NODE, and over machines NNODES, NODE_RANK, ADDR, PORT in the environment.",
+    help="Train like `xtuner train CONFIG …`, but exit with the status of the run.",
+    epilog="Options after CONFIG go to xtuner: --deepspeed deepspeed_zero2, --work-dir DIR, --resume PATH, "
+    "--cfg-options KEY=VALUE …; --resume auto resumes from the newest complete checkpoint, if any. "
+    "Processes: NPROC_PER_NODE in the environment; for several machines also NNODES, NODE_RANK, ADDR, PORT.",
 )
 def train(context: typer.Context, config: Annotated[Path, typer.Argument(help="A config file.")]) -> None:
-    """Everything after CONFIG is handed to xtuner."""
+    """Passes everything after CONFIG to xtuner."""
     from polar_ft.training.launch import launch
 
     raise typer.Exit(launch(str(config), context.args))
 
 
 def main() -> None:
-    """Entry point; errors that the user can fix end with one line and status 1."""
+    """Entry point of ``polar-ft``."""
     run(app)
 
 
 def run(command: typer.Typer) -> None:
-    """Runs a Typer app, turning what the user can mend into a message and status 1."""
+    """Runs a Typer app; an error that the user can fix becomes a message and exit status 1."""
     try:
         command()
     except PolarError as error:

@@ -1,7 +1,7 @@
-"""The errors that a user can act on.
+"""Errors that the user can fix.
 
-Everything that is the user's to mend (a file, a row, a setting) is raised as `PolarError`; the commands print
-its message without a traceback and exit with status 1. Everything else is a bug and keeps its traceback.
+What the user can fix (a file, a row, a setting) raises a `PolarError`; commands print its message without a
+traceback and exit with status 1. Every other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 
 class PolarError(Exception):
-    """Something the user can mend; the message names the file, line or field and says what to do."""
+    """An error that the user can fix; the message names the file, line or field and says what to do."""
 
 
 class DataError(PolarError):
     """Rows that cannot be used.
 
     Attributes:
-        problems: What is wrong, one entry a row, in the order of the file.
+        problems: What is wrong, one entry per row, in the order of the file.
     """
 
     def __init__(self, message: str, problems: Sequence[Any] = ()) -> None:
@@ -27,11 +27,11 @@ class DataError(PolarError):
 
 
 def validation_sentences(error: Any, leave_out: Collection[str] = ()) -> list[str]:
-    """What a pydantic ValidationError found, a sentence for each field, without what the user gave.
+    """Turns a pydantic ValidationError into a sentence for each field, without the user's values.
 
     Args:
         error: The error.
-        leave_out: Parts of paths that are pydantic's names for the arms of a union.
+        leave_out: Parts of paths to omit: pydantic's names for the arms of a union.
 
     >>> from pydantic import BaseModel, ValidationError
     >>> class Turn(BaseModel):

@@ -1,4 +1,4 @@
-"""Folders and files of models: finding them, reading JSON, writing so that nothing is left half-written."""
+"""Folders and files of models: finding folders, reading JSON, writing files atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polar_ft.errors import PolarError
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's message; its type where it has none.
+    """First line of an error's message; the name of its type if the message is empty.
 
     >>> first_line(ValueError("no such key\\nTraceback …")), first_line(AssertionError())
     ('no such key', 'AssertionError')
@@ -25,10 +25,10 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 
 
 def resolve_folder(folder: str | os.PathLike[str]) -> Path:
-    """The local folder of a model: the path itself, or the downloaded snapshot of a hub id.
+    """Finds the local folder of a model: the path itself, or the downloaded snapshot of a hub id.
 
     Raises:
-        PolarError: Neither a folder nor something that the hub has.
+        PolarError: It is neither a folder nor a model of the hub.
     """
     path = Path(folder)
     if path.is_dir():
@@ -43,7 +43,7 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
             return Path(snapshot_download(name))
         except Exception as error:
             raise PolarError(
-                f"{name}: is no folder here, and the HuggingFace hub did not give it either "
+                f"{name}: is no folder here, and could not be downloaded from the HuggingFace hub "
                 f"({type(error).__name__}: {first_line(error, 160)}); check the spelling of "
                 f"pretrained_model_name_or_path"
             ) from error
@@ -51,10 +51,10 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder.
+    """Reads a JSON object from a file of a model folder.
 
     Raises:
-        PolarError: The file is not there, or is not a JSON object.
+        PolarError: The file does not exist, or is not a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -70,10 +70,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Writes a file to a temporary name and renames it: readers see the old content or the new, never a part.
+    """Writes a file under a temporary name, then renames it: readers see the old content or the new one.
 
     Raises:
-        OSError: It could not be written; what was there before is unchanged.
+        OSError: The file could not be written; the old file is unchanged.
     """
     with unfinished(file) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -81,9 +81,9 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
-    """A temporary path next to ``target``, renamed to it when the block ends without an error, else removed.
+    """Gives a temporary path next to ``target``; renamed to it if the block succeeds, else removed.
 
-    What the block writes there may be a file or a folder; a folder replaces nothing that exists.
+    The block may write a file or a folder there; a folder replaces nothing that exists.
     """
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

@@ -2,9 +2,9 @@
 
 Whatever is read (a row, a request, a benchmark item) becomes a `TextGroup`; the template makes a `TokenGroup`
 of it (`polar_ft.template.PolarTemplate.encode`); plans, caches, packs, scorers and servers work on that.
-There is no third form, and a result is an array in the order of the candidates. Needs numpy alone.
+There is no third form, and results come in the order of the candidates. Needs only numpy.
 
-A token group is a tree: the prefix that all sequences share is stored, and computed, once::
+A token group is a tree: the prefix that all its sequences share is stored, and computed, once::
 
     BOS prompt ⏎ reference <|reward|> prompt ⏎ │ candidate 1 [UNUSED_TOKEN_130]      branch 1
     └──────────────── prefix ─────────────────┘ │ candidate 2 [UNUSED_TOKEN_130]      branch 2
@@ -28,12 +28,12 @@ class TextGroup:
     """One (prompt, reference) with its candidates, as texts.
 
     Attributes:
-        prompt: The contents of several messages are joined with ⏎ beforehand.
-        references: At least one text, may be empty; the model reads the first, `against` sets another.
-        candidates: Texts to be scored.
+        prompt: The prompt; of a dialogue the contents of its messages, joined with ⏎.
+        references: At least one text, which may be empty. The model reads the first; `against` sets another.
+        candidates: The texts to score.
         wrapper: How prompt and response are joined: "sft" with ⏎, "pretrain" without.
         pairs: (chosen, rejected) as indices into ``candidates``.
-        margins: For each pair by how much the data says that chosen is better, None where it does not say.
+        margins: For each pair how much better chosen is, according to the data; None where it does not say.
         weights: For each pair its weight in the loss, positive.
     """
 
@@ -52,12 +52,12 @@ class TextGroup:
 
     @property
     def key(self) -> tuple[Wrapper, str, str]:
-        """What groups with the same prefix have in common: wrapper, prompt, reference."""
+        """Wrapper, prompt and reference: equal for groups that share a prefix."""
         return self.wrapper, self.prompt, self.reference
 
     @property
     def characters(self) -> int:
-        """Characters that the model reads; the prompt stands before the reference and each candidate."""
+        """Characters that the model reads; it reads the prompt before the reference and before candidates."""
         return 2 * len(self.prompt) + len(self.reference) + sum(map(len, self.candidates))
 
 
@@ -65,7 +65,7 @@ AnyGroup = TypeVar("AnyGroup", bound=TextGroup)
 
 
 def against(group: AnyGroup, reference: str) -> AnyGroup:
-    """The group with that text as its only reference.
+    """Replaces the references of a group by one text.
 
     >>> against(TextGroup("2 + 2?", ("4", "IV"), ("four",)), "IV").references
     ('IV',)
@@ -75,11 +75,11 @@ def against(group: AnyGroup, reference: str) -> AnyGroup:
 
 @dataclass(frozen=True, slots=True)
 class MergedTexts:
-    """Text groups of one wrapper, prompt and reference, as one.
+    """Text groups of the same wrapper, prompt and reference, merged into one.
 
     Attributes:
-        group: Every different candidate once, the pairs of all members.
-        members: For each merged group its index among the input, and where its candidates are in ``group``.
+        group: Each distinct candidate once, and the pairs of all members.
+        members: For each member its index in the input, and the indices of its candidates in ``group``.
     """
 
     group: TextGroup
@@ -87,7 +87,7 @@ class MergedTexts:
 
 
 def merge_texts(groups: Sequence[TextGroup]) -> list[MergedTexts]:
-    """Brings groups of the same wrapper, prompt and reference together, in the order of first appearance.
+    """Merges groups of the same wrapper, prompt and reference; results are ordered by first appearance.
 
     >>> rows = [TextGroup("p", ("r",), ("a", "b"), pairs=((0, 1),)), TextGroup("q", ("r",), ("a",)),
     ...         TextGroup("p", ("r",), ("c", "a"), pairs=((0, 1),))]
@@ -123,7 +123,7 @@ def _merge_texts(groups: Sequence[TextGroup], numbers: Sequence[int]) -> MergedT
 
 
 def windows(groups: Iterable[TextGroup], characters: int) -> Iterator[list[TextGroup]]:
-    """Groups in order, cut where a window reaches ``characters``, so that memory does not grow with the data.
+    """Divides a stream of groups into lists of about ``characters`` characters, to bound memory.
 
     >>> groups = [TextGroup("", ("",), (text,)) for text in ("abc", "de", "f")]
     >>> [[group.candidates[0] for group in window] for window in windows(groups, 4)]
@@ -143,7 +143,7 @@ def windows(groups: Iterable[TextGroup], characters: int) -> Iterator[list[TextG
 
 @dataclass(frozen=True, slots=True)
 class FieldLengths:
-    """A number of tokens for each field of a group: how long it is, or how much of it was cut off.
+    """A number of tokens for each field of a group: its length, or how much of it was cut off.
 
     >>> bool(FieldLengths(0, 0, (0, 0))), bool(FieldLengths(0, 0, (0, 3)))
     (False, True)
@@ -178,8 +178,8 @@ class TokenGroup:
         pairs: (chosen, rejected) indices into ``branches``, int64 array [pairs, 2].
         margins: Margin of each pair given by the data, float32 array [pairs]; 0 where none is given.
         weights: Weight of each pair in the loss, float32 array [pairs].
-        cut: Tokens cut off each field; known where a template made the group.
-        lengths: Tokens of each field before cutting, BOS counted as in xtuner 0.2.0; None unless asked for.
+        cut: Tokens cut off each field; all zero where no template made the group.
+        lengths: Tokens of each field before cutting, BOS included as in xtuner 0.2.0; None unless requested.
     """
 
     prefix: np.ndarray
@@ -192,7 +192,7 @@ class TokenGroup:
 
     @classmethod
     def of_sequences(cls, sequences: Sequence[Sequence[int] | np.ndarray]) -> TokenGroup:
-        """A group without pairs, of whole sequences of token ids.
+        """Makes a group without pairs from sequences of token ids.
 
         >>> group = TokenGroup.of_sequences([[1, 7, 8, 9], [1, 7, 5, 9]])
         >>> group.prefix.tolist(), [branch.tolist() for branch in group.branches]
@@ -204,20 +204,20 @@ class TokenGroup:
 
     @property
     def sequences(self) -> list[np.ndarray]:
-        """For each candidate all its token ids, from BOS to the reward token, int32 arrays."""
+        """All token ids of each candidate, from BOS to the reward token, int32 arrays."""
         return [np.concatenate([self.prefix, branch]) for branch in self.branches]
 
     def tree_tokens(self) -> int:
-        """Tokens computed when the prefix is shared."""
+        """Number of tokens to compute when the prefix is shared."""
         return len(self.prefix) + sum(map(len, self.branches))
 
     def flat_tokens(self) -> int:
-        """Tokens of all pairs as separate sequences, chosen and rejected, repeats counted."""
+        """Number of tokens to compute when chosen and rejected of every pair are separate sequences."""
         lengths = np.array([len(self.prefix) + len(branch) for branch in self.branches])
         return int(lengths[self.pairs].sum())
 
     def attended(self, layout: Layout) -> int:
-        """Query-key pairs of causal attention."""
+        """Number of query-key pairs of causal attention."""
         prefix = len(self.prefix)
         branches = np.array([len(branch) for branch in self.branches], dtype=np.int64)
         if layout == "tree":
@@ -226,7 +226,7 @@ class TokenGroup:
 
 
 def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
-    """Length of the longest common prefix that leaves at least one token of every sequence.
+    """Length of the longest common prefix that leaves at least one token of each sequence.
 
     >>> common_prefix_length([np.array([1, 7, 8, 9]), np.array([1, 7, 5, 9])])
     2
@@ -243,7 +243,7 @@ def common_prefix_length(sequences: Sequence[np.ndarray]) -> int:
 
 
 def grow_prefix(group: TokenGroup) -> TokenGroup:
-    """The group with all that its branches begin with in the prefix."""
+    """Moves the tokens with which all branches begin into the prefix."""
     shared = common_prefix_length(group.branches)
     if not shared:
         return group
@@ -255,7 +255,7 @@ def grow_prefix(group: TokenGroup) -> TokenGroup:
 
 
 def select_pairs(group: TokenGroup, which: slice | np.ndarray) -> TokenGroup:
-    """The group with some of its pairs, and only the branches that these need, in the order of their use.
+    """Selects some pairs of a group, and only the branches that they use, in the order of use.
 
     >>> group = TokenGroup(np.array([5]), [np.array([1]), np.array([2]), np.array([3])],
     ...                    np.array([[0, 1], [1, 2]]), np.zeros(2), np.ones(2))
@@ -264,8 +264,8 @@ def select_pairs(group: TokenGroup, which: slice | np.ndarray) -> TokenGroup:
     ([[2], [3]], [[0, 1]])
 
     Args:
-        group: With pairs; which fields were cut is not kept, as it is said of all candidates.
-        which: Selects among the pairs as numpy does; at least one. A slice of all of them changes nothing.
+        group: A group with pairs; ``cut`` and ``lengths``, which are of all its candidates, are not kept.
+        which: A numpy index of at least one pair. A slice of all pairs returns the group as it is.
     """
     chosen_pairs = group.pairs[which]
     if isinstance(which, slice) and len(chosen_pairs) == len(group.pairs):
@@ -285,7 +285,7 @@ def select_pairs(group: TokenGroup, which: slice | np.ndarray) -> TokenGroup:
 
 
 def merge_token_groups(groups: Sequence[TokenGroup]) -> TokenGroup:
-    """One group of several with the same prompt and reference; equal sequences become one branch.
+    """Merges groups with the same prompt and reference; equal sequences become one branch.
 
     >>> rest = np.array([[0, 1]]), np.zeros(1), np.ones(1)
     >>> a = TokenGroup(np.array([5]), [np.array([1, 9]), np.array([2, 9])], *rest)
@@ -318,7 +318,7 @@ def merge_token_groups(groups: Sequence[TokenGroup]) -> TokenGroup:
 
 
 def split_by_tokens(group: TokenGroup, most: int) -> Iterator[TokenGroup]:
-    """Pieces of a group without pairs that repeat its prefix, each of at most ``most`` tokens where possible.
+    """Splits a group without pairs into pieces of at most ``most`` tokens, if possible; each has the prefix.
 
     >>> group = TokenGroup(np.arange(2), [np.arange(3), np.arange(2), np.arange(2)])
     >>> [len(piece.branches) for piece in split_by_tokens(group, 7)]
@@ -335,5 +335,4 @@ def split_by_tokens(group: TokenGroup, most: int) -> Iterator[TokenGroup]:
             piece, tokens = [], len(group.prefix)
         piece.append(branch)
         tokens += len(branch)
-    if piece:
-        yield TokenGroup(group.prefix, piece)
+    yield TokenGroup(group.prefix, piece)

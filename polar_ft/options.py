@@ -1,4 +1,4 @@
-"""Options that several commands share: each has one name, one help text and one default."""
+"""Options that several commands share, with one name, help text and default each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ModelFolder = Annotated[str, typer.Argument(metavar="HF_DIR", help="Folder of th
 
 # Of a model.
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if any.")]
-Dtype = Annotated[DtypeName, typer.Option(help="auto: what the folder has on a GPU, float32 on a CPU.")]
+Dtype = Annotated[DtypeName, typer.Option(help="auto: on a GPU the dtype of the folder, on a CPU float32.")]
 BatchTokens = Annotated[
-    int, typer.Option(min=1, help="Tokens in one forward pass; lower it when memory runs out.")
+    int, typer.Option(min=1, help="Most tokens in one forward pass; lower it when memory runs out.")
 ]
 BATCH_TOKENS = 16384
 
@@ -35,17 +35,17 @@ AllowTokenizerCode = Annotated[
     typer.Option(
         "--allow-tokenizer-code",
         "--allow",
-        help="Tokenizer class of the folder that may be run, by name; may be repeated.",
+        help="Name of a tokenizer class whose code in the folder may be run; may be repeated.",
     ),
 ]
 
 # Of data.
 Split = Annotated[str, typer.Option(help="Split of a HuggingFace data set.")]
 Pairing = Annotated[PairingName, typer.Option(help="How ranked rows become pairs.")]
-MaxLineMb = Annotated[float, typer.Option(help="Refuse a longer line of JSON, in MB.")]
+MaxLineMb = Annotated[float, typer.Option(help="Longest line of JSON that is read, in MB.")]
 
 # Of output.
-Force = Annotated[bool, typer.Option("--force", help="Replace the output where it exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 # Of servers.
 ApiKeyFile = Annotated[

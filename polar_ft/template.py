@@ -1,15 +1,15 @@
-"""The POLAR input: texts of one (prompt, reference) with its candidates to token ids, implemented once.
+"""The POLAR template: encodes a (prompt, reference) and its candidates as token ids; the only implementation.
 
-Training, evaluation, the server and the client all call `PolarTemplate.encode`, so that a model is never
-scored on other ids than it was trained on. One candidate becomes (arXiv 2507.05197, section 3; spelled as
-xtuner 0.2.0's ``tokenize_ref`` spells it)::
+Training, evaluation, the server and the client all call `PolarTemplate.encode`, so that a model is always
+scored with the ids that it was trained on. A candidate becomes (arXiv 2507.05197, section 3; as in xtuner
+0.2.0's ``tokenize_ref``)::
 
     BOS prompt ⏎ reference <|reward|> prompt ⏎ candidate [UNUSED_TOKEN_130]
         └────────── the same for every candidate ──┘
 
-With ``wrapper="pretrain"`` both ⏎ are left out; an empty reference or candidate gets no ⏎ before it.
+With ``wrapper="pretrain"`` both ⏎ are omitted; there is also no ⏎ before an empty reference or candidate.
 
-Needs the packages ``tokenizers`` and ``numpy`` alone: a verl or vLLM environment can import it without torch.
+Needs only ``tokenizers`` and ``numpy``, so that a verl or vLLM environment can import it without torch.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from polar_ft.tokenizer import TextTokenizer, read_tokenizer_json
 SEPARATOR_TOKEN = "<|reward|>"
 REWARD_TOKEN = "[UNUSED_TOKEN_130]"
 
-# Key of config.json under which an exported model keeps the settings of its template.
+# Key of config.json under which an exported model stores the settings of its template.
 SETTINGS_KEY = "polar_template"
 
-# Two ⏎, the separator and the reward token: what a sequence holds besides its fields.
+# Tokens of a sequence besides its fields: two ⏎, the separator and the reward token.
 TEMPLATE_TOKENS = 4
 
 
@@ -43,7 +43,7 @@ class EncodeError(PolarError):
     """A group that cannot be encoded.
 
     Attributes:
-        index: Which of the groups that were given, from 0.
+        index: Index of the group among those to encode.
     """
 
     def __init__(self, index: int, reason: str) -> None:
@@ -53,12 +53,12 @@ class EncodeError(PolarError):
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """Ids of a joined group.
+    """Ids of the joined fields of a group.
 
     Attributes:
         head: BOS, prompt, reference and separator.
-        tails: For each candidate what comes after the separator, the reward token last.
-        start: Tokens that head and tails are known to begin with: those of the start of the prompt.
+        tails: For each candidate the ids after the separator, the reward token last.
+        start: Number of tokens of the start of the prompt, which is at the beginning of head and tails.
     """
 
     head: np.ndarray
@@ -68,7 +68,7 @@ class _Joined:
 
 @dataclass(frozen=True, slots=True)
 class _Fitted:
-    """A group whose fields are within the limits; ``lengths`` are those before cutting."""
+    """A group after cutting, what was cut, and the lengths before."""
 
     group: TextGroup
     cut: FieldLengths
@@ -76,15 +76,15 @@ class _Fitted:
 
 
 class PolarTemplate:
-    """Turns texts into the token ids of a POLAR reward model.
+    """Encodes texts as the token ids of a POLAR reward model.
 
-    Text never becomes a control token (`polar_ft.tokenizer`); control tokens are put in by id.
+    Text never becomes a control token (`polar_ft.tokenizer`); control tokens are inserted by id.
 
-    Truncation: a response is cut on the right to ``max_response_length`` tokens, then the prompt on the
-    left to ``(max_length - 4 - reference - max_response_length) // 2`` tokens. The prompt's budget does not
-    depend on the candidate, so all candidates of a (prompt, reference) share one prefix, in training and
-    in serving alike. Fields are cut as text, at the edge of a token, before they are joined. A field's
-    length counts its BOS, as in xtuner 0.2.0.
+    Truncation: a reference or candidate is cut on the right to ``max_response_length`` tokens, then the
+    prompt on the left to ``(max_length - 4 - reference - max_response_length) // 2`` tokens. The budget of
+    the prompt does not depend on the candidate, so that all candidates of a (prompt, reference) share one
+    prefix, in training as in serving. Fields are cut as text, at the edge of a token, before they are joined.
+    The length of a field includes a BOS, as in xtuner 0.2.0.
 
     Args:
         tokenizer_json: The text of a ``tokenizer.json``.
@@ -93,7 +93,7 @@ class PolarTemplate:
         reward_token_id: Expected id of ``reward_token``; None takes the tokenizer's.
         max_length: Upper limit of a sequence in tokens.
         max_response_length: Upper limit of the reference and of each candidate in tokens.
-        add_missing_tokens: Add the two tokens to a tokenizer that lacks them (Llama, Qwen bases).
+        add_missing_tokens: Add the two tokens if the tokenizer lacks them (Llama and Qwen bases).
         name: Name used in error messages.
 
     Raises:
@@ -157,8 +157,8 @@ class PolarTemplate:
             pretrained_model_name_or_path: A folder with ``tokenizer.json``, or a hub id.
             allow_tokenizer_code: Tokenizer classes of the folder that may be run, by the name that its
                 ``tokenizer_config.json`` gives them (``"tokenization_x.XTokenizerFast"``).
-            **settings: Keyword arguments of `PolarTemplate`; what is not given, or None, is as the folder
-                says (an exported model keeps what it was trained with), else the default.
+            **settings: Keyword arguments of `PolarTemplate`. What is missing or None is taken from the
+                folder, where an exported model stores the settings of its training, else the default is used.
 
         Raises:
             PolarError: There is no such folder, or its tokenizer needs code that was not allowed.
@@ -171,14 +171,14 @@ class PolarTemplate:
         return cls(text, name=f"the tokenizer of {os.fspath(pretrained_model_name_or_path)}", **settings)
 
     def with_limits(self, max_length: int, max_response_length: int) -> PolarTemplate:
-        """The same template with other limits, in tokens; it shares the tokenizer."""
+        """The same template, with the same tokenizer, and other limits in tokens."""
         other = copy.copy(self)
         other.max_length, other.max_response_length = max_length, max_response_length
         return other
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a model must be scored with; an exported folder's ``config.json`` keeps it."""
+        """The settings with which a model must be scored; stored in an exported folder's ``config.json``."""
         return {
             "separator": self.separator,
             "reward_token": self.reward_token,
@@ -187,33 +187,33 @@ class PolarTemplate:
         }
 
     def __len__(self) -> int:
-        """Size of the vocabulary with added tokens."""
+        """Size of the vocabulary, added tokens included."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
     @property
     def tokenizer_json(self) -> str:
-        """The tokenizer as ``tokenizer.json`` text, with the tokens that were added."""
+        """The tokenizer as the text of a ``tokenizer.json``, tokens that were added included."""
         return self._tokenizer_json
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that decides the ids: tokenizer, control tokens and limits."""
+        """A hash of everything that determines the ids: tokenizer, control tokens and limits."""
         settings = (self.separator, self.reward_token, self.max_length, self.max_response_length)
         text = f"1|{settings}|{self._tokenizer_json}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def encode(self, groups: Sequence[TextGroup], *, measure: bool = False) -> list[TokenGroup]:
-        """Encodes groups, all cores at work; what candidates and groups share is tokenized once.
+        """Encodes groups, on all cores; text that candidates and groups share is tokenized once.
 
         Args:
-            groups: Each with at least one candidate; of several references the first is read.
+            groups: Groups of at least one candidate; of several references the first is read.
             measure: Also count the tokens of every field before cutting.
 
         Returns:
-            For each group its token group: a branch for each candidate, the same pairs, what was cut.
+            For each group its token group: a branch for each candidate, the same pairs, and what was cut.
 
         Raises:
-            EncodeError: A reference leaves no room for the prompt; ``index`` says in which group, the first.
+            EncodeError: A reference leaves no room for the prompt; ``index`` is that of the first such group.
         """
         encoded = []
         for result in self.encode_each(groups, measure=measure):
@@ -225,9 +225,9 @@ class PolarTemplate:
     def encode_each(
         self, groups: Sequence[TextGroup], *, measure: bool = False
     ) -> list[TokenGroup | EncodeError]:
-        """As `encode`, with the error of each group that cannot be encoded in its place."""
-        # Few fields are ever too long, and the ids of the joined texts show for most that they are not; so
-        # everything is joined and tokenized first, and again where something had to be cut.
+        """As `encode`, but returns the error of a group that cannot be encoded in its place."""
+        # Few fields are too long, and for most the ids of the joined texts prove that they are not. So
+        # everything is joined and tokenized first, and a second time only where something had to be cut.
         joined = self._join(groups)
         fitted = self._fit(groups, joined, measure)
         cut = {i: fit for i, fit in fitted.items() if isinstance(fit, _Fitted) and fit.cut}
@@ -243,7 +243,7 @@ class PolarTemplate:
         return encoded
 
     def kept(self, group: TextGroup) -> TextGroup:
-        """What is left of the texts after cutting: an end of the prompt, beginnings of the other fields.
+        """Cuts the texts to the limits: the prompt keeps its end, the other fields keep their beginnings.
 
         Raises:
             EncodeError: As `encode`.
@@ -254,13 +254,13 @@ class PolarTemplate:
         return fit.group
 
     def spell(self, group: TextGroup, encoded: TokenGroup, candidate: int) -> str:
-        """A candidate's sequence as text, spelled as the published client spells it; for reading.
+        """Spells a candidate's sequence as text, as the published client does; for people to read.
 
-        Tokenized again, a text that spells a control token would become one: ids are what models get.
+        Models must get the ids: tokenizing the text would make a control token of a text that spells one.
 
         Args:
             group: The texts.
-            encoded: What `encode` made of them.
+            encoded: The same group as `encode` returned it.
             candidate: Index of the candidate.
         """
         left = _join(group.prompt, group.reference, group.wrapper)
@@ -273,20 +273,20 @@ class PolarTemplate:
         return f"{left}{self.separator}{right}{self.reward_token}"
 
     def head_length(self, ids: np.ndarray) -> int:
-        """Tokens up to the separator and with it, which no candidate decides; 0 where there is none.
+        """Number of tokens up to and including the separator; 0 where there is no separator.
 
         Args:
-            ids: A sequence, [tokens].
+            ids: Ids of a sequence, [tokens].
         """
         (separators,) = np.nonzero(ids[:-1] == self.separator_id)
         return int(separators[0]) + 1 if len(separators) else 0
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, with control tokens spelled out."""
+        """The text of ids, with control tokens spelled out."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The vocabulary's name of each id; for people, not for joining."""
+        """The vocabulary's name of each id; for display."""
         return [self.tokenizer.id_to_token(i) or f"<id {i}>" for i in ids]
 
     def _token_id(self, token: str, key: str) -> int:
@@ -308,10 +308,10 @@ class PolarTemplate:
         return full[:start]
 
     def _join(self, groups: Sequence[TextGroup]) -> list[_Joined]:
-        """Ids of the joined fields as they are, whatever their length."""
-        # The separator is a token of its own and parts what stands on its two sides. Each side is tokenized
-        # with the separator next to it, in two pieces if the prompt has a safe place to be cut at, and every
-        # piece once however many candidates and groups share it.
+        """Joins and tokenizes the fields without regard to the limits."""
+        # The separator is an added token, so the ids of its two sides do not depend on each other. Each side
+        # is tokenized together with the separator, in two pieces if the prompt has a safe place to be split
+        # at, and each distinct piece once, however many candidates and groups share it.
         pieces: dict[str, int] = {}
 
         def number(piece: str) -> int:
@@ -330,7 +330,7 @@ class PolarTemplate:
             else:
                 left = [number(f"{_join(prompt, group.reference, wrapper)}{separator}")]
                 rights = [[number(f"{separator}{_join(prompt, text, wrapper)}")] for text in group.candidates]
-            # The separator ends the left side, so the right sides do not keep theirs.
+            # The left side ends with the separator, so the separators of the right sides are skipped.
             numbers.append((left, rights, int(not start or bool(before_start))))
         ids_of = self._texts.encode(list(pieces))
 
@@ -347,12 +347,12 @@ class PolarTemplate:
     def _fit(
         self, groups: Sequence[TextGroup], joined: Sequence[_Joined], measure: bool
     ) -> dict[int, _Fitted | EncodeError]:
-        """Cuts what is too long.
+        """Measures and cuts the groups that may be too long, or all groups with ``measure``.
 
-        Only fields are counted which the joined ids leave open, every field with ``measure``.
+        Only those fields are tokenized alone whose length the joined ids leave open.
 
         Returns:
-            By index the groups of which something was counted.
+            Index of each of these groups to the result.
         """
         bounds = [self._upper_bounds(group, row) for group, row in zip(groups, joined, strict=True)]
         doubtful = [i for i, bound in enumerate(bounds) if measure or not self._fits(bound)]
@@ -377,7 +377,7 @@ class PolarTemplate:
         return fitted
 
     def _upper_bounds(self, group: TextGroup, row: _Joined) -> FieldLengths:
-        """Tokens that no field can have more of, as far as the ids of the joined texts tell."""
+        """An upper bound for the tokens of each field, derived from the ids of the joined texts."""
         return FieldLengths(
             prompt=self._texts.at_most(group.prompt, len(row.head)),
             reference=self._texts.at_most(group.reference, len(row.head) - row.start),
@@ -391,14 +391,14 @@ class PolarTemplate:
         return self._prompt_fits(lengths) and max(lengths.candidates) <= self.max_response_length
 
     def _prompt_fits(self, lengths: FieldLengths) -> bool:
-        """Whether prompt and reference need no cut."""
+        """Whether prompt and reference need no cutting."""
         return (
             lengths.reference <= self.max_response_length
             and lengths.prompt <= (self._room - lengths.reference) // 2
         )
 
     def _open_texts(self, group: TextGroup, bound: FieldLengths, measure: bool) -> list[str]:
-        """The texts that may be too long as far as is known."""
+        """The texts that have to be counted: those that may be too long, or all with ``measure``."""
         if measure:
             return [group.prompt, group.reference, *group.candidates]
         heads = [] if self._prompt_fits(bound) else [group.prompt, group.reference]
@@ -410,7 +410,7 @@ class PolarTemplate:
 
     @property
     def _room(self) -> int:
-        """Tokens for the prompt, twice, and the reference."""
+        """Tokens that are left for twice the prompt and the reference."""
         return self.max_length - TEMPLATE_TOKENS - self.max_response_length
 
     def _cut(self, group: TextGroup, lengths: FieldLengths) -> _Fitted:
@@ -450,12 +450,12 @@ class PolarTemplate:
     ) -> TokenGroup | EncodeError:
         tails, cut = row.tails, fit.cut if fit else FieldLengths(0, 0, (0,) * len(row.tails))
         room = self.max_length - len(row.head)
-        if max(map(len, tails)) > room:  # a cut text can, rarely, take more tokens than were counted
+        if max(map(len, tails)) > room:  # rarely, a cut text takes more tokens than were counted
             if room < 1:
                 return EncodeError(
                     index,
                     f"prompt and reference alone take {len(row.head) - 1} tokens, more than max_length="
-                    f"{self.max_length} leaves them; the prompt begins {group.prompt[:40]!r}",
+                    f"{self.max_length} leaves for them; the prompt begins with {group.prompt[:40]!r}",
                 )
             excess = (max(0, len(tail) - room) for tail in tails)
             cut = replace(cut, candidates=tuple(a + b for a, b in zip(cut.candidates, excess, strict=True)))

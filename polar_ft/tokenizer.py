@@ -1,27 +1,28 @@
-"""A tokenizer for texts: control tokens hidden, ids and cuts of texts, safe places to cut a text in two.
+"""Tokenizing texts: control tokens are hidden, and long texts are cut or split at safe places.
 
-*Control tokens*: the tokenizer at work is a copy in which every control token has an unguessable name, so a
-text that spells one is read as those characters (`hide_control_tokens`).
+*Control tokens*: texts are tokenized by a copy of the tokenizer in which every control token has an
+unguessable name, so that a text that spells a control token is read as ordinary characters
+(`hide_control_tokens`).
 
-*Safe places*: all candidates of a prompt begin with it, so the prompt need not be tokenized once for each of
-them. `TextSplits` knows where a text can be cut in two whose token ids, one after the other, are those of the
-whole text. Which places are safe follows from how the tokenizer works, never from a look at some examples.
-The places meant here are the spaces between two ASCII letters, such as the first one in "sky is blue?": the
-left part ends with the letter before it. Why the two parts do not depend on each other, step by step of a
+*Safe places*: all candidates of a prompt begin with it, and the prompt need not be tokenized once for each of
+them. `TextSplits` finds places where a text can be split in two whose token ids, concatenated, are those of
+the complete text. That a place is safe is derived from how the tokenizer works, never from trying examples.
+The places used here are spaces between two ASCII letters, such as the first one in "sky is blue?": the left
+part ends with the letter before the space. Why the two parts are independent, for each step of a
 `tokenizers.Tokenizer`:
 
-- *Added tokens* are looked for first. None that text can spell holds a space or swallows one next to it.
-- *Normalizer*: none; NFC, under which neither ASCII letter nor space composes with the other; or the
-  replacement of each space by "▁", with or without a "▁" put before every text (then the right part leaves
-  its space out, for which that "▁" stands).
+- *Added tokens* are found first. None that text can spell contains a space or absorbs one next to it.
+- *Normalizer*: none; or NFC, which composes no ASCII letter with a space; or the replacement of each space by
+  "▁", with or without a "▁" put before every text (which then stands for the space of the right part, so the
+  right part omits its space).
 - *Pre-tokenizer*: a pattern known to scan from left to right, to end a run of letters before a space and to
   begin a new match at a space before a letter; or Metaspace, which replaces spaces and puts nothing before a
   text that begins with one; or none.
-- *BPE* merges neighbours whose merged form is in the vocabulary. Where no piece has a space after a letter,
-  nothing is merged across the place, and what is merged on one side does not depend on the other. After a
-  pattern that splits at the place, it holds in any case.
+- *BPE* merges neighbours whose merged form is in the vocabulary. If no piece has a space after a letter,
+  nothing is merged across the place, and merges on one side do not depend on the other. If the pre-tokenizer
+  splits at the place, this always holds.
 
-Needs the packages ``tokenizers`` and ``numpy`` alone.
+Needs only ``tokenizers`` and ``numpy``.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ from tokenizers import Tokenizer
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 
-# Characters that the tokenizer is given at once.
+# Characters that are tokenized in one batch.
 ENCODED_AT_ONCE = 1_000_000
 
-# Added tokens that look like this are instructions to a model even where the tokenizer does not flag them
-# special ("[UNUSED_TOKEN_130]" may not be); added runs of spaces or words are ordinary text.
+# Added tokens of this form are control tokens even if the tokenizer does not flag them as special, as may be
+# the case for "[UNUSED_TOKEN_130]"; added runs of spaces and words are ordinary text.
 _CONTROL_SHAPE = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 _tokenizer_has_threads = False
 
 
 def _tokenize_without_threads() -> None:
-    # A forked process has none of the tokenizer's threads and would wait for them for ever. The library
-    # handles that itself, but not where TOKENIZERS_PARALLELISM is set.
+    # A forked process does not have the tokenizer's threads and would wait for them forever. The library
+    # handles that, except where TOKENIZERS_PARALLELISM is set.
     if _tokenizer_has_threads:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -62,12 +63,12 @@ if hasattr(os, "register_at_fork"):
 
 
 class TextTokenizer:
-    """Ids of texts, in which no text becomes a control token.
+    """Tokenizes, counts and cuts texts; no text becomes a control token.
 
     Args:
         tokenizer_json: The text of a ``tokenizer.json``.
-        separator: A control token that is to be joined with texts, under its hidden name.
-        bos_tokens: How many BOS tokens are put before a text; lengths count them, as xtuner 0.2.0 does.
+        separator: The control token that is joined with texts, under its hidden name.
+        bos_tokens: Number of BOS tokens before a text; lengths include them, as in xtuner 0.2.0.
 
     Attributes:
         separator: The hidden name of the separator.
@@ -85,13 +86,13 @@ class TextTokenizer:
         self.splits = TextSplits(spec, unspellable)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text without BOS, int32 arrays; all cores work on it."""
+        """Tokenizes texts on all cores: the ids of each, without BOS, int32 arrays."""
         global _tokenizer_has_threads
         _tokenizer_has_threads = True
         ids = []
         start = 0
         while start < len(texts):
-            # An encoding takes a hundred times the memory of its ids, so not all are held at once.
+            # An encoding takes a hundred times the memory of its ids, so few are held at a time.
             end, characters = start, 0
             while end < len(texts) and characters < ENCODED_AT_ONCE:
                 characters += len(texts[end])
@@ -102,15 +103,15 @@ class TextTokenizer:
         return ids
 
     def count(self, texts: Iterable[str]) -> dict[str, int]:
-        """Tokens of each different text, BOS counted."""
+        """Number of tokens of each distinct text, BOS included."""
         different = list(dict.fromkeys(texts))
         encoded = self.encode(different)
         return {text: self._bos_tokens + len(ids) for text, ids in zip(different, encoded, strict=True)}
 
     def at_most(self, text: str, joined: int) -> int:
-        """Tokens, BOS counted, that a text cannot exceed which is part of one of ``joined`` tokens.
+        """Upper bound for the tokens of a text, BOS included, that is part of a text of ``joined`` tokens.
 
-        From its first safe place on it has the tokens that it has in the joined text.
+        From its first safe place on, the text has the same tokens as in the joined text.
         """
         if self._max_tokens_per_byte is None:
             return sys.maxsize
@@ -121,9 +122,9 @@ class TextTokenizer:
         return self._bos_tokens + 1 + by_bytes
 
     def cut_right(self, text: str, limit: int) -> tuple[str, int]:
-        """The beginning of a text that has more than ``limit`` tokens, BOS counted, and how many it lost.
+        """Cuts a text to its first ``limit`` tokens, BOS included; also returns how many were cut off.
 
-        A character of several tokens is dropped as a whole: a part of it is not text.
+        A character of several tokens is kept or dropped as one, as a part of it is not text.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         keep, total, offsets = limit - self._bos_tokens, len(encoding.ids), encoding.offsets
@@ -132,7 +133,7 @@ class TextTokenizer:
         return text[: offsets[keep - 1][1]] if keep > 0 else "", total - keep
 
     def cut_left(self, text: str, limit: int) -> tuple[str, int]:
-        """As `cut_right`, the end of the text."""
+        """As `cut_right`, but keeps the last tokens."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         total, offsets = len(encoding.ids), encoding.offsets
         start = total - (limit - self._bos_tokens)
@@ -142,13 +143,13 @@ class TextTokenizer:
 
 
 def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: Iterable[str] = ()) -> str:
-    """Text of a folder's ``tokenizer.json``.
+    """Reads a folder's ``tokenizer.json``.
 
-    A folder that has only a tokenizer with code of its own (the published POLAR folders do) is refused,
-    unless ``allow_tokenizer_code`` names the class: then, and only then, that code is run, by transformers.
+    Where a folder, as the published POLAR folders, only has a tokenizer with its own Python code, that code
+    is run (by transformers) only if ``allow_tokenizer_code`` names the class.
 
     Raises:
-        PolarError: No such folder, no tokenizer in it, or code that was not allowed.
+        PolarError: The folder does not exist or has no tokenizer, or its code was not allowed.
     """
     path = resolve_folder(folder)
     file = path / "tokenizer.json"
@@ -189,11 +190,11 @@ def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: It
 def hide_control_tokens(tokenizer_json: str, separator: str) -> tuple[Tokenizer, str, set[str]]:
     """Copies a tokenizer with its control tokens under unguessable names.
 
-    They are renamed rather than removed, so that every id stays what it is.
+    They are renamed rather than removed, so that all ids stay the same.
 
     Args:
         tokenizer_json: The text of a ``tokenizer.json``.
-        separator: A token that is hidden too, whatever it looks like.
+        separator: A token that is hidden in any case.
 
     Returns:
         The copy, the separator's hidden name, and all hidden names.
@@ -235,10 +236,10 @@ def hide_control_tokens(tokenizer_json: str, separator: str) -> tuple[Tokenizer,
 
 
 def _max_tokens_per_byte(spec: dict[str, Any]) -> int | None:
-    """How many tokens a UTF-8 byte of text can become at most, one dummy prefix aside; None if unknown.
+    """Most tokens that a UTF-8 byte of text can become, apart from one dummy prefix; None if unknown.
 
-    One, for every model whose smallest unit is a byte or a character; three where NFC may decompose a
-    character first (Unicode Standard Annex 15, maximum expansion); other normalizers are not bounded here.
+    One for every model whose smallest unit is a byte or a character; three where NFC may first decompose a
+    character (Unicode Standard Annex 15, maximum expansion); other normalizers are not bounded here.
     """
 
     def kinds(node: dict[str, Any] | None) -> set[str]:
@@ -256,8 +257,8 @@ def _max_tokens_per_byte(spec: dict[str, Any]) -> int | None:
 
 _PLACE = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
-# `Split` of Llama 3 and of Qwen2; GPT-2's is built into ByteLevel. Runs of letters and contractions are all
-# that takes letters in them, and " x" begins a run.
+# The patterns of Llama 3 and Qwen2; GPT-2's is built into ByteLevel. Letters are only in runs of letters and
+# in contractions, and a run begins with the space before it.
 _KNOWN_PATTERNS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -266,14 +267,14 @@ _KNOWN_PATTERNS = {
 
 
 class TextSplits:
-    """The safe places in texts, for one tokenizer.
+    """Finds the safe places in texts for one tokenizer.
 
     Args:
         spec: The content of its ``tokenizer.json``.
-        unspellable: Contents of added tokens that no text holds.
+        unspellable: Contents of added tokens that no text contains.
 
     Attributes:
-        known: Whether any place is safe with this tokenizer. If not, `last` and `first` find none.
+        known: Whether safe places are known for this tokenizer. If not, `last` and `first` find none.
         same_anywhere: Whether a text has the same ids after an added token as at the very start.
 
     >>> gpt2 = {
@@ -295,7 +296,7 @@ class TextSplits:
             and _normalizer_allows(spec["normalizer"])
             and _model_allows(spec["model"], splits=_pattern_splits(spec["pre_tokenizer"]))
         )
-        # Metaspace's "first" puts "▁" before the very first text alone.
+        # With "first" Metaspace puts a "▁" only at the very beginning.
         self.same_anywhere = (
             self.known
             and not any(token["rstrip"] for token in spec["added_tokens"])
@@ -303,15 +304,15 @@ class TextSplits:
                 s.get("prepend_scheme") != "first" for s in _steps(spec["pre_tokenizer"], "pretokenizers")
             )
         )
-        # A normalizer that puts "▁" before every text.
+        # The right part omits its space where a normalizer puts "▁" before every text.
         self._skip = int(any(node["type"] == "Prepend" for node in _steps(spec["normalizer"], "normalizers")))
 
     def last(self, text: str) -> tuple[str, str]:
-        """The text cut at its last safe place; whatever follows it, the ids of the left part stay.
+        """Splits a text at its last safe place; ``("", text)`` where there is none.
 
-        ``("", text)`` where there is none.
+        The ids of the left part do not depend on what follows the text.
         """
-        # The last place of a long text is near its end, but for languages that write no spaces.
+        # The last place of a long text is near its end, except in languages without spaces.
         for start in (max(0, len(text) - 200), 0) if self.known else ():
             places = [match.start() for match in _PLACE.finditer(text, start)]
             if places:
@@ -319,7 +320,7 @@ class TextSplits:
         return "", text
 
     def first(self, text: str) -> int | None:
-        """Index of the first safe place: from there on, what comes before the text changes no id."""
+        """Index of the first safe place; what precedes the text changes no id from there on."""
         match = _PLACE.search(text) if self.known else None
         return match.start() if match else None
 
@@ -350,7 +351,7 @@ def _normalizer_allows(normalizer: dict[str, Any] | None) -> bool:
 
 
 def _pattern_splits(pre_tokenizer: dict[str, Any] | None) -> bool | None:
-    """Whether a known pattern splits at the places; None for a pre-tokenizer that is not known."""
+    """Whether a known pattern splits at the safe places; None for an unknown pre-tokenizer."""
     steps = _steps(pre_tokenizer, "pretokenizers")
     if not steps or (steps[0]["type"] == "Metaspace" and steps[0]["replacement"] == "▁" and len(steps) == 1):
         return False

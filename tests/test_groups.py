@@ -127,6 +127,38 @@ def test_against_another_reference_by_hand():
     assert group.characters == 17
 
 
+def test_groups_with_several_references_are_merged_by_the_first():
+    """The model reads the first reference, so groups that differ in the others share a prefix."""
+    first = TextGroup("p", ("r", "s"), ("a", "b"), pairs=((0, 1),), margins=(0.5,), weights=(2.0,))
+    second = TextGroup("p", ("r",), ("b", "c"), pairs=((1, 0),), margins=(None,), weights=(1.0,))
+    other = TextGroup("p", ("s", "r"), ("a",))
+    [merged, alone] = merge_texts([first, other, second])
+    assert merged.group == TextGroup(
+        "p",
+        ("r",),
+        ("a", "b", "c"),
+        pairs=((0, 1), (2, 1)),
+        margins=(0.5, None),
+        weights=(2.0, 1.0),
+    )
+    assert merged.members == [(0, [0, 1]), (2, [1, 2])]
+    assert (alone.group, alone.members) == (against(other, "s"), [(1, [0])])
+
+
+def test_a_selected_pair_by_hand():
+    """Branches 7 8 9 and 7 8 5 of the second pair share 7 8, which goes into the prefix."""
+    branches = [np.array([1]), np.array([7, 8, 9]), np.array([7, 8, 5])]
+    group = TokenGroup(
+        np.array([3]), branches, np.array([[0, 1], [2, 1]]), np.array([0.5, 0.25]), np.array([1.0, 2.0])
+    )
+    part = select_pairs(group, np.array([1]))
+    assert part.prefix.tolist() == [3, 7, 8]
+    assert [branch.tolist() for branch in part.branches] == [[5], [9]]
+    assert part.pairs.tolist() == [[0, 1]]
+    assert (part.margins.tolist(), part.weights.tolist()) == ([0.25], [2.0])
+    assert part.tree_tokens() == 3 + 1 + 1
+
+
 def test_costs_by_hand():
     """Prefix of 2, branches of 3 and 1 token, one pair."""
     group = TokenGroup(np.arange(2), [np.arange(3), np.arange(1)], np.array([[0, 1]]))

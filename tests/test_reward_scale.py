@@ -19,7 +19,7 @@ SCALE = RewardScale(centre=-6.0, spread=3.0, within_spread=2.0, temperature=0.5,
 finite = st.floats(-1e6, 1e6)
 
 
-def test_saved_beside_the_model_and_read_back(tmp_path):
+def test_saved_next_to_the_model_and_read_back(tmp_path):
     assert SCALE.save(tmp_path) == tmp_path / FILE_NAME
     assert RewardScale.load(tmp_path) == SCALE
     assert RewardScale.load(tmp_path / FILE_NAME) == SCALE

@@ -155,7 +155,7 @@ def test_prompt_budget_differs_from_xtuner_on_purpose(byte_level):
 
 
 def test_empty_texts_differ_from_xtuner_only_where_its_budget_is_wrong(byte_level):
-    """With a budget of 0 xtuner's ``ids[-0:]`` keeps the whole prompt; ours names the limit instead."""
+    """With a budget of 0 xtuner's ``ids[-0:]`` keeps the complete prompt; ours names the limit instead."""
     template = PolarTemplate.from_pretrained(byte_level)
     ids = ids_of(encode(template, "", "", [""]))[0]
     assert ids == [*template.bos_ids, template.separator_id, template.reward_token_id]

@@ -1,4 +1,4 @@
-"""Cutting a text at a safe place changes no id, whatever the tokenizer; unknown kinds are left whole."""
+"""Splitting a text at a safe place changes no id with any tokenizer; unknown kinds are not split."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BETWEEN = [" ", " ", " ", "  ", "\n", "", " \n ", "\t", "\u3000"]
 
 
 def sentencepiece(normalizer) -> Tokenizer:
-    """BPE over whole texts whose pieces never cross a space, as SentencePiece trains them."""
+    """BPE over complete texts whose pieces never cross a space, as SentencePiece trains them."""
     spec = json.loads(train("metaspace_always").to_str())
     spec["pre_tokenizer"] = None
     tokenizer = Tokenizer.from_str(json.dumps(spec))
@@ -75,7 +75,7 @@ def text_of(rng: random.Random, words: int) -> str:
 
 
 @pytest.mark.parametrize("kind", KNOWN)
-def test_ids_are_those_of_whole_texts(kind):
+def test_ids_are_those_of_complete_texts(kind):
     template, whole = PolarTemplate(tokenizer_json(kind)), PolarTemplate(tokenizer_json(kind))
     assert template._texts.splits.known
     whole._texts.splits.known = False
@@ -95,7 +95,7 @@ def test_ids_are_those_of_whole_texts(kind):
 
 
 @pytest.mark.parametrize("kind", KNOWN)
-def test_fields_near_their_limit_are_cut_as_whole_texts(kind):
+def test_fields_near_their_limit_are_cut_as_complete_texts(kind):
     """What is certainly short enough by the joined ids is short enough by its own."""
     limits = dict(max_length=220, max_response_length=40)
     template = PolarTemplate(tokenizer_json(kind), **limits)
@@ -137,7 +137,7 @@ def spec_with(**changes) -> dict:
         json.loads(train("unigram").to_str()),
     ],
 )
-def test_other_tokenizers_are_left_whole(spec):
+def test_other_tokenizers_are_not_split(spec):
     splits = TextSplits(spec, unspellable={"<s>", "</s>", "<unk>", "<|reward|>", "[UNUSED_TOKEN_130]"})
     assert not splits.known
     assert splits.last("Is the sky blue?") == ("", "Is the sky blue?")
@@ -145,7 +145,7 @@ def test_other_tokenizers_are_left_whole(spec):
 
 
 def test_pieces_across_a_space_rule_the_places_out():
-    """Without a pre-tokenizer, training on whole texts makes such pieces."""
+    """Without a pre-tokenizer, training on complete texts makes such pieces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = REPLACE
     tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400))

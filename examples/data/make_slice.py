@@ -1,7 +1,7 @@
-"""Makes the slice of AlpacaEval 2 that is shipped here: real answers of real models, ranked.
+"""Makes the slice of AlpacaEval 2 in this folder: ranked answers of real models.
 
-Kept are the prompts at which the answers ranked 1, 2, 5 and 10 of 14 are all at most 2,500 characters long,
-and of each those four answers. The best one becomes the reference, the others give the pairs 2 > 5, 5 > 10.
+It has the prompts whose answers ranked 1, 2, 5 and 10 of 14 all have at most 2,500 characters, with these
+four answers. The best one becomes the reference, the others give the pairs 2 > 5 and 5 > 10.
 
     python examples/data/make_slice.py alpaca_eval_ranked.jsonl.gz examples/data
 """
@@ -25,7 +25,7 @@ FILES = {False: "alpaca_train.jsonl", True: "alpaca_held_out.jsonl"}
 
 
 def slice_row(row: dict) -> dict | None:
-    """The row with the answers of `RANKS` alone, or None where one of them is too long.
+    """Reduces a row to the answers of `RANKS`; None if one of them is too long.
 
     >>> answers = [{"policy": f"m{i}", "content": "a" * i, "score": 1 - i / 20} for i in range(1, 15)]
     >>> [r["policy"] for r in slice_row({"prompt": [], "responses": answers})["responses"]]

@@ -1,17 +1,17 @@
-"""A catalogue in which only the reference tells which answer is right.
+"""Makes a catalogue in which only the reference determines which answer is right.
 
 A customer asks about a product. The reference states the fact in the catalogue's words ("cobalt"), the chosen
 answer in a customer's words ("blue"), the rejected answer states the fact of another product ("green"). Which
-product has which fact is drawn by lot, and held-out products do not occur in training, so the prompt does not
-tell either.
+product has which fact is random, and held-out products do not occur in training, so the prompt does not
+reveal it.
 
-Rows come in twins with the same two answers: what is chosen in one is rejected in the other.
+Rows come in twins with the same two answers: the chosen one of one row is the rejected one of the other.
 
     product       reference                chosen              rejected
     Nordby lamp   Finished in cobalt.      It is blue.         The answer: green.
     Tessla chair  The finish is emerald.   The answer: green.  It is blue.
 
-So whatever looks at the answers alone (their length, their wording, how often an answer is right) is right on
+So a model that only uses the answers (their length, their wording, how often an answer is right) is right for
 exactly one row of every twin: accuracy 50 %.
 
     python examples/domain_rm/make_data.py OUT_DIR [--n-train 4000] [--n-held-out 800] [--seed 0]
@@ -30,7 +30,7 @@ import typer
 
 
 class Topic(NamedTuple):
-    """One thing that customers ask about.
+    """A topic that customers ask about.
 
     Attributes:
         questions: Prompts, with ``{product}``.
@@ -112,12 +112,12 @@ THINGS = (
 
 
 def make_rows(products: list[str], n: int, rng: random.Random) -> Iterator[dict]:
-    """Rows about the products, in twins; every (product, topic) is asked about once at most.
+    """Makes rows about the products, in twins; every (product, topic) occurs at most once.
 
     Args:
         products: Names such as "Nordby lamp".
         n: Number of rows; even, a multiple of twice the number of topics.
-        rng: Where every choice is drawn from.
+        rng: Source of all random choices.
 
     >>> rows = list(make_rows(["Nordby lamp", "Arvik chair"], 8, random.Random(0)))
     >>> rows[0]["chosen"] == rows[1]["rejected"] and rows[1]["chosen"] == rows[0]["rejected"]

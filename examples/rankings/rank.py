@@ -1,8 +1,8 @@
-"""Ranks the candidates of a published example by a reward model, beside the published ranking.
+"""Ranks the candidates of a published example with a reward model and compares with the published ranking.
 
     python examples/rankings/rank.py strawberry [--model internlm/POLAR-7B] [--server HOST:PORT]
 
-The examples are the JSON files of this folder; README.md says where they are from.
+The examples are the JSON files of this folder; README.md gives their sources.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from polar_ft.errors import PolarError
 FOLDER = Path(__file__).resolve().parent
 DEMO_MODEL = FOLDER.parents[1] / "work_dirs" / "demo" / "alpaca" / "hf"
 PUBLISHED_MODEL = "internlm/POLAR-7B"
-# The published folder keeps its tokenizer in Python code of its own; no other code of it is run.
+# The tokenizer of the published folder is Python code; no other code of the folder is run.
 TOKENIZER_CODE = ("tokenization_internlm2_fast.InternLM2TokenizerFast",)
 
 
@@ -45,7 +45,7 @@ class Candidate(BaseModel):
 
 
 class Ranking(BaseModel):
-    """A prompt, a reference and the candidates that are compared to it."""
+    """A prompt, a reference and the candidates."""
 
     prompt: str
     reference: str
@@ -60,12 +60,12 @@ class Ranking(BaseModel):
 
 
 def read_ranking(name: str) -> Ranking:
-    """The example of that name."""
+    """Reads the example of that name."""
     return Ranking.model_validate_json((FOLDER / f"{name}.json").read_bytes())
 
 
 def same_order(rewards: Sequence[float], published: Sequence[float]) -> tuple[int, int]:
-    """Pairs that both order alike, and pairs in all.
+    """Number of pairs that both order in the same way, and number of pairs.
 
     >>> same_order([3.0, 1.0, 2.0], [0.0, -1.0, -2.0])
     (2, 3)
@@ -76,10 +76,10 @@ def same_order(rewards: Sequence[float], published: Sequence[float]) -> tuple[in
 
 
 def default_model(console: Console) -> str:
-    """POLAR-7B where it was downloaded before, else the model that `make demo` trained.
+    """POLAR-7B if it has been downloaded, else the model that `make demo` trained.
 
     Raises:
-        PolarError: There is neither.
+        PolarError: Neither exists.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -100,7 +100,7 @@ def default_model(console: Console) -> str:
 
 
 def reward(model: str, server: str | None, rows: Sequence[dict[str, str]]) -> list[float]:
-    """A reward for each row, in this process or by a server."""
+    """Scores rows in this process or with a server."""
     code = TOKENIZER_CODE if model == PUBLISHED_MODEL else ()
     if server is None:
         return RewardScorer.from_pretrained(model, allow_tokenizer_code=code).score(rows)

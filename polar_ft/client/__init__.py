@@ -1,4 +1,4 @@
-"""Rewards from a server: `RewardModelClient`, its errors, and `polar-ft score`. Needs no torch."""
+"""Rewards from a server: `RewardModelClient`, its errors, and `polar-ft score`; without torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RewardModelClient", "RewardServerError"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: the commands, which are all imported by `polar-ft --help`, need no httpx.
+    # Imported on first use: `polar-ft --help` imports all commands, and httpx would slow it down.
     if name != "RewardModelClient":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from polar_ft.client.client import RewardModelClient

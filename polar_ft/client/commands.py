@@ -1,4 +1,4 @@
-"""`polar-ft score`: rewards of a data set, from running servers."""
+"""`polar-ft score`: scores a data set with running servers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from polar_ft.data.reading import MAX_LINE_MB, DataSource, expand
 from polar_ft.data.writing import refuse_to_overwrite
 from polar_ft.errors import PolarError
+from polar_ft.files import first_line
 from polar_ft.options import (
     AllowTokenizerCode,
     ApiKeyFile,
@@ -24,7 +25,7 @@ from polar_ft.options import (
     Split,
 )
 
-# Between two lines where there is no terminal to draw a bar on.
+# Between two lines of progress where there is no terminal.
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_UPDATES = 0.1
 
@@ -47,12 +48,12 @@ def score(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of the model, for its tokenizer; default: what the server names."
+            help="Folder or hub id of the model, for its tokenizer; default: where the server has it from."
         ),
     ] = None,
     server_type: Annotated[
         Literal["auto", "sglang", "vllm", "lmdeploy"],
-        typer.Option(help="What the servers are; auto asks them."),
+        typer.Option(help="Engine of the servers; auto asks them."),
     ] = "auto",
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
@@ -63,23 +64,22 @@ def score(
     restart: Annotated[
         bool, typer.Option("--restart", help="Score everything again, whatever an earlier run left.")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at each server.")] = 8,
-    tokens_per_request: Annotated[int, typer.Option(min=1, help="Tokens of a request at most.")] = 32768,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in progress at each server.")] = 8,
+    tokens_per_request: Annotated[int, typer.Option(min=1, help="Most tokens in a request.")] = 32768,
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
     max_retries: Annotated[int, typer.Option(min=1, help="Tries of a request per server.")] = 8,
     check_raw: Annotated[
-        bool, typer.Option(help="Insist on evidence that the servers give raw rewards.")
+        bool, typer.Option(help="Require evidence that the servers give raw rewards.")
     ] = True,
     api_key_file: ApiKeyFile = None,
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
     allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
-    """Rewards of a data set of any size, from running servers; a killed run resumes."""
-    # Imported here: `polar-ft --help` starts at once.
+    """Score a data set of any size with running servers; an interrupted run resumes."""
+    # Imported here, so that `polar-ft --help` starts at once.
     from polar_ft.client.bulk.scoring import score_data_set
     from polar_ft.client.client import RewardModelClient
-    from polar_ft.client.served_model import served_model
 
     expand(data)
     refuse_to_overwrite([out], force=force)
@@ -131,7 +131,7 @@ def score(
 
 
 class _Progress:
-    """A bar on a terminal, a line every so often in a log file."""
+    """A bar on a terminal; else a line now and then, for a log file."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -154,13 +154,13 @@ class _Progress:
         self._bar.stop()
 
     def show(self, phase: str, done: int, total: int | None) -> None:
-        """How far it is, in characters; called for every row, so most calls do nothing."""
+        """Shows the progress, in characters; called for every row, so most calls do nothing."""
         now = time.monotonic()
         if phase != self._phase:
-            for task in self._bar.task_ids:  # what came before is over
+            for task in self._bar.task_ids:  # the phase before has ended
                 self._bar.update(task, total=1, completed=1)
             self._phase, self._shown = phase, 0.0
-            # What an earlier run has scored is no measure of the speed.
+            # What an earlier run has scored must not count as speed of this run.
             self._started, self._before = now, done
             self._task = self._bar.add_task(phase, total=total, completed=done)
         if now - self._shown < SECONDS_BETWEEN_UPDATES and done != total:
@@ -177,9 +177,52 @@ class _Progress:
             )
 
 
+def served_model(address: str, api_key: str | None = None) -> str:
+    """Asks a server for the folder or hub id from which it loaded its model.
+
+    Args:
+        address: ``host:port`` or a URL.
+        api_key: As `RewardModelClient` takes it.
+
+    Raises:
+        RewardServerError: The server does not answer.
+        PolarError: It does not say, or the folder is not on this machine.
+    """
+    import httpx
+
+    from polar_ft.client.client import clean_api_key
+    from polar_ft.client.contact import first_card, refusal
+    from polar_ft.client.errors import RewardServerError
+    from polar_ft.client.servers import parse_addresses
+    from polar_ft.client.transport import CONNECT_SECONDS, NO_PROXY
+
+    name, url = parse_addresses(address)[0]
+    key = clean_api_key(api_key)
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    try:
+        with httpx.Client(headers=headers, timeout=CONNECT_SECONDS, mounts=NO_PROXY) as http:
+            response = http.get(f"{url}/v1/models")
+    except httpx.HTTPError as error:
+        raise RewardServerError(name, f"no connection, or it broke off ({first_line(error)})") from None
+    try:
+        answer = response.json()
+    except ValueError:
+        answer = None
+    if response.status_code in (401, 403):
+        raise RewardServerError(name, refusal(response.status_code, answer), response.status_code)
+    path = first_card(answer).get("root")
+    if not isinstance(path, str) or not path:
+        raise PolarError(f"{name}: does not say where its model is; name the model's folder with --model")
+    if os.path.isabs(path) and not os.path.isdir(path):
+        raise PolarError(
+            f"{name}: has its model in {path}, which is not on this machine; name a folder here with --model"
+        )
+    return path
+
+
 def _read_key(file: Path | None) -> str | None:
     if file is None:
-        return os.environ.get("POLAR_API_KEY")
+        return None  # the client reads POLAR_API_KEY
     try:
         return file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,19 +1,19 @@
 """First contact: which engine answers, and are its answers raw rewards?
 
-An engine that applies an activation to the rewards gives numbers that look fine and train a policy on the
-wrong thing: vLLM returns sigmoid(reward) by default, SGLang's ``/v1/classify`` returns a
-softmax over one class, which is 1. So before a server is used it scores the inputs of `probe_sequences`, and
-there has to be evidence that these are rewards:
+An engine that applies an activation to the rewards returns plausible numbers, with which a policy is trained
+towards the wrong goal: vLLM returns sigmoid(reward) by default, SGLang's ``/v1/classify`` a softmax over one
+class, which is 1. So a server first scores the known inputs of `probe_sequences`, and there has to be
+evidence that the scores are raw rewards:
 
-1. A score outside [0, 1] is one: neither sigmoid nor softmax can give it. A reward model's scores of good,
-   wrong, empty and garbled answers nearly always have one.
-2. Where all lie within [0, 1] and the server is a vLLM, the same inputs are scored with the activation on. If
-   that gives sigmoid(score), then the score is raw; if the switch of older versions (``activation``) does, it
-   is used from then on.
+1. A score outside [0, 1] is evidence: neither sigmoid nor softmax can give it. The scores of good, wrong,
+   empty and garbled answers nearly always include one.
+2. Where all scores lie within [0, 1] and the server is a vLLM, the same inputs are scored with the activation
+   on. If that gives sigmoid(score), the score is raw. If the switch of older versions (``activation``) gives
+   it, that switch is used from then on.
 3. The embedded server of polar_ft has no activation.
 
-Anything else is an error that says what to start the server with. The scores of the same inputs also tell a
-server with another model from its neighbours, and one that gives the same score for everything.
+Anything else is an error that says how to start the server. The scores of the known inputs also reveal a
+server that has another model than the others, or that gives the same score for every input.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Ask = Callable[[str, Any], Awaitable[tuple[int, Any]]]
 
 ENGINE_NAMES = {"sglang": "SGLang", "vllm": "vLLM", "lmdeploy": "LMDeploy", "polar_ft": "polar-ft serve"}
 
-# Where an engine tells its version; SGLang renamed its route in 2026.
+# Where an engine gives its version; SGLang renamed its route in 2026.
 _VERSION_ROUTES = {"vllm": ["/version"], "sglang": ["/server_info", "/get_server_info"]}
 
 _HOW_TO_START = {
@@ -50,7 +50,7 @@ _HOW_TO_START = {
     "polar_ft": "start it with: polar-ft serve MODEL",
 }
 
-# Two servers with one model differ by rounding: some 3 in 1000 in bf16, relative to the largest score.
+# Scores of one model by two servers differ by rounding: about 3 in 1000 of the largest score in bf16.
 _SAME_MODEL = 0.05
 
 
@@ -59,15 +59,15 @@ class Profile:
     """What is known of a server.
 
     Attributes:
-        wire: The wire format in which it is spoken to.
+        wire: Wire format of requests to it.
         engine: "sglang", "vllm", "lmdeploy" or "polar_ft"; None where it does not say.
-        version: The engine's version, None where it does not say.
-        model: What it calls its model.
-        model_path: Where it has the model from: a folder on its machine, or a hub id.
-        max_tokens: The longest input it takes, in tokens; None where it does not say.
-        template: Fingerprint of the template that `polar-ft serve` makes inputs with; None of an engine.
-        extra: Fields that every request carries.
-        probe_scores: Its scores of the known inputs.
+        version: Version of the engine; None where it does not say.
+        model: The server's name for its model.
+        model_path: From where it loaded the model: a folder on its machine, or a hub id.
+        max_tokens: Longest input that it accepts, in tokens; None where it does not say.
+        template: Fingerprint of the template of `polar-ft serve`; None for the other engines.
+        extra: Fields that every request contains.
+        probe_scores: Its scores of the known inputs; empty where they were not asked for.
     """
 
     wire: Wire
@@ -82,12 +82,12 @@ class Profile:
 
     @property
     def name(self) -> str:
-        """Engine and version, for people."""
+        """Engine and version, for messages."""
         return " ".join(filter(None, (ENGINE_NAMES.get(self.engine or "", self.engine), self.version)))
 
 
 def probe_sequences(template: PolarTemplate) -> list[np.ndarray]:
-    """The known inputs, `[inputs][tokens]`: texts that any reward model tells apart."""
+    """The known inputs, `[inputs][tokens]`: texts to which any reward model gives different scores."""
     candidates = (
         "Beijing.",
         "Shanghai.",
@@ -107,10 +107,10 @@ async def identify(server: str, ask: Ask, server_type: ServerType) -> Profile:
     Args:
         server: Its name, for errors.
         ask: Sends a request.
-        server_type: What the user says it is; "auto" believes the server.
+        server_type: The engine that the user named; "auto" takes what the server says.
 
     Raises:
-        RewardServerError: The server is not what the user says, or it cannot be identified.
+        RewardServerError: The server is another engine than the user named, or cannot be identified.
         UnavailableError: It does not answer now.
     """
     status, listing = await ask("/v1/models", None)
@@ -130,7 +130,7 @@ async def identify(server: str, ask: Ask, server_type: ServerType) -> Profile:
 
 
 def first_card(listing: Any) -> Mapping[str, Any]:
-    """What ``GET /v1/models`` says of the first model; empty where it says nothing that can be read."""
+    """The first model in an answer of ``GET /v1/models``; empty where the answer has none."""
     data = listing.get("data") if isinstance(listing, Mapping) else None
     card = data[0] if isinstance(data, list) and data else None
     return card if isinstance(card, Mapping) else {}
@@ -138,7 +138,7 @@ def first_card(listing: Any) -> Mapping[str, Any]:
 
 def _choose_wire(server: str, engine: str | None, server_type: ServerType, status: int) -> Wire:
     if engine == "polar_ft":
-        # It speaks all formats; this one answers with the fewest bytes.
+        # It has all formats; answers in this one have the fewest bytes.
         return "sglang"
     if server_type == "auto":
         if engine is None:
@@ -174,19 +174,19 @@ def _text(value: Any) -> str | None:
 async def check_scores(
     server: str, ask: Ask, profile: Profile, probes: Sequence[np.ndarray]
 ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
-    """Scores the known inputs and makes sure that the scores are raw rewards; see the module.
+    """Scores the known inputs and checks that the scores are raw rewards; see the top of the module.
 
     Args:
         server: Its name, for errors.
         ask: Sends a request.
         profile: What `identify` found.
-        probes: What `probe_sequences` gave, `[inputs][tokens]`.
+        probes: The known inputs, `[inputs][tokens]`.
 
     Returns:
-        The fields that every request has to carry, and the scores.
+        The fields that every request must contain, and the scores.
 
     Raises:
-        RewardServerError: The scores are not raw, or there is no telling whether they are.
+        RewardServerError: The scores are not raw, or there is no evidence that they are.
         UnavailableError: It does not answer now.
     """
 
@@ -222,10 +222,10 @@ async def check_scores(
 
 
 def check_same_model(server: str, scores: Sequence[float], other: str, others: Sequence[float]) -> None:
-    """Makes sure that two servers, or one before and after a failure, score alike, but for rounding.
+    """Checks that two servers, or one server before and after a failure, give the same scores up to rounding.
 
     Raises:
-        RewardServerError: They do not; names both.
+        RewardServerError: The scores differ; the message names both servers.
 
     >>> check_same_model("a:1", [-0.5, -11.0], "b:1", [-0.52, -10.9])
     """
@@ -241,7 +241,7 @@ def check_same_model(server: str, scores: Sequence[float], other: str, others: S
 
 
 def refusal(status: int, answer: Any, hint: str = "") -> str:
-    """What a server that answered with an error said, cut short: it may repeat the request.
+    """The error that a server answered with, shortened, as it may repeat the request.
 
     >>> refusal(400, {"error": {"message": "too long"}})
     'HTTP 400: too long'
@@ -258,7 +258,7 @@ def refusal(status: int, answer: Any, hint: str = "") -> str:
 
 
 def how_to_start(profile: Profile) -> str:
-    """The command that starts such a server as it has to be."""
+    """The command that starts such a server so that it gives raw rewards."""
     return _HOW_TO_START[profile.engine or profile.wire]
 
 
@@ -267,7 +267,7 @@ def _has_raw_score(scores: Sequence[float]) -> bool:
 
 
 def _is_sigmoid_of(activated: Sequence[float], raw: Sequence[float]) -> bool:
-    """Whether the first are the sigmoids of the others, up to the rounding of bf16, and not the same numbers.
+    """Whether the first scores are the sigmoids of the others, within the rounding of bf16, and differ.
 
     >>> _is_sigmoid_of([0.5, 0.731], [0.0, 1.0]), _is_sigmoid_of([0.5, 0.7], [0.5, 0.7])
     (True, False)
@@ -277,7 +277,7 @@ def _is_sigmoid_of(activated: Sequence[float], raw: Sequence[float]) -> bool:
         return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
     pairs = list(zip(activated, raw, strict=True))
-    # Near 0.66 a number is its own sigmoid.
+    # A number near 0.66 is its own sigmoid.
     return all(abs(a - sigmoid(r)) < 0.02 for a, r in pairs) and any(abs(a - r) > 0.05 for a, r in pairs)
 
 

@@ -1,4 +1,4 @@
-"""What a caller gives, as token ids; and the strings that `RewardModelClient.encode` gives."""
+"""The elements of a caller's data as token ids, and the strings that `RewardModelClient.encode` returns."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from polar_ft.template import EncodeError, PolarTemplate
 
 
 class EncodedText(str):
-    """A text to be scored, spelled as the published client spells it, that carries its token ids.
+    """A text to score, spelled as the published client spells it, together with its token ids.
 
-    The ids are what the client sends. The spelling is for reading, and for a tokenizer that is called by
-    hand; there a text that spells a control token becomes one, among the ids it does not. String operations
-    give a plain string, without ids.
+    The client sends the ids. The spelling is for reading and for calling a tokenizer by hand; such a
+    tokenizer would make a control token of a text that spells one, which the ids never do. String operations
+    return a plain string, without ids.
 
     >>> text = EncodedText("2 + 2?\\n4<|reward|>2 + 2?\\nfour[UNUSED_TOKEN_130]", np.array([1, 7, 9]))
     >>> text.ids, type(text.strip()).__name__
@@ -30,7 +30,7 @@ class EncodedText(str):
     array: np.ndarray
 
     def __new__(cls, text: str, array: np.ndarray) -> EncodedText:
-        """A text with its ids, `[tokens]`."""
+        """Makes a text with its ids, int32 array [tokens]."""
         self = super().__new__(cls, text)
         self.array = array
         return self
@@ -122,11 +122,10 @@ def encode_elements(
 
 
 def _ids_of_text(template: PolarTemplate, text: str, number: int) -> np.ndarray:
-    """Ids of a text that `encode` gave, or of one that is spelled like it.
+    """Ids of an `EncodedText`, or of a plain string that is spelled like one.
 
-    A plain string has lost its ids (it was stored, or changed). It is tokenized as an engine would, so that
-    control tokens spelled in it become control tokens; it has to have those of a POLAR input, and no more of
-    them.
+    A plain string has lost its ids, as it was stored or changed. It is tokenized as an engine would do it:
+    what spells a control token becomes one. It must have the control tokens of a POLAR input, each once.
     """
     if isinstance(text, EncodedText):
         return text.array
@@ -134,7 +133,8 @@ def _ids_of_text(template: PolarTemplate, text: str, number: int) -> np.ndarray:
     if ids.count(template.separator_id) != 1 or ids[-1:] != [template.reward_token_id]:
         raise PolarError(
             f"data[{number}]: is no encoded text, which has {template.separator!r} once and ends in "
-            f"{template.reward_token!r}; give a dict with prompt, reference and output, or what encode() gave"
+            f"{template.reward_token!r}; give a dict with prompt, reference and output, or what encode() "
+            f"returned"
         )
     if len(ids) > template.max_length:
         raise PolarError(

@@ -1,4 +1,4 @@
-"""What a reward server can do wrong, as an error that names it."""
+"""Errors of reward servers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from polar_ft.errors import PolarError
 
 
 class RewardServerError(PolarError):
-    """A server did not answer, refused, or answered something that is not the rewards asked for.
+    """A server did not answer, refused the request, or answered with something other than its rewards.
 
     Attributes:
-        server: The server's address, as the user gave it; several, joined by ", ", where all of them failed.
-        reason: What it did, and what to do.
-        status: HTTP status of its answer, None where there was none or the answer itself was wrong.
+        server: The server's address, as the user gave it; several addresses, joined by ", ", where all
+            failed.
+        reason: What happened, and what to do.
+        status: HTTP status of the answer; None where there was no answer, or its content was wrong.
     """
 
     def __init__(self, server: str, reason: str, status: int | None = None) -> None:
@@ -21,17 +22,18 @@ class RewardServerError(PolarError):
         self.status = status
 
     def __reduce__(self) -> tuple[type[RewardServerError], tuple[str, str, int | None]]:
-        # Errors cross process borders (Ray, multiprocessing): an exception is rebuilt from its arguments.
+        # Errors are pickled between processes (Ray, multiprocessing), which rebuilds them from these
+        # arguments.
         return type(self), (self.server, self.reason, self.status)
 
 
 class UnavailableError(Exception):
-    """A server cannot answer now; the same request may succeed elsewhere or later.
+    """A server cannot answer now; the same request may succeed later or at another server.
 
     Attributes:
         reason: What happened.
-        retry_after: Seconds after which the server asks to be tried again, None where it does not say.
-        busy: The server is well and has too much to do (429).
+        retry_after: Seconds after which the server asks to be tried again; None where it does not say.
+        busy: The server works but is overloaded (HTTP 429).
     """
 
     def __init__(self, reason: str, retry_after: float | None = None, busy: bool = False) -> None:
@@ -42,4 +44,4 @@ class UnavailableError(Exception):
 
 
 class WireError(Exception):
-    """An answer is not what the wire format says; the message tells what came."""
+    """An answer does not have the wire format; the message says what came."""

@@ -1,6 +1,6 @@
-"""The servers of a client: their addresses, who gets the next request, and who is left alone for a while.
+"""The servers of a client: their addresses, which one gets the next request, and which ones pause.
 
-Everything here runs in one event loop; nothing needs a lock.
+Everything here runs in one event loop, so nothing needs a lock.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from polar_ft.errors import PolarError
 
 LOGGER = logging.getLogger("polar_ft.client")
 
-# A server that failed is tried again after at most so many seconds.
+# Longest pause of a server that failed, in seconds.
 LONGEST_PAUSE = 30.0
 
 
 @dataclass(eq=False)
 class Endpoint:
-    """One server and how it is doing.
+    """One server and its state.
 
     Attributes:
-        name: The address as the user gave it; errors call the server so.
-        url: Where its routes begin, without a slash at the end.
-        profile: What is known of it; None before the first contact and after it failed.
+        name: The address as the user gave it; used in errors.
+        url: Prefix of its routes, without a slash at the end.
+        profile: What is known of it; None before the first contact and after a failure.
         contact: Held while it is being contacted.
-        requests: Requests it is working on.
+        requests: Requests that it is working on.
         tokens: Tokens of those requests.
-        answered_at: When it last answered; times are the event loop's, in seconds.
+        answered_at: Time of its last answer; times are those of the event loop, in seconds.
         failures: Failures in a row.
-        failed_at: When it last failed.
-        rests_until: When it may be sent something again.
-        last_reason: What it last did wrong.
+        failed_at: Time of its last failure.
+        rests_until: Time until which it gets no request.
+        last_reason: Reason of its last failure.
     """
 
     name: str
@@ -58,16 +58,16 @@ class Endpoint:
 
 
 def parse_addresses(addresses: str | Sequence[str]) -> list[tuple[str, str]]:
-    """The servers that a user names.
+    """Reads the addresses that a user gave.
 
     Args:
         addresses: ``host:port`` or a URL, or several of them: a sequence, or one string with commas.
 
     Returns:
-        For each its name, as given, and the URL at which its routes begin.
+        For each server its name, as given, and the prefix of its routes.
 
     Raises:
-        PolarError: An address is no address, or is there twice.
+        PolarError: An address is not valid, or is given twice.
 
     >>> parse_addresses("127.0.0.1:30000, https://rm.example/v7/")
     [('127.0.0.1:30000', 'http://127.0.0.1:30000'), ('https://rm.example/v7/', 'https://rm.example/v7')]
@@ -96,19 +96,19 @@ def _url(address: str) -> str:
             f"server_address: {address!r} is no address; write host:port, or http(s)://host:port"
         )
     if parts.username or parts.password or parts.query or parts.fragment:
-        # Not repeated: it may hold a password.
+        # The address may contain a password, so the message does not repeat it.
         raise PolarError("server_address: write host:port alone; a key goes into api_key")
     return url.rstrip("/")
 
 
 class ServerPool:
-    """Gives out servers, the least busy first, and lets those rest that failed.
+    """Chooses a server for each request, the least busy first; a server that failed pauses.
 
     Args:
         servers: At least one.
-        concurrency: Requests that a server works on at a time. One that has just failed gets but one, until
-            it answers.
-        retry_delay: Seconds that a server rests after its first failure; doubled with every further one.
+        concurrency: Requests that a server works on at a time; after a failure one at a time, until it
+            answers.
+        retry_delay: Seconds that a server pauses after its first failure; doubled with every further one.
     """
 
     def __init__(self, servers: Sequence[Endpoint], *, concurrency: int, retry_delay: float) -> None:
@@ -119,18 +119,18 @@ class ServerPool:
 
     @property
     def names(self) -> str:
-        """All servers, for errors."""
+        """Names of all servers, for errors."""
         return ", ".join(server.name for server in self.servers)
 
     async def acquire(self, tokens: int, give_up_at: float) -> Endpoint:
-        """The server for the next request; waits until there is one. `release` gives it back.
+        """Waits for a free server and takes it for a request; `release` gives it back.
 
         Args:
-            tokens: Of the request.
-            give_up_at: When waiting for servers that rest is no use any more.
+            tokens: Tokens of the request.
+            give_up_at: Time until which to wait for servers that pause.
 
         Raises:
-            RewardServerError: All servers rest for longer than that.
+            RewardServerError: All servers pause for longer than that.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -149,35 +149,35 @@ class ServerPool:
                 await asyncio.wait_for(self._changed.wait(), None if wakes is None else wakes - now)
 
     def release(self, server: Endpoint, tokens: int) -> None:
-        """The request is over, however it ended."""
+        """Gives a server back when its request has ended, in whatever way."""
         server.requests -= 1
         server.tokens -= tokens
         self._wake()
 
     def answered(self, server: Endpoint) -> None:
-        """The server is well."""
+        """Notes that the server answered."""
         if server.failures:
             LOGGER.info("%s answers again", server.name)
         server.failures = 0
         server.answered_at = asyncio.get_running_loop().time()
 
     def failed(self, server: Endpoint, problem: UnavailableError, sent_at: float) -> None:
-        """The server did not answer a request; it rests.
+        """Notes that the server did not answer a request, and lets it pause.
 
         Args:
-            server: Which one.
+            server: The server.
             problem: What happened.
-            sent_at: When the request was sent. Of requests that were under way together, only the first
+            sent_at: When the request was sent. Of requests that were in progress together only the first
                 failure counts: a server that dies once has failed once.
         """
         now = asyncio.get_running_loop().time()
         server.last_reason = problem.reason
         if problem.busy:
-            # It is well, and gets its work back when it asks for it.
+            # An overloaded server works; it gets requests again when it asks for them.
             pause = self.retry_delay if problem.retry_after is None else problem.retry_after
             server.rests_until = max(server.rests_until, now + pause * random.uniform(1.0, 1.2))
             return
-        # What comes back may be another process, with another model or other flags.
+        # After a failure there may be another process, with another model or other flags.
         server.profile = None
         if sent_at <= server.failed_at:
             return
@@ -187,7 +187,7 @@ class ServerPool:
         pause = max(min(LONGEST_PAUSE, pause), problem.retry_after or 0.0)
         server.rests_until = now + pause
         LOGGER.log(
-            # A server that is gone for hours is reported once, not every half minute.
+            # A server that is down for hours is reported once, not every half minute.
             logging.WARNING if server.failures == 1 else logging.INFO,
             "%s: %s; it is tried again in %.1f s%s",
             server.name,
@@ -197,7 +197,7 @@ class ServerPool:
         )
 
     def reasons(self) -> str:
-        """What every server that failed last did."""
+        """The last failure of every server that failed."""
         if len(self.servers) == 1:
             return self.servers[0].last_reason
         return "; ".join(f"{s.name}: {s.last_reason}" for s in self.servers if s.last_reason)

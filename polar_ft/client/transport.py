@@ -1,8 +1,8 @@
-"""Token ids to rewards over HTTP: requests cut by tokens, sent at once, retried where that helps.
+"""Token ids to rewards over HTTP: inputs are divided into requests, sent in parallel, and retried.
 
-A request is retried, on another server where there is one, after a connection error, a time-out, or HTTP 429,
-502, 503 and 504: scoring has no side effect, so nothing is lost by asking twice. Every other answer is final:
-a request that is wrong once is wrong again, and a server whose answers are garbled must not be used quietly.
+A request is retried, with another server if there is one, after a connection error, a time-out, or HTTP 429,
+502, 503 and 504: scoring has no side effect, so asking twice does no harm. Every other answer is final: a
+wrong request stays wrong, and the answers of a server that sends garbled ones must not be used silently.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from polar_ft.client.contact import (
 from polar_ft.client.errors import RewardServerError, UnavailableError, WireError
 from polar_ft.client.servers import LOGGER, Endpoint, ServerPool
 from polar_ft.client.wire import ROUTES, read_rewards, request_body
+from polar_ft.files import first_line
 
 RETRIED = (429, 502, 503, 504)
 CONNECT_SECONDS = 10.0
 
-# A server may have been restarted, with another model, while nobody asked it: after so long it is contacted
-# again. Where it was being asked, requests failed, and it is contacted again for that.
+# A server may have been restarted with another model while it got no request, so after this time it is
+# contacted again. A restart during requests makes them fail, after which it is contacted again anyway.
 IDLE_SECONDS = 30.0
 
-# What is meant for this machine is not sent through a proxy, whatever the environment says.
+# Requests to this machine are not sent through a proxy, whatever the environment says.
 NO_PROXY = {f"all://{host}": None for host in ("127.0.0.1", "localhost", "[::1]")}
 
 
@@ -48,13 +49,13 @@ class Settings:
 
     Attributes:
         api_key: Sent as a Bearer token; None sends none.
-        timeout: Seconds that one request may take in all.
+        timeout: Seconds that one request may take in total.
         max_retries: How often a request is tried per server.
-        retry_delay: Seconds before the first retry; doubled with every further one, to at most 30.
-        max_wait: Seconds for which a request waits for servers that say they are busy (429), or rest.
-        tokens_per_request: A request holds at most so many tokens, or a single input.
-        inputs_per_request: A request holds at most so many inputs.
-        concurrency: Requests under way at each server.
+        retry_delay: Seconds before the first retry; doubled with every further one, up to 30.
+        max_wait: Seconds for which a request waits for servers that are busy (HTTP 429) or pause.
+        tokens_per_request: Most tokens in a request; a longer input is sent alone.
+        inputs_per_request: Most inputs in a request.
+        concurrency: Requests in progress at each server.
         check_raw: Whether a server must show that it gives raw rewards.
     """
 
@@ -69,10 +70,10 @@ class Settings:
     check_raw: bool = True
 
 
-def split_by_tokens(lengths: Iterable[int], max_tokens: int, max_inputs: int) -> Iterator[slice]:
-    """Cuts a row of inputs into requests, in their order; an input longer than the limit goes alone.
+def cut_into_requests(lengths: Iterable[int], max_tokens: int, max_inputs: int) -> Iterator[slice]:
+    """Divides inputs, in their order, into requests; an input longer than the limit is sent alone.
 
-    >>> list(split_by_tokens([3, 4, 9, 1, 1], max_tokens=8, max_inputs=100))
+    >>> list(cut_into_requests([3, 4, 9, 1, 1], max_tokens=8, max_inputs=100))
     [slice(0, 2, None), slice(2, 3, None), slice(3, 5, None)]
     """
     start = tokens = end = 0
@@ -86,14 +87,14 @@ def split_by_tokens(lengths: Iterable[int], max_tokens: int, max_inputs: int) ->
 
 
 class Transport:
-    """Scores token ids with the servers of a pool; lives in one event loop.
+    """Scores token ids with several servers; belongs to one event loop.
 
     Args:
         servers: At least one.
-        server_type: What the servers are; "auto" asks them.
+        server_type: Engine of the servers; "auto" asks them.
         probes: The known inputs of the first contact, `[inputs][tokens]`.
         settings: How requests are sent.
-        fingerprint: Of the template that the inputs are made with.
+        fingerprint: Fingerprint of the template that encodes the inputs.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Transport:
         self.settings = settings
         self._probes = probes
         self._fingerprint = fingerprint
-        # The first server's scores of the known inputs, which those of the others are compared with.
+        # Name and scores of the first server that scored the known inputs; the others must agree with it.
         self._known: tuple[str, tuple[float, ...]] | None = None
         connections = len(servers) * settings.concurrency
         self._http = httpx.AsyncClient(
@@ -126,19 +127,20 @@ class Transport:
         await self._http.aclose()
 
     async def score(self, inputs: Sequence[np.ndarray]) -> list[float]:
-        """A reward for each input, in their order.
+        """Scores inputs; rewards come in their order.
 
         Args:
             inputs: Token ids, `[inputs][tokens]`.
 
         Raises:
-            RewardServerError: A server answered something else, or no server answered in time.
+            RewardServerError: A server answered with something other than rewards, or no server answered in
+                time.
         """
         rewards: list[list[float]] = []
         requests = []
         settings = self.settings
         lengths = [len(ids) for ids in inputs]
-        for part in split_by_tokens(lengths, settings.tokens_per_request, settings.inputs_per_request):
+        for part in cut_into_requests(lengths, settings.tokens_per_request, settings.inputs_per_request):
             requests.append((len(rewards), inputs[part]))
             rewards.append([])
         waiting = iter(requests)
@@ -152,10 +154,10 @@ class Transport:
         return [reward for part in rewards for reward in part]
 
     async def contact(self) -> list[Profile | None]:
-        """What every server is, in their order; None where it does not answer now.
+        """Contacts every server: for each its profile, None where it does not answer now.
 
         Raises:
-            RewardServerError: None of them answers, or the answers of one are not raw rewards.
+            RewardServerError: No server answers, or one does not give raw rewards.
         """
         profiles: list[Profile | None] = []
         for server in self.pool.servers:
@@ -196,7 +198,7 @@ class Transport:
                 self.pool.release(server, tokens)
 
     async def _profile(self, server: Endpoint) -> Profile:
-        """What the server is; makes contact where there was none lately, or none since it failed."""
+        """The server's profile, after a first contact if it failed or had no request for a while."""
         async with server.contact:
             now = asyncio.get_running_loop().time()
             idle = server.requests <= 1 and now - server.answered_at > IDLE_SECONDS
@@ -254,22 +256,21 @@ class Transport:
             raise RewardServerError(server.name, str(error)) from None
 
     async def _send(self, server: Endpoint, path: str, body: Any) -> httpx.Response:
-        """One HTTP request.
+        """Sends one HTTP request.
 
         Raises:
-            UnavailableError: There was no answer, or one that says to come again.
+            UnavailableError: There was no answer, or one that asks to try again.
             RewardServerError: The answer cannot be read.
         """
         request = self._http.build_request("GET" if body is None else "POST", server.url + path, json=body)
         seconds = self.settings.timeout
         try:
-            # httpx limits every read, not their sum: a server that drips would never be too slow.
+            # The time-outs of httpx are for each read, not in total: a server could send a byte now and then.
             response = await asyncio.wait_for(self._http.send(request), seconds)
         except (asyncio.TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout):
             raise UnavailableError(f"no answer within {seconds:g} s (timeout)") from None
         except httpx.TransportError as error:
-            reason = str(error) or type(error).__name__
-            raise UnavailableError(f"no connection, or it broke off ({reason})") from None
+            raise UnavailableError(f"no connection, or it broke off ({first_line(error)})") from None
         except httpx.HTTPError as error:
             raise RewardServerError(server.name, f"its answer cannot be read ({error})") from None
         status = response.status_code
@@ -280,7 +281,7 @@ class Transport:
 
 
 async def _all_or_none(tasks: Sequence[asyncio.Future[None]]) -> None:
-    """Waits for all; when one fails, or the wait is cancelled, the others are stopped."""
+    """Waits for all tasks; where one fails, or the wait is cancelled, the others are stopped."""
     try:
         await asyncio.gather(*tasks)
     except BaseException:
@@ -291,7 +292,7 @@ async def _all_or_none(tasks: Sequence[asyncio.Future[None]]) -> None:
 
 
 def _json(response: httpx.Response) -> Any:
-    """The answer's JSON, or None."""
+    """The JSON of the answer; None where it is none."""
     try:
         return json.loads(response.content)
     except (ValueError, RecursionError):

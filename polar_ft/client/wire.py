@@ -1,15 +1,15 @@
-"""The wire formats of the engines: token ids to a request, an answer to rewards.
+"""The wire formats of the engines: from token ids to a request, from an answer to rewards.
 
 SGLang    ``POST /classify {"input_ids": [[…], …]}``
-          ``[{"embedding": [s]}, …]``, with the tokens that were read in ``meta_info.prompt_tokens``
+          ``[{"embedding": [s]}, …]``, with the number of tokens read in ``meta_info.prompt_tokens``
 vLLM      ``POST /pooling {"input": [[…], …], "use_activation": false}``
           ``{"data": [{"index": 0, "data": [[s], [s], …]}, …], "usage": {"prompt_tokens": n}}``: one ``[s]``
           per token, the reward last
 LMDeploy  ``POST /pooling {"input": [[…], …]}``
           ``{"data": [{"index": 0, "data": s}, …], "usage": {"prompt_tokens": n}}``
 
-As of SGLang 0.5.23, vLLM 0.32 and LMDeploy 0.18. An answer is taken only if nothing about it is in doubt: as
-many rewards as inputs, each a finite number, and as many tokens read as were sent where the engine says so.
+As of SGLang 0.5.23, vLLM 0.32 and LMDeploy 0.18. An answer is accepted only with as many rewards as inputs,
+each a finite number, and, where the engine gives the number of tokens it read, with as many as were sent.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ ROUTES: dict[Wire, str] = {"sglang": "/classify", "vllm": "/pooling", "lmdeploy"
 
 
 def request_body(wire: Wire, inputs: Sequence[np.ndarray], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a request.
+    """Makes the body of a request.
 
     Args:
-        wire: Whose format.
+        wire: The wire format.
         inputs: Token ids, `[inputs][tokens]`.
         extra: More fields, such as vLLM's ``use_activation``.
 
@@ -44,15 +44,15 @@ def request_body(wire: Wire, inputs: Sequence[np.ndarray], extra: Mapping[str, A
 
 
 def read_rewards(wire: Wire, answer: Any, lengths: Sequence[int]) -> list[float]:
-    """The rewards of an answer, in the order of the request.
+    """Reads the rewards of an answer, in the order of the request.
 
     Args:
-        wire: Whose format.
-        answer: The JSON that came.
-        lengths: Tokens of each input that was sent, `[inputs]`.
+        wire: The wire format.
+        answer: The JSON of the answer.
+        lengths: Tokens of each input of the request, `[inputs]`.
 
     Raises:
-        WireError: The answer is not a reward for each input.
+        WireError: The answer does not have a reward for each input.
 
     >>> read_rewards("sglang", [{"embedding": [-0.5], "meta_info": {"prompt_tokens": 3}}], [3])
     [-0.5]
@@ -66,7 +66,7 @@ def read_rewards(wire: Wire, answer: Any, lengths: Sequence[int]) -> list[float]
     polar_ft.client.errors.WireError: 1 answer came for 2 inputs
     """
     if wire == "sglang":
-        # A single input that is not in a list is answered by a bare object.
+        # A single input gets an object that is not in a list.
         items = [answer] if isinstance(answer, Mapping) and "embedding" in answer else answer
         return _read_items(items, lengths, "embedding", _of_embedding)
     data = answer.get("data") if isinstance(answer, Mapping) else None
@@ -98,7 +98,7 @@ def _read_items(items: Any, lengths: Sequence[int], key: str, read: Any) -> list
 
 
 def _by_index(data: list[Any]) -> list[Any]:
-    """The items in the order of their indices, which vLLM and LMDeploy give with each."""
+    """The items ordered by the index that vLLM and LMDeploy give for each."""
     indices: list[Any] = [item.get("index") if isinstance(item, Mapping) else None for item in data]
     if all(index is None for index in indices):
         return data
@@ -119,7 +119,7 @@ def _of_embedding(value: Any) -> float:
 
 
 def _of_tokens(value: Any) -> float:
-    """The last token's score; a pooler of the last token alone gives ``[s]`` instead of ``[[s], …]``."""
+    """The score of the last token; a pooler of only the last token gives ``[s]`` instead of ``[[s], …]``."""
     if not isinstance(value, list) or not value:
         raise WireError(f'"data" is {_short(value)} where a list with a score per token belongs')
     last = value[-1]
@@ -133,7 +133,7 @@ def _of_tokens(value: Any) -> float:
 
 
 def _number(value: Any) -> float:
-    # JSON's true is a number to Python, and NaN is one to its reader.
+    # To Python true is a number, and its JSON reader accepts NaN.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise WireError(f"the reward is {_short(value)} where a number belongs")
     try:
@@ -154,7 +154,7 @@ def _check_tokens(read: Any, sent: int) -> None:
 
 
 def _short(value: Any) -> str:
-    """What came, without quoting at length what a server may have echoed."""
+    """A short description of a value; a server may have echoed a long request."""
     if isinstance(value, list) and len(value) <= 8 and not any(isinstance(e, (list, dict)) for e in value):
         return f"{value!r:.80}"
     return describe(value)

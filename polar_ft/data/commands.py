@@ -1,6 +1,6 @@
 """The commands ``polar-ft data check``, ``convert``, ``split`` and ``preview``.
 
-Results go to standard output, progress bars to standard error, so that ``--json`` can be piped on.
+Results go to standard output and progress bars to standard error, so that output of ``--json`` can be piped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.progress import (
 
 from polar_ft.data.converters import CONVERTERS, convert_file
 from polar_ft.data.lint import check
-from polar_ft.data.preview import read_example, section_text, sections, summary_table
+from polar_ft.data.preview import read_example, run_text, summary_table, token_runs
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     DataSource,
@@ -50,14 +50,14 @@ from polar_ft.options import (
 from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate
 
 data_app = typer.Typer(
-    help="Check, convert, split and look at preference data.", no_args_is_help=True, add_completion=False
+    help="Check, convert, split and preview preference data.", no_args_is_help=True, add_completion=False
 )
 
 Files = Annotated[
     list[str], typer.Argument(help="JSON lines (.jsonl, .jsonl.gz), Parquet, folders, or HuggingFace ids.")
 ]
 Input = Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or a HuggingFace id.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer counts.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer counts tokens.")]
 SeparatorToken = Annotated[
     str | None,
     typer.Option(
@@ -69,7 +69,7 @@ RewardToken = Annotated[
     typer.Option(help=f"Token at the end, which is scored. (default: the model's own, else {REWARD_TOKEN})"),
 ]
 AddTokens = Annotated[
-    bool, typer.Option("--add-reward-tokens", help="Add the two tokens where the tokenizer lacks them.")
+    bool, typer.Option("--add-reward-tokens", help="Add the two tokens if the tokenizer lacks them.")
 ]
 
 
@@ -88,9 +88,9 @@ def check_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Name every bad row, count what is in the data, and show what truncation does to it.
+    """Name every bad row, count what the data contains, and show what truncation removes.
 
-    Exits with status 1 where a row is bad.
+    Exits with status 1 if a row is bad.
     """
     template = None
     if tokenizer is not None:
@@ -117,7 +117,7 @@ def check_command(
 
 
 def _formats() -> str:
-    """The formats and what they read, one paragraph each, which typer keeps apart."""
+    """The formats and what they read, one paragraph each."""
     lines = []
     for name, fmt in CONVERTERS.items():
         hub = f" ({fmt.hub}, split {fmt.split})" if fmt.hub else ""
@@ -147,7 +147,7 @@ def convert_command(
         Literal["overall", "fine-grained"] | None,
         typer.Option(help="ultrafeedback: the score that orders the answers. (default: overall)"),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail, writing nothing, if a row is bad.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail and write nothing if a row is bad.")] = False,
     force: Force = False,
     split: Annotated[
         str | None,
@@ -155,9 +155,9 @@ def convert_command(
     ] = None,
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Turn other data into rows of ours; rows that cannot be used are left out, counted and named.
+    """Convert other data to rows of polar-ft; rows that cannot be used are dropped, counted and named.
 
-    The formats are listed below the options. Where IN is a folder, its sub-folders are read too.
+    The formats are listed below the options. If IN is a folder, its sub-folders are read too.
     """
     refuse_to_overwrite([target], force=force)
     given = {"pairing": pairing, "reference": reference, "score": score}
@@ -179,7 +179,7 @@ def convert_command(
     counts = " and ".join(many(count, thing) for count, thing in written if count)
     console.print(
         f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}",
-        soft_wrap=True,  # a path is not broken over lines
+        soft_wrap=True,  # so that a path stays on one line
     )
     if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
@@ -190,8 +190,8 @@ def convert_command(
     for reason, count in sorted(done.left_out.items()):
         console.print(f"left out {many(count, 'pair')} {reason}")
     if done.without_pairs:
-        whole = "prompt" if CONVERTERS[data_format].gather else "row"
-        console.print(f"left out {many(done.without_pairs, whole)} of which no pair was left")
+        unit = "prompt" if CONVERTERS[data_format].gather else "row"
+        console.print(f"left out {many(done.without_pairs, unit)} of which no pair was left")
 
 
 @data_app.command("split")
@@ -204,9 +204,9 @@ def split_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Divide rows into training and held-out ones, so that no prompt is on both sides.
+    """Split rows into training and held-out ones, so that no prompt is on both sides.
 
-    A prompt's side depends on its text and the seed alone, not on the order of rows.
+    The side of a prompt depends only on its text and the seed, not on the order of rows.
     """
     paths = out_dir / "train.jsonl", out_dir / "held_out.jsonl"
     refuse_to_overwrite(paths, force=force)
@@ -219,13 +219,13 @@ def split_command(
 @data_app.command("preview")
 def preview_command(
     source: Input,
-    tokenizer: Annotated[str, typer.Option(help="Folder of the model that is to read the example.")],
-    index: Annotated[int, typer.Option(help="Which row, from 0.")] = 0,
+    tokenizer: Annotated[str, typer.Option(help="Folder of the model that reads the example.")],
+    index: Annotated[int, typer.Option(help="Number of the row, from 0.")] = 0,
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
     pairing: Pairing = "adjacent",
     everything: Annotated[bool, typer.Option("--all", help="Show long runs of tokens in full.")] = False,
-    ids: Annotated[bool, typer.Option("--ids", help="Show each token's id behind it.")] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Show the id after each token.")] = False,
     allow_tokenizer_code: AllowTokenizerCode = None,
     separator: SeparatorToken = None,
     reward_token: RewardToken = None,
@@ -233,7 +233,7 @@ def preview_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Show one example as the model sees it, token by token, with what was cut."""
+    """Show one example as the model reads it, token by token, with what was cut."""
     template = _template(
         tokenizer,
         max_length,
@@ -245,7 +245,7 @@ def preview_command(
     )
     (data,) = _sources([source], split=split, pairing=pairing, max_line_mb=max_line_mb)
     example = read_example(data, index)
-    encoded, shown = sections(example, template)
+    encoded, shown = token_runs(example, template)
     console = _console()
     console.print(f"[bold]{escape(example.source)}[/]", soft_wrap=True)
     console.print(summary_table(example, encoded))
@@ -253,12 +253,12 @@ def preview_command(
     about += [f"subset {example.subset}"] if example.subset else []
     about += [f"pairs (chosen > rejected): {', '.join(f'{a} > {b}' for a, b in example.pairs) or 'none'}"]
     console.print(escape(" · ".join(about)), style="dim")
-    for section in shown:
-        kept = sum(token.kind != "cut" for token in section.tokens)
-        cut = len(section.tokens) - kept
+    for run in shown:
+        kept = sum(token.kind != "cut" for token in run.tokens)
+        cut = len(run.tokens) - kept
         lost = f", [red]{cut:,} cut[/]" if cut else ""
-        console.print(f"\n[bold]{escape(section.title)}[/] — {kept:,} tokens{lost}")
-        console.print(section_text(section, width=console.width, everything=everything, ids=ids))
+        console.print(f"\n[bold]{escape(run.title)}[/] — {kept:,} tokens{lost}")
+        console.print(run_text(run, width=console.width, everything=everything, ids=ids))
 
 
 def _sources(files: Sequence[str], **settings: Any) -> list[DataSource]:
@@ -274,7 +274,7 @@ def _template(
     reward_token: str | None,
     add_reward_tokens: bool,
 ) -> PolarTemplate:
-    # What is None is left to the model's folder, which may say how it was trained.
+    # What is None is taken from the model's folder, which may store the settings of its training.
     return PolarTemplate.from_pretrained(
         folder,
         allow_tokenizer_code=allow_tokenizer_code or (),
@@ -292,7 +292,7 @@ def _console() -> Console:
 
 @contextmanager
 def _progress(title: str, paths: Sequence[str]) -> Iterator[OnBytes]:
-    """A bar over the bytes of the files on standard error; without a terminal there is none."""
+    """Shows a progress bar over the bytes of the files on standard error, if that is a terminal."""
     sizes = [size_in_bytes(path) for path in paths]
     total = None if None in sizes else sum(size for size in sizes if size is not None)
     console = Console(stderr=True)

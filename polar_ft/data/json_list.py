@@ -1,4 +1,4 @@
-"""The entries of a file that is one JSON list, decoded one by one: the file is never in memory as a whole."""
+"""Decodes a file that is one JSON list entry by entry, so that it is never completely in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _READ = 2**18
 
 
 class BrokenListError(ValueError):
-    """The rest of the list cannot be read; says why."""
+    """The rest of the list cannot be read; the message says why."""
 
 
 def entries(stream: TextIO, max_chars: int) -> Iterator[Any]:
@@ -19,10 +19,10 @@ def entries(stream: TextIO, max_chars: int) -> Iterator[Any]:
 
     Args:
         stream: The text of the list.
-        max_chars: Longest entry, in characters; what is kept in memory is about twice that at most.
+        max_chars: Longest entry, in characters; at most about twice that is kept in memory.
 
     Raises:
-        BrokenListError: The text is no list, is broken from some entry on, or an entry is longer.
+        BrokenListError: The text is no list, is invalid from some entry on, or has a longer entry.
 
     >>> import io
     >>> list(entries(io.StringIO('[{"a": 1}, 2, []]'), 1000))
@@ -48,7 +48,7 @@ def entries(stream: TextIO, max_chars: int) -> Iterator[Any]:
 
 
 class _Text:
-    """What is not decoded yet of a stream, read as it is needed."""
+    """The part of a stream that is not decoded yet; reads more as needed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -56,7 +56,7 @@ class _Text:
         self._decoder = json.JSONDecoder()
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             self._text = self._text.lstrip(_WHITE_SPACE)
             if self._text or not self._read():
@@ -72,7 +72,7 @@ class _Text:
                 value, end = self._decoder.raw_decode(self._text)
             except RecursionError:
                 raise BrokenListError("is nested too deeply to be a row") from None
-            except ValueError as error:  # cut in the middle, or no JSON: more of the text will tell
+            except ValueError as error:  # incomplete, or no JSON: more of the text decides
                 if len(self._text) > max_chars:
                     raise _too_long(max_chars) from None
                 if not self._read():
@@ -85,7 +85,7 @@ class _Text:
                 return value
 
     def _read(self) -> bool:
-        """Reads more, as much again as is there: an entry is decoded again each time, but few times."""
+        """Doubles the text: as an entry is decoded again after each read, there should be few reads."""
         more = self._stream.read(max(_READ, len(self._text)))
         self._text += more
         return bool(more)

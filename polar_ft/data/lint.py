@@ -1,11 +1,11 @@
-"""What is in preference data, and what is wrong with it, found in one pass with flat memory."""
+"""Checks preference data: what it contains and what is wrong with it, in one pass of little memory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Literal
@@ -21,19 +21,17 @@ from polar_ft.template import EncodeError, PolarTemplate
 FIELDS = ("prompt", "reference", "chosen", "rejected")
 BATCH = 64
 
-OnProblem = Callable[[RowProblem], None]
-
 
 class Lengths(BaseModel):
-    """How long a field is, over all rows (prompt, reference) or all pairs (chosen, rejected, sequence).
+    """Lengths of a field over all rows (prompt, reference) or all pairs (chosen, rejected, sequence).
 
     Attributes:
-        count: How many were measured.
-        mean: Their mean.
-        p50: Half of them are at most so long; likewise p90 and p99.
+        count: Number of fields.
+        mean: Mean length.
+        p50: Median; likewise percentiles 90 and 99.
         p90: See ``p50``.
         p99: See ``p50``.
-        max: The longest.
+        max: Greatest length.
         histogram: ``[low, high, count]`` for each range of lengths, both ends included.
     """
 
@@ -47,12 +45,12 @@ class Lengths(BaseModel):
 
 
 class FieldCut(BaseModel):
-    """What truncation takes from a field.
+    """What truncation removes from a field.
 
     Attributes:
-        count: Fields that are cut.
-        tokens: Tokens that are cut off them in all.
-        side: The side that is cut.
+        count: Number of fields that are cut.
+        tokens: Number of tokens that are cut off in total.
+        side: Side on which the field is cut.
     """
 
     count: int = 0
@@ -68,33 +66,35 @@ class SubsetCount(BaseModel):
 
 
 class DataReport(BaseModel):
-    """What `check` found. Where it says "pairs" a ranked row counts once for every pair that it gives.
+    """What `check` found. Numbers of pairs count a ranked row once for every pair that it gives.
 
     Attributes:
-        files: What was read.
-        unit: What lengths count: tokens, or characters where no tokenizer was given.
-        max_length: Limit of a whole sequence in tokens; None without a tokenizer.
+        files: Files, folders and data sets that were read.
+        unit: Unit of lengths: tokens, or characters where no tokenizer was given.
+        max_length: Limit of a sequence in tokens; None without a tokenizer.
         max_response_length: Limit of a response in tokens; None without a tokenizer.
         rows: Rows that can be used.
-        bad_rows: Rows that cannot.
+        bad_rows: Rows that cannot be used.
         pairs: Pairs that the usable rows give.
-        prompts: Different prompts.
-        ties_left_out: Pairs of ranked rows that are not pairs, as both are ranked the same.
-        rows_without_pairs: Ranked rows in which everything is tied.
+        prompts: Distinct prompts.
+        ties_left_out: Pairs of ranked rows that are dropped, as both responses are ranked the same.
+        rows_without_pairs: Ranked rows in which all compared responses are tied.
         duplicate_pairs: Pairs that repeat an earlier one: same prompt, reference, chosen and rejected.
         contradictory_pairs: Pairs that repeat an earlier one with chosen and rejected exchanged.
         prompts_in_several_files: Prompts that more than one file has.
         chosen_equals_rejected: Pairs of two equal texts.
-        chosen_equals_rejected_after_truncation: Pairs that the model sees as equal, those above included.
+        chosen_equals_rejected_after_truncation: Pairs of equal token ids, those of equal texts included.
         reference_equals_chosen: Pairs whose chosen text is the reference.
         reference_equals_rejected: Pairs whose rejected text is the reference.
-        empty: How many of each field have no text.
-        lengths: Lengths of each field before truncation, and of the whole "sequence" after it.
-        truncated: What truncation takes from each field; empty without a tokenizer.
+        rows_with_several_references: Rows with more than one reference.
+        empty: Number of empty texts of each field.
+        lengths: Lengths of each field before truncation, and of the complete "sequence" after it.
+        truncated: What truncation removes from each field; empty without a tokenizer.
         chosen_longer: Pairs whose chosen text is longer than the rejected one.
         chosen_shorter: Pairs whose chosen text is shorter.
         subsets: Rows and pairs of each subset; "" for rows without one.
-        extra_fields: How many rows have a field that is not known here: kept, or a misspelt name.
+        extra_fields: For each unknown field the number of rows that have it; it is kept, or its name is
+            misspelt.
         problems: The bad rows.
     """
 
@@ -145,7 +145,7 @@ def summarize(lengths: Counter[int]) -> Lengths:
         p90=_percentile(lengths, 90),
         p99=_percentile(lengths, 99),
         max=max(lengths, default=0),
-        # A range of lengths is one number of binary digits: 0, 1, 2-3, 4-7, 8-15, ...
+        # Lengths with the same number of binary digits are one range: 0, 1, 2-3, 4-7, 8-15, ...
         histogram=[(1 << bits >> 1, (1 << bits) - 1, bins[bits]) for bits in shown],
     )
 
@@ -163,38 +163,31 @@ def check(
     sources: Sequence[DataSource],
     template: PolarTemplate | None = None,
     *,
-    on_problem: OnProblem | None = None,
     on_bytes: OnBytes | None = None,
 ) -> DataReport:
-    """Reads data to the end and reports what is in it and which rows cannot be used.
+    """Reads all data and reports what it contains and which rows cannot be used.
 
     Args:
-        sources: What is read.
-        template: Gives lengths in tokens and what truncation does. Without it lengths are characters.
-        on_problem: Called with each bad row as it is found.
+        sources: The data.
+        template: Measures lengths in tokens and truncation. Without it lengths are in characters.
         on_bytes: See `polar_ft.data.reading.read_rows`.
 
     Raises:
-        PolarError: There is no such file.
+        PolarError: A file does not exist.
     """
     lint = _Lint(sources, template)
-
-    def problem(found: RowProblem) -> None:
-        lint.report.problems.append(found)
-        if on_problem is not None:
-            on_problem(found)
-
-    examples = read_examples(list(sources), on_problem=problem, on_bytes=on_bytes)
+    problems = lint.report.problems
+    examples = read_examples(list(sources), on_problem=problems.append, on_bytes=on_bytes)
     for example, encoded in _encode(examples, template):
         if isinstance(encoded, RowProblem):
-            problem(encoded)
+            problems.append(encoded)
         else:
             lint.add(example, encoded)
     return lint.finish()
 
 
 class _Lint:
-    """Counts of a pass. Texts are remembered by 8 bytes of their hash: about 100 bytes a pair."""
+    """Counts of a pass. Of texts 8 bytes of their hash are kept, about 100 bytes of memory per pair."""
 
     def __init__(self, sources: Sequence[DataSource], template: PolarTemplate | None) -> None:
         self.report = DataReport(
@@ -262,7 +255,7 @@ class _Lint:
         report = self.report
         better, worse = example.candidates[chosen], example.candidates[rejected]
         report.chosen_equals_rejected += better == worse
-        if example.reference:  # two empty texts are no hint of a mistake
+        if example.reference:  # equal empty texts do not suggest a mistake
             report.reference_equals_chosen += example.reference == better
             report.reference_equals_rejected += example.reference == worse
         if encoded is not None and report.chosen_equals_rejected_after_truncation is not None:
@@ -294,7 +287,7 @@ Measured = list[tuple[Example, "TokenGroup | RowProblem | None"]]
 def _encode(
     examples: Iterable[Example], template: PolarTemplate | None
 ) -> Iterator[tuple[Example, TokenGroup | RowProblem | None]]:
-    """Encodes examples in threads, in order; the tokenizer leaves Python's lock while it works."""
+    """Encodes examples in threads, in order; the tokenizer releases the GIL."""
     if template is None:
         yield from ((example, None) for example in examples)
         return

@@ -1,6 +1,6 @@
-"""One example as the model sees it: token by token, control tokens marked, with what was cut.
+"""One example as the model reads it: token by token, with control tokens and cut tokens marked.
 
-What every candidate shares is shown once, then each candidate's own tokens::
+The prefix that all candidates share is shown once, then each candidate's own tokens::
 
     BOS prompt ⏎ reference <|reward|> prompt ⏎ │ candidate [UNUSED_TOKEN_130]
     └───────────── shared prefix ───────────────┘
@@ -25,7 +25,7 @@ from polar_ft.template import PolarTemplate
 
 Kind = Literal["text", "control", "cut"]
 
-# How many tokens of a long run are shown from its beginning and from its end.
+# Tokens shown from the beginning and from the end of a long run.
 HEAD, TAIL = 160, 80
 
 
@@ -34,9 +34,9 @@ class Token:
     """A token of a preview.
 
     Attributes:
-        id: Its id.
-        text: What it stands for; spaces and line ends made visible.
-        kind: "control" for a token that text cannot write, "cut" for one that truncation took away.
+        id: Id in the vocabulary.
+        text: The text it stands for, with spaces and line ends made visible.
+        kind: "control" for a token that no text produces, "cut" for one that truncation removed.
     """
 
     id: int
@@ -46,18 +46,18 @@ class Token:
 
 @dataclass(frozen=True)
 class TokenRun:
-    """A run of tokens under one title."""
+    """Tokens that are shown under one title."""
 
     title: str
     tokens: list[Token]
 
 
 def read_example(source: DataSource, index: int) -> Example:
-    """The example of one row, counted from 0 over all rows.
+    """Reads the example of one row.
 
     Args:
-        source: What is read.
-        index: Which row.
+        source: The data.
+        index: Number of the row, from 0.
 
     Raises:
         DataError: The row cannot be used.
@@ -78,21 +78,21 @@ def read_example(source: DataSource, index: int) -> Example:
         raise DataError(f"{place}: {error}") from error
 
 
-def sections(example: Example, template: PolarTemplate) -> tuple[TokenGroup, list[TokenRun]]:
-    """The tokens of an example, as the model reads them, and between them what was cut.
+def token_runs(example: Example, template: PolarTemplate) -> tuple[TokenGroup, list[TokenRun]]:
+    """Lists the tokens of an example as the model reads them, and in their places the tokens that were cut.
 
     Args:
-        example: What is shown.
-        template: How it is encoded.
+        example: The example to show.
+        template: The template that encodes it.
 
     Returns:
-        The encoding, with lengths, and its sections: the shared prefix first, then each candidate.
+        The encoded group, with lengths, and the tokens to show: the shared prefix first, then each candidate.
 
     Raises:
-        PolarError: The reference leaves no room for the prompt.
+        EncodeError: The reference leaves no room for the prompt.
     """
     [encoded] = template.encode([example], measure=True)
-    # Where the same without limits differs is what was cut.
+    # The difference from the same without limits is what was cut.
     [uncut] = template.with_limits(2**40, 2**30).encode([example]) if encoded.cut else [encoded]
     shown = [
         _sequence(template, kept.tolist(), full.tolist(), encoded, number)
@@ -120,11 +120,12 @@ def _candidate_names(example: Example) -> list[str]:
 def _sequence(
     template: PolarTemplate, kept: Sequence[int], full: Sequence[int], encoded: TokenGroup, candidate: int
 ) -> list[Token]:
-    """The kept tokens of a sequence, and in their places those that were cut."""
+    """The tokens of a sequence that were kept, and in their places those that were cut."""
     kept_middle, full_middle = kept.index(template.separator_id), full.index(template.separator_id)
     cut = encoded.cut
     tokens: list[Token] = []
-    # Each half is `prompt ⏎ response control`: cut on the left of the prompt and the right of the response.
+    # Each half is `prompt ⏎ response control`, cut at the left of the prompt and at the right of the
+    # response.
     halves = (
         (kept[:kept_middle], full[:full_middle], cut.reference, template.separator_id),
         (kept[kept_middle + 1 : -1], full[full_middle + 1 : -1], cut.candidates[candidate], kept[-1]),
@@ -145,7 +146,7 @@ def _named(template: PolarTemplate, ids: Sequence[int]) -> list[tuple[int, str]]
     named: list[tuple[int, str]] = []
     while len(named) < len(ids):
         at = len(named)
-        # A character of several tokens is shown at the first of them, and ‥ at the others.
+        # A character of several tokens is shown at the first of them; the others are shown as ‥.
         for width in range(1, min(4, len(ids) - at) + 1):
             text = template.decode(ids[at : at + width])
             if text and "\ufffd" not in text:
@@ -164,7 +165,7 @@ def _visible(text: str) -> str:
 
 
 def _tokens_of_prefix(tokens: Sequence[Token], prefix_length: int) -> int:
-    """How many of the shown tokens, cut ones among them, make up the first kept ones.
+    """Number of shown tokens, cut ones included, up to the end of the prefix.
 
     >>> _tokens_of_prefix([Token(1, "a", "cut"), Token(2, "b", "text"), Token(3, "c", "cut")], 1)
     2
@@ -178,7 +179,7 @@ def _tokens_of_prefix(tokens: Sequence[Token], prefix_length: int) -> int:
 
 
 def summary_table(example: Example, encoded: TokenGroup) -> Table:
-    """Tokens of each field and what was cut off it."""
+    """Table of the tokens of each field: in all, cut, and kept."""
     table = Table(box=None, pad_edge=False)
     for name in ("field", "tokens", "cut", "kept"):
         table.add_column(name, justify="left" if name == "field" else "right", header_style="dim")
@@ -194,24 +195,24 @@ def summary_table(example: Example, encoded: TokenGroup) -> Table:
     return table
 
 
-def section_text(section: TokenRun, *, width: int = 100, everything: bool = False, ids: bool = False) -> Text:
-    """A section as coloured text; where there is no colour, marks tell the same.
+def run_text(run: TokenRun, *, width: int = 100, everything: bool = False, ids: bool = False) -> Text:
+    """Formats tokens as coloured text that is also readable without colours.
 
-    Tokens are parted by ``│``; a control token stands in ``⟦ ⟧``, a run of cut tokens in ``✂ ✂``.
+    ``│`` separates tokens, ``⟦ ⟧`` encloses a control token, ``✂ ✂`` encloses tokens that were cut.
 
     Args:
-        section: What is shown.
-        width: Characters of a line.
+        run: The tokens.
+        width: Characters per line.
         everything: Show long runs in full.
-        ids: Write each token's id behind it, in small digits.
+        ids: Append each token's id, in small digits.
 
     >>> tokens = [Token(1, "<s>", "control"), Token(5, "Hi", "text"), Token(6, "·all", "cut")]
-    >>> section_text(TokenRun("shared prefix", tokens)).plain
+    >>> run_text(TokenRun("shared prefix", tokens)).plain
     '  ⟦<s>⟧│Hi│✂·all✂'
     """
     text = Text("  ")
     column, at_start = 2, True
-    for piece in _pieces(section.tokens, everything, ids):
+    for piece in _pieces(run.tokens, everything, ids):
         if piece is None or (not at_start and column + 1 + piece.cell_len > width):
             text.append("\n  ")
             column, at_start = 2, True
@@ -232,11 +233,11 @@ _SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def _pieces(tokens: Sequence[Token], everything: bool, ids: bool) -> Iterator[Text | None]:
-    """What stands between the bars, in order; None begins a new line."""
+    """The text of each token, in order, long runs of a kind shortened; None begins a new line."""
     for kind, group in groupby(tokens, key=lambda token: token.kind):
-        run = list(group)
-        left_out = range(HEAD, len(run) - TAIL) if not everything else range(0)
-        for number, token in enumerate(run):
+        same_kind = list(group)
+        left_out = range(HEAD, len(same_kind) - TAIL) if not everything else range(0)
+        for number, token in enumerate(same_kind):
             if number in left_out:
                 if number == HEAD:
                     yield None
@@ -248,6 +249,6 @@ def _pieces(tokens: Sequence[Token], everything: bool, ids: bool) -> Iterator[Te
                 piece = Text.assemble(piece, (str(token.id).translate(_SUBSCRIPT), "cyan"))
             if kind == "cut" and number == 0:
                 piece = Text.assemble(("✂", "red"), piece)
-            if kind == "cut" and number == len(run) - 1:
+            if kind == "cut" and number == len(same_kind) - 1:
                 piece = Text.assemble(piece, ("✂", "red"))
             yield piece

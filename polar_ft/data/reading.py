@@ -1,7 +1,7 @@
-"""Rows one at a time from JSON lines or lists, gzip, Parquet, folders and HuggingFace data sets.
+"""Reads rows one at a time from JSON lines or lists, gzip, Parquet, folders and HuggingFace data sets.
 
-Memory stays flat whatever the size of a file. A row that cannot be read does not end the reading: it comes
-out as a `RowProblem`, so that one pass names everything that is wrong.
+Memory does not grow with the size of a file. A row that cannot be read does not end the reading; it is
+returned as a `RowProblem`, so that one pass names everything that is wrong.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class RowProblem:
 
     Attributes:
         file: The file or data set, as the user named it.
-        line: Line in the file, or row of a list, Parquet file or data set, from 1; 0 for the file as a whole.
-        field: Where in the row; empty for the row as a whole.
+        line: Line in the file, or row of a list, Parquet file or data set, from 1; 0 for the file itself.
+        field: The field of the row; empty for the row itself.
         reason: What is wrong and what to do.
     """
 
@@ -59,7 +59,7 @@ class RowProblem:
 
     @classmethod
     def at(cls, source: str, error: RowError) -> RowProblem:
-        """The problem that a row's error is, for a row whose source is "file:line"."""
+        """Makes the problem of an error in a row whose source is "file:line"."""
         file, _, line = source.rpartition(":")
         return cls(file, int(line), error.field, error.reason)
 
@@ -71,11 +71,11 @@ class DataSource(BaseModel):
         path: A .jsonl, .jsonl.gz or .parquet file, a folder of such files, or a HuggingFace data-set id
             (``owner/name``, or ``owner/name:config``).
         weight: Multiplies the weight of every pair.
-        max_samples: Only the first so many rows.
-        split: Which split of a HuggingFace data set.
+        max_samples: Number of rows to use, from the first one; None uses all.
+        split: Split of a HuggingFace data set.
         pairing: How ranked rows become pairs.
         subset: Subset of rows that do not name one themselves.
-        max_line_mb: A longer line of JSON is refused, unread, as a problem of that row; in 2**20 bytes.
+        max_line_mb: Longest line of JSON in 2**20 bytes; a longer one is skipped and is a problem.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -89,7 +89,7 @@ class DataSource(BaseModel):
     max_line_mb: float = Field(default=MAX_LINE_MB, gt=0)
 
     def rows(self, on_bytes: OnBytes | None = None) -> Iterator[Row]:
-        """All rows, without regard to ``max_samples``; see `read_rows`."""
+        """Reads all rows, without regard to ``max_samples``; see `read_rows`."""
         return read_rows(self.path, self.split, max_line_mb=self.max_line_mb, on_bytes=on_bytes)
 
 
@@ -97,7 +97,7 @@ Sources = str | os.PathLike[str] | Mapping[str, Any] | DataSource | Sequence[Any
 
 
 def as_sources(sources: Sources) -> list[DataSource]:
-    """What a config may say, as a list of `DataSource`.
+    """Converts the data of a config to a list of `DataSource`.
 
     Args:
         sources: A path, a dict of `DataSource` fields, a `DataSource`, or a list of those.
@@ -128,14 +128,14 @@ def as_sources(sources: Sources) -> list[DataSource]:
 
 
 def expand(path: str, *, recursive: bool = False) -> list[str]:
-    """The files that a path stands for: itself, a folder's data files in order, or a HuggingFace id.
+    """Lists the files of a path: the path itself, the data files of a folder in order, or a HuggingFace id.
 
     Args:
         path: See `DataSource.path`.
-        recursive: With the files of a folder's sub-folders, but for hidden ones.
+        recursive: Include the files of sub-folders, except hidden ones.
 
     Raises:
-        PolarError: There is no such file, or it is of a kind that cannot be read.
+        PolarError: The file does not exist, or is of a kind that cannot be read.
     """
     if os.path.isdir(path):
         folder = Path(path)
@@ -153,7 +153,7 @@ def expand(path: str, *, recursive: bool = False) -> list[str]:
         if not path.endswith(SUFFIXES):
             raise PolarError(f"{path}: cannot read this kind of file; it must end in {_kinds()}")
         return [path]
-    # A data-set id looks like a path; what lies in a folder that exists is meant as a file.
+    # A data-set id looks like a path; a path in an existing folder is meant as a file.
     in_folder = "/" in path and Path(path).parent.is_dir()
     if path.endswith(SUFFIXES) or in_folder or not _DATASET_ID.fullmatch(path):
         raise PolarError(f"{path}: no such file; check the spelling of the path")
@@ -168,7 +168,7 @@ _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 
 
 def size_in_bytes(path: str) -> int | None:
-    """Bytes to be read, for a progress bar; None for a data set, which does not say beforehand."""
+    """Number of bytes to read, for a progress bar; None for a HuggingFace data set, where it is unknown."""
     files = expand(path)
     return sum(map(os.path.getsize, files)) if all(map(os.path.exists, files)) else None
 
@@ -184,9 +184,9 @@ def read_rows(
 
     Args:
         path: See `DataSource.path`.
-        split: Which split of a HuggingFace data set.
+        split: Split of a HuggingFace data set.
         max_line_mb: Longest line of JSON in 2**20 bytes; a longer one is a problem and is not kept in memory.
-        on_bytes: Called now and then with the number of bytes (as on disk) read since the last call.
+        on_bytes: Called repeatedly with the number of bytes (as on disk) read since the last call.
 
     Yields:
         ("file:line", row) or ("file:line", problem); ("file:0", problem) for a file without any row.
@@ -221,20 +221,21 @@ def read_examples(
     on_problem: Literal["raise"] | Callable[[RowProblem], None] = "raise",
     on_bytes: OnBytes | None = None,
 ) -> Iterator[Example]:
-    """Reads checked rows as `Example`.
+    """Reads rows, checks them and returns them as `Example`.
 
-    A ranked row in which everything is tied yields an `Example` without pairs: it is there to be counted.
+    A ranked row in which all compared responses are tied yields an `Example` without pairs, so that it is
+    counted.
 
     Args:
         sources: What `as_sources` takes.
         pairing: Overrides every source's own ``pairing``.
-        on_problem: What becomes of rows that cannot be used. "raise" reads to the end, so that all of them
-            are known, then raises; a function is called with each of them.
+        on_problem: How to handle rows that cannot be used: "raise" reads to the end, so that all of them are
+            known, then raises; a function is called with each of them.
         on_bytes: See `read_rows`.
 
     Raises:
         DataError: There were problems and ``on_problem="raise"``; the message shows the first 20.
-        PolarError: There is no such file or data set (before anything is read).
+        PolarError: A file or data set does not exist; raised before anything is read.
     """
     checked = as_sources(sources)
     for source in checked:
@@ -270,7 +271,7 @@ def _read_examples(
 
 
 def raise_problems(problems: Sequence[RowProblem]) -> None:
-    """Raises a `DataError` that names the first problems and counts them all; does nothing without any."""
+    """Raises a `DataError` that names the first problems and counts all of them, if there are any."""
     if not problems:
         return
     shown = "\n".join(f"  {problem}" for problem in problems[:PROBLEMS_SHOWN])
@@ -293,7 +294,7 @@ def _read_json_lines(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Ite
                 yield f"{file}:{number}", RowProblem(file, number, "", reason)
                 return
             if on_bytes is not None and (line is None or number % 64 == 0):
-                # Counted on disk, where the size is known beforehand, not after decompressing.
+                # Bytes on disk, whose total is known, not bytes after decompression.
                 position = raw.tell()
                 on_bytes(position - reported)
                 reported = position
@@ -312,7 +313,7 @@ class _ByteLines(Protocol):
 
 
 def _lines(stream: _ByteLines, max_bytes: int) -> Iterator[bytes | int]:
-    """The lines of a stream; of a line that is too long only its length in bytes."""
+    """Reads the lines of a stream; of a line that is too long only its length in bytes."""
     while line := stream.readline(max_bytes + 1):
         if len(line) <= max_bytes or line.endswith(b"\n"):
             yield line
@@ -336,7 +337,7 @@ def _parse_line(file: str, number: int, line: bytes) -> dict[str, Any] | RowProb
         row = _parse_json(text)
     except RecursionError:
         return problem("is nested too deeply to be a row — check what wrote the file")
-    except ValueError as error:  # JSONDecodeError, or a number of more digits than Python reads
+    except ValueError as error:  # JSONDecodeError, or a number with more digits than Python accepts
         if number == 1 and text.lstrip().startswith("["):
             hint = "write one JSON object a line, not one list (jq -c '.[]' in.json > out.jsonl)"
         else:
@@ -351,7 +352,7 @@ def _parse_line(file: str, number: int, line: bytes) -> dict[str, Any] | RowProb
 
 
 def _parse_json(text: str) -> Any:
-    # Twice as fast as `json`, whose messages are better and which decides where the two disagree on an error.
+    # Twice as fast as `json`; where it fails, `json` decides and has better messages.
     try:
         return from_json(text)
     except ValueError:
@@ -369,7 +370,7 @@ def _is_list(file: str) -> bool:
         with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else nullcontext(raw) as stream:
             return stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     except (OSError, EOFError, zlib.error):
-        return False  # said where the rows are read
+        return False  # reported where the rows are read
 
 
 def _read_json_list(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Iterator[Row]:
@@ -431,7 +432,7 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
     repository, _, config = name.partition(":")
     try:
         dataset = datasets.load_dataset(repository, config or None, split=split)
-    except Exception as error:  # the hub, the network, the data set's files: all of them the user's to mend
+    except Exception as error:  # of the hub, the network, or the files of the data set
         reason = first_line(error)
         raise PolarError(
             f"{name}: no such file here, and as a HuggingFace data set (split {split!r}) it could not be "

@@ -1,14 +1,14 @@
-"""What a row of preference data may say, and the one form that everything downstream reads.
+"""Rows of preference data: their forms, their checks, and the `Example` that all further code uses.
 
 A row is a JSON object in one of two forms::
 
     {"prompt": ..., "reference": ..., "chosen": ..., "rejected": ...}                         a pair
     {"prompt": ..., "responses": [{"content": ..., "score": ...}, ...], "reference": ...}     ranked
 
-In place of ``"reference"`` a row may have ``"references"``, a list of several: evaluation scores against all
-of them, training against the first. A prompt, reference or response is a string, or a list of
-``{"role", "content"}`` messages. Both forms become an `Example`: the texts of one (prompt, reference), its
-candidates, and which candidate beats which. Fields that are not known are kept and passed on to reports.
+Instead of ``"reference"`` a row may have ``"references"``, a list of several: evaluation scores against all
+of them, training against the first. A prompt, reference or response is a string, or a list of ``{"role",
+"content"}`` messages. Both forms become an `Example`: the texts of one (prompt, reference) with its
+candidates, and the pairs of them. Unknown fields are kept for reports.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from polar_ft.groups import Pairing, TextGroup, Wrapper
 
 
 class RowError(PolarError):
-    """One row that cannot be used.
+    """A row that cannot be used.
 
     Attributes:
-        field: Where in the row, e.g. ``chosen[0].role``; empty for the row as a whole.
+        field: The field of the row, e.g. ``chosen[0].role``; empty for the row itself.
         reason: What is wrong and what to do.
     """
 
@@ -48,18 +48,18 @@ class RowError(PolarError):
 
 
 class _Strict(BaseModel):
-    # Strict: a number where a text belongs is a mistake in the data, not something to convert quietly.
+    # Strict: a number in place of a text is a mistake in the data and is not converted silently.
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
 def _whole_characters(text: str) -> str:
-    # JSON can spell half a character, which no tokenizer takes and no UTF-8 file holds.
+    # JSON can spell half of a character, which no tokenizer accepts and UTF-8 cannot represent.
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                r"holds half of a surrogate pair (such as \ud83d) — write the whole character"
+                r"holds half of a surrogate pair (such as \ud83d) — write the complete character"
             ) from None
     return text
 
@@ -87,7 +87,7 @@ Text = Annotated[
 
 
 def text_of(value: str | Sequence[Message]) -> str:
-    r"""The text that a field stands for: the contents of its messages, joined with ⏎ as xtuner 0.2.0 does.
+    r"""The text of a field: the contents of its messages, joined with ⏎ as in xtuner 0.2.0.
 
     >>> text_of([Message(role="user", content="Hi"), Message(role="assistant", content="Hello")])
     'Hi\nHello'
@@ -99,14 +99,14 @@ def text_of(value: str | Sequence[Message]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Example(TextGroup):
-    """A `TextGroup` with what its row says of it.
+    """A `TextGroup` with the further fields of its row.
 
     Attributes:
         id: The row's own id, else its source.
-        subset: The part of the data that the row belongs to, for reports.
-        extra: Fields of the row that are not known here.
+        subset: The part of the data to which the row belongs, for reports.
+        extra: Unknown fields of the row.
         source: "file:line" (a row's number in Parquet and data sets), from 1.
-        n_ties: Pairs that were left out because both candidates are ranked the same.
+        n_ties: Number of pairs that were dropped because both candidates are ranked the same.
         candidate_info: For each candidate of a ranked row what the row says of it next to its text
             (policy, score or rank, unknown fields); empty for a pair row.
         reference_info: The same for the response that became the reference.
@@ -130,7 +130,7 @@ class _Row(_Strict):
     references: list[Text] | None = None
 
     def _texts_of_references(self, reference: str | Sequence[Message]) -> tuple[str, ...]:
-        """All references of the row, at least one; ``reference`` where the row names but that."""
+        """The texts of ``references``, or the given reference if the row has no such list."""
         return tuple(map(text_of, self.references)) if self.references else (text_of(reference),)
 
     def _name(self, source: str) -> str:
@@ -138,7 +138,7 @@ class _Row(_Strict):
 
 
 class PairRow(_Row):
-    """A prompt, a reference (may be empty) or several, a better and a worse response.
+    """A prompt, one or several references (which may be empty), a better and a worse response.
 
     >>> row = parse_row({"prompt": "2 + 2?", "reference": "4", "chosen": "four", "rejected": "five"})
     >>> example = row.to_example("pairs.jsonl:1")
@@ -156,11 +156,11 @@ class PairRow(_Row):
     margin: float | None = None
 
     def to_example(self, source: str, *, pairing: Pairing = "adjacent", weight: float = 1.0) -> Example:
-        """The row as an `Example` of one pair.
+        """Makes an `Example` of one pair.
 
         Args:
             source: "file:line" of the row.
-            pairing: Of no effect here; ranked rows take the same argument.
+            pairing: Ignored; ranked rows have the same argument.
             weight: Factor on the row's own weight.
         """
         return Example(
@@ -204,11 +204,11 @@ class Response(_Strict):
 
     @property
     def goodness(self) -> float:
-        """The score, or the rank turned round: higher is better."""
+        """The score, or the negative rank: higher is better."""
         return self.score if self.score is not None else -(self.rank or 0.0)
 
     def info(self) -> dict[str, Any]:
-        """What the row says of the response in addition to its text.
+        """The fields of the response except its text.
 
         >>> Response(content="four", score=0.9, policy="small-lm").info()
         {'score': 0.9, 'policy': 'small-lm'}
@@ -218,14 +218,14 @@ class Response(_Strict):
 
 @dataclass(frozen=True, slots=True)
 class RankedPairs:
-    """Which responses of a ranked row are compared.
+    """The pairs of a ranked row.
 
     Attributes:
-        reference: The response that became the reference, None where the row has a reference of its own.
+        reference: The response that became the reference; None if the row has its own reference.
         candidates: The other responses, in the order of the row.
         pairs: (chosen, rejected) as indices into ``candidates``.
         margins: Score differences of the pairs, None for ranks.
-        n_ties: Pairs left out because both are ranked the same.
+        n_ties: Number of pairs that were dropped because both are ranked the same.
     """
 
     reference: Response | None
@@ -236,7 +236,7 @@ class RankedPairs:
 
 
 class RankedRow(_Row):
-    """A prompt with several responses in an order; without a reference the best response becomes it.
+    """A prompt with several ranked responses; without a reference the best response becomes the reference.
 
     >>> responses = [{"content": text, "score": score} for text, score in
     ...              [("C", 1), ("A", 3), ("B", 2), ("b", 2)]]
@@ -270,7 +270,7 @@ class RankedRow(_Row):
         candidates = list(self.responses)
         reference = None
         if self.reference is None:
-            # max() takes the first of several that are equally good.
+            # Of several equally good ones max() takes the first.
             reference = max(candidates, key=lambda response: response.goodness)
             candidates = [response for response in candidates if response is not reference]
 
@@ -285,12 +285,12 @@ class RankedRow(_Row):
         return RankedPairs(reference, candidates, pairs, margins, n_ties=len(compared) - len(pairs))
 
     def to_example(self, source: str, *, pairing: Pairing = "adjacent", weight: float = 1.0) -> Example:
-        """The row as an `Example`; ties are left out and counted.
+        """Makes an `Example` of the row; ties are dropped and counted.
 
         Args:
             source: "file:line" of the row.
             pairing: "adjacent" or "all"; see `ranking`.
-            weight: Factor on the row's own weight.
+            weight: Factor for the row's own weight.
         """
         ranking = self.ranking(pairing)
         best = ranking.reference
@@ -314,13 +314,13 @@ class RankedRow(_Row):
 
 
 def parse_row(row: Any) -> PairRow | RankedRow:
-    """Checks a row and says which form it has.
+    """Checks a row and parses it as a pair row or a ranked row.
 
     Args:
-        row: A JSON object. ``"responses"`` makes it a ranked row.
+        row: A JSON object. With ``"responses"`` it is a ranked row.
 
     Raises:
-        RowError: The row cannot be used; names the field, the reason and what to do.
+        RowError: The row cannot be used; the message names the field, the reason and what to do.
 
     >>> parse_row({"prompt": "Hi", "reference": "", "chosen": "Hello", "rejected": 7})
     Traceback (most recent call last):
@@ -333,14 +333,14 @@ def parse_row(row: Any) -> PairRow | RankedRow:
     if both:
         others = " and ".join(sorted(both))
         raise RowError("responses", f"is given together with {others} — keep one of the two forms")
-    # Parquet has every column in every row: null is how it says that an optional field is not there.
+    # In Parquet every row has every column: null says that an optional field is missing.
     fields = {key: value for key, value in row.items() if value is not None or key not in _HAVE_DEFAULTS}
     if row.get("references") is not None:
         if row.get("reference") is not None:
             raise RowError("references", 'is given together with "reference" — keep one of the two fields')
         if row["references"] == []:
             raise RowError("references", 'is an empty list — "reference": "" says that there is none')
-        # The list has the texts; a ranked row with a reference takes none of its responses for one.
+        # `references` has the texts; with a reference, no response of a ranked row becomes one.
         fields["reference"] = ""
     model: type[PairRow | RankedRow] = RankedRow if "responses" in row else PairRow
     try:
@@ -365,10 +365,10 @@ _MUST_BE = {
 
 
 def _row_error(error: ValidationError, row: Mapping[str, Any]) -> RowError:
-    """One error for all that is wrong in a row: the first in full, then the names of the others."""
+    """Makes one error of all that is wrong in a row: the first in full, then the names of the others."""
     reasons: dict[str, str] = {}
     for problem in error.errors(include_url=False):
-        # What a whole row may be refused for is always the number and order of its responses.
+        # Errors of the row itself are always about the number and order of its responses.
         path = _path(problem["loc"], row) or "responses"
         reasons.setdefault(path, _reason(problem, path, row))
     (first, reason), *others = reasons.items()
@@ -379,7 +379,7 @@ def _row_error(error: ValidationError, row: Mapping[str, Any]) -> RowError:
 
 
 def _path(loc: tuple[int | str, ...], row: Any) -> str:
-    """Where an error is, in the row's own terms: pydantic's names for the arms of a union are left out.
+    """The path to an error in the row; pydantic's names for the arms of a union are omitted.
 
     >>> _path(("chosen", "messages", 0, "role"), {"chosen": [{"role": 1}]})
     'chosen[0].role'
@@ -426,7 +426,7 @@ def _reason_missing(path: str, row: Mapping[str, Any]) -> str:
 
 
 def describe(value: Any) -> str:
-    """What a wrong value is, short whatever its size.
+    """Describes a wrong value in a few words, whatever its size.
 
     >>> describe(None), describe(7), describe([1, 2]), describe({"text": "x"}), describe("a" * 99)[:26]
     ('null', 'the number 7', 'a list of 2', "an object with 'text'", "the string 'aaaaaaaaaaaaaa")

@@ -1,4 +1,4 @@
-"""The report of `polar_ft.data.lint.check` on a terminal of 100 columns."""
+"""Prints the report of `polar_ft.data.lint.check` on a terminal of 100 columns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SUBSETS_SHOWN = 20
 
 
 def show_problems(console: Console, problems: Sequence[RowProblem]) -> None:
-    """Prints every bad row, one a line whatever its length, so that the output can be searched."""
+    """Prints every bad row on one line, however long, so that the output can be searched."""
     for problem in problems:
         console.print(f"[red]bad row[/] {escape(str(problem))}", soft_wrap=True)
 
 
 def show_report(console: Console, report: DataReport) -> None:
-    """Prints the bad rows, then the counts of what is in the data."""
+    """Prints the bad rows, then the counts of the report."""
     show_problems(console, report.problems)
     if report.problems:
         console.print()
@@ -56,7 +56,7 @@ def show_report(console: Console, report: DataReport) -> None:
 
 
 def many(count: int, thing: str) -> str:
-    """A count with its noun.
+    """Formats a count with its noun.
 
     >>> many(1, "row"), many(2000, "row")
     ('1 row', '2,000 rows')
@@ -65,7 +65,7 @@ def many(count: int, thing: str) -> str:
 
 
 def number_table(columns: Sequence[str]) -> Table:
-    """A table without lines; the first column is text, the others are numbers."""
+    """Makes a table without lines; the first column is text, the others are numbers."""
     table = Table(box=None, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", header_style="dim", no_wrap=True)
@@ -89,7 +89,7 @@ def _lengths_table(report: DataReport) -> Table:
 
 
 def _histogram_table(lengths: dict[str, Lengths], unit: str) -> Table:
-    """How many fields have how many tokens or characters: one column a field, one line a range."""
+    """Table of how many fields have which length: a column for each field, a line for each range."""
     width = 9
     table = Table(box=None, pad_edge=False)
     table.add_column(unit, justify="right", header_style="dim", no_wrap=True)

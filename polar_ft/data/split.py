@@ -1,4 +1,4 @@
-"""Training and held-out rows, divided by prompt."""
+"""Splits rows into training and held-out ones by prompt."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from polar_ft.errors import PolarError
 
 @dataclass
 class Side:
-    """What went to one side.
+    """Counts of one side of a split.
 
     Attributes:
         path: The file.
         rows: Rows in it.
-        pairs: Pairs that they give.
-        prompts: Different prompts in it.
-        subsets: Rows of each subset; None for rows without one.
+        pairs: Pairs that the rows give.
+        prompts: Distinct prompts in it.
+        subsets: Number of rows of each subset; None for rows without one.
     """
 
     path: Path
@@ -35,14 +35,14 @@ class Side:
 
 
 def is_held_out(prompt: str, fraction: float, seed: int = 0) -> bool:
-    """Whether a prompt belongs to the held-out side; depends on nothing but its text and the seed.
+    """Whether a prompt belongs to the held-out side; depends only on its text and the seed.
 
-    So the same prompt is on the same side in every file and in every order of rows, and a larger fraction
-    holds out the same prompts and some more. Runs of white space count as one space.
+    So a prompt is on the same side in every file and in every order of rows, and a larger fraction holds out
+    the same prompts and more. Runs of white space count as one space.
 
     Args:
         prompt: Text of the prompt.
-        fraction: Share of all prompts that is held out, from 0 to 1; met nearly, not exactly.
+        fraction: Share of prompts that is held out, from 0 to 1; met approximately.
         seed: Another seed holds out other prompts.
 
     >>> is_held_out("What is 2 + 2?", 0.5), is_held_out("What  is 2 + 2?", 0.5), is_held_out("Hi", 0.5)
@@ -61,18 +61,18 @@ def split_by_prompt(
     seed: int = 0,
     on_bytes: OnBytes | None = None,
 ) -> tuple[Side, Side]:
-    """Writes every row, as it is, to one of two files, so that no prompt is in both.
+    """Writes every row unchanged to one of two files, so that no prompt is in both.
 
     Args:
-        sources: What is read.
-        train_path: File for the rows to train on.
-        held_out_path: File for the rows to measure with.
-        fraction: Share of prompts to be held out, between 0 and 1.
+        sources: The data.
+        train_path: File for training rows.
+        held_out_path: File for held-out rows.
+        fraction: Share of prompts that is held out, between 0 and 1.
         seed: See `is_held_out`.
         on_bytes: See `polar_ft.data.reading.read_rows`.
 
     Raises:
-        DataError: Rows that cannot be used; nothing is written.
+        DataError: Rows cannot be used; nothing is written.
         PolarError: One of the sides would be empty; nothing is written.
     """
     if not 0 < fraction < 1:

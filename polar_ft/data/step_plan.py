@@ -1,8 +1,8 @@
-"""The step plan: which pairs make up each optimizer step, and in which pack of which rank they run.
+"""The step plan: which pairs make up each optimizer step, and in which pack of which rank they are computed.
 
-The plan is a function of the data, the seed and the epoch alone: which pairs a step holds does not depend
-on the layout, the number of ranks, the size of a pack or the accumulation. Those decide only where a pair
-is computed. Every rank works the plan out for itself and gets the same one.
+The pairs of a step depend only on the data, the seed and the epoch, not on the layout, the number of ranks,
+the size of a pack or the accumulation; those only decide where a pair is computed. Every rank computes the
+same plan.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from polar_ft.groups import Layout, TokenGroup, select_pairs
 
 
 class GroupSizes(Protocol):
-    """What the plan needs to know of the groups; `polar_ft.data.tokenized.TokenizedGroups` is one."""
+    """What the plan needs of the groups, such as `polar_ft.data.tokenized.TokenizedGroups`."""
 
     pairs: np.ndarray  # [groups], number of pairs
     weights: np.ndarray  # [groups], sum of the weights of its pairs
@@ -33,14 +33,14 @@ class GroupSizes(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """A group, or those of its pairs that fit into a pack.
+    """A group, or the pairs of it that fit into a pack.
 
     Attributes:
         group: Index of the group.
-        first_pair: Index of the first pair of the piece within the group.
-        last_pair: Index after the last pair.
-        tokens: Tokens to compute.
-        cost: Time to compute it, in units of one token without attention.
+        first_pair: Index in the group of the first pair of the piece.
+        last_pair: Index after that of the last pair.
+        tokens: Number of tokens to compute.
+        cost: Time to compute it, in units of the time for one token without attention.
     """
 
     group: int
@@ -55,7 +55,7 @@ Packs = list[list[Piece]]
 
 @dataclass(frozen=True)
 class Spread:
-    """Least, mean and greatest of some numbers."""
+    """Minimum, mean and maximum of some numbers."""
 
     least: int
     mean: float
@@ -71,18 +71,18 @@ def _spread(values: Sequence[int]) -> Spread:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a plan achieves.
+    """Figures of a plan.
 
     Attributes:
         steps_per_epoch: Optimizer steps.
         ranks: Data-parallel ranks.
-        described_steps: Steps that the following figures are of.
-        pairs_per_step: Over all ranks.
+        described_steps: Number of steps that the following figures describe.
+        pairs_per_step: Pairs in a step, over all ranks.
         packs_per_rank_and_step: Forwards of a rank in a step.
         tokens_per_rank_and_step: Tokens that a rank computes in a step.
-        largest_pack: Tokens.
-        fill: Mean size of a pack over ``max_packed_length``.
-        tokens_saved: Share of the tokens of separate sequences that are not computed, over all data.
+        largest_pack: Tokens of the largest pack.
+        fill: Mean size of a pack divided by ``max_packed_length``.
+        tokens_saved: Share of the tokens of separate sequences that need not be computed, over all data.
     """
 
     steps_per_epoch: int
@@ -107,18 +107,18 @@ class PlanSummary:
 
 
 class StepPlan:
-    """Plans optimizer steps of about ``global_batch_pairs`` pairs out of whole groups.
+    """Plans optimizer steps of about ``global_batch_pairs`` pairs; no step has a part of a group.
 
     Args:
         sizes: Sizes of the groups.
-        global_batch_pairs: Pairs of an optimizer step over all ranks; a step has as near to it as whole
-            groups allow, and all steps of an epoch about the same.
-        max_packed_length: Tokens that a pack may hold.
+        global_batch_pairs: Pairs of an optimizer step over all ranks. As groups are not divided between
+            steps, a step has about this number; all steps of an epoch have about the same.
+        max_packed_length: Most tokens in a pack.
         ranks: Data-parallel ranks.
         seed: Seed of the order of the groups.
         layout: How packs are laid out.
-        packs_per_step: Packs of each rank in a step; None takes as few as hold the step.
-        hidden_size: Of the model; weighs attention against the rest in the cost of a group.
+        packs_per_step: Packs of each rank in a step; None takes the smallest number that suffices.
+        hidden_size: Hidden size of the model; weighs attention against the rest in the cost of a group.
 
     Raises:
         PolarError: There is nothing to train on, or a single pair does not fit into a pack.
@@ -138,7 +138,7 @@ class StepPlan:
     ) -> None:
         if not len(sizes.pairs):
             raise PolarError("there is no pair to train on; `polar-ft data check` says what is in the data")
-        # With these `StepPlan(sizes, **arguments)` is the same plan.
+        # `StepPlan(sizes, **arguments)` is the same plan.
         self.arguments: dict[str, Any] = dict(
             global_batch_pairs=global_batch_pairs,
             max_packed_length=max_packed_length,
@@ -174,13 +174,13 @@ class StepPlan:
         return self._epoch[1][step]
 
     def weight_of_step(self, epoch: int, step: int) -> float:
-        """Sum of the weights of the step's pairs: what the sum of their losses is divided by."""
+        """Sum of the weights of the step's pairs, by which the sum of their losses is divided."""
         return float(self.sizes.weights[self.groups_of_step(epoch, step)].sum())
 
     def packs(self, epoch: int, step: int) -> list[Packs]:
-        """The packs of a step: for each rank the same number of packs, each a list of pieces.
+        """The packs of a step: the same number for each rank, each a list of pieces.
 
-        A rank's list may end with empty packs, where there are fewer pieces than packs.
+        If there are fewer pieces than packs, the list of a rank may end with empty packs.
         """
         pieces = [piece for index in self.groups_of_step(epoch, step) for piece in self._pieces(int(index))]
         if self.packs_per_step is None:
@@ -193,12 +193,12 @@ class StepPlan:
             bins = self._fill(pieces, rounds * self.ranks)
             if bins is None:
                 self._raise_too_small(pieces, step)
-        # Ranks that run side by side get packs of about the same cost.
+        # Ranks compute packs of about the same cost at the same time.
         bins.sort(key=lambda pack: -sum(piece.cost for piece in pack))
         return [[bins[turn * self.ranks + rank] for turn in range(rounds)] for rank in range(self.ranks)]
 
     def describe(self, most_steps: int = 200) -> PlanSummary:
-        """What the plan achieves, over the first steps of the first epoch."""
+        """Figures of the plan over the first steps of the first epoch."""
         steps = min(self.steps_per_epoch, most_steps)
         rank_tokens, pack_tokens, rounds, pairs = [], [], [], []
         for step in range(steps):
@@ -223,7 +223,7 @@ class StepPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the plan follows from, in addition to the data."""
+        """The settings on which the plan depends, in addition to the data."""
         return {
             "steps_per_epoch": self.steps_per_epoch,
             "max_packed_length": self.max_packed_length,
@@ -241,11 +241,11 @@ class StepPlan:
         return [Piece(index, 0, pairs, int(self.tokens[index]), float(self.costs[index]))]
 
     def _fill(self, pieces: Sequence[Piece], count: int) -> list[list[Piece]] | None:
-        """Costliest piece first into the cheapest pack that has room; None where one finds no room."""
+        """Puts each piece, costliest first, into the cheapest pack with room; None if one fits nowhere."""
         bins: list[list[Piece]] = [[] for _ in range(count)]
         costs = np.zeros(count)
         rooms = np.full(count, self.max_packed_length)
-        # Ties broken by group, so that the packs do not depend on the order of the data within a step.
+        # Ties are broken by group, so that packs do not depend on the order of the data within a step.
         for piece in sorted(pieces, key=lambda piece: (-piece.cost, piece.group, piece.first_pair)):
             fitting = np.where(rooms >= piece.tokens, costs, np.inf)
             best = int(fitting.argmin())
@@ -257,7 +257,7 @@ class StepPlan:
         return bins
 
     def _split_group(self, index: int) -> list[Piece]:
-        """Cuts a group that is longer than a pack into pieces that repeat its prefix."""
+        """Splits a group that is longer than a pack into pieces that repeat its prefix."""
         group = self.sizes.group(index)
         pieces: list[Piece] = []
         first = 0
@@ -297,19 +297,19 @@ class StepPlan:
 
 
 def split_evenly(order: np.ndarray, pairs: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Cuts an order of groups into parts with about the same number of pairs, none of them empty.
+    """Splits an order of groups into parts with about the same number of pairs, none of them empty.
 
     >>> [part.tolist() for part in split_evenly(np.arange(5), np.array([1, 1, 4, 1, 1]), 2)]
     [[0, 1], [2, 3, 4]]
 
     Args:
         order: Group indices, [groups].
-        pairs: Pairs of the groups in that order, [groups].
+        pairs: Number of pairs of the groups in that order, [groups].
         parts: Number of parts, at most the number of groups.
     """
     middle = np.cumsum(pairs) - pairs / 2
     part_of = np.floor(middle * parts / pairs.sum()).astype(int)
-    # Large groups can leave a part without a group of its own; every part gets at least one.
+    # Large groups can leave a part without a group; every part gets at least one.
     lowest = np.maximum.accumulate(np.maximum(part_of, 0))
     count = len(order)
     starts = np.searchsorted(lowest, np.arange(parts))

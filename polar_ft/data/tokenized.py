@@ -1,8 +1,9 @@
-"""Tokenized data on disk: rows of preference data in, groups of token ids out, memory-mapped.
+"""Tokenizes preference data into a cache on disk, whose token groups are memory-mapped.
 
-The first start on some data tokenizes it, all cores at work, into an Arrow file under the cache folder; a
-later start with the same files, tokenizer and limits maps that file. Only a few numbers for each group are
-held in memory. Processes of one machine that start together wait for one of them to write it.
+The first start with some data tokenizes it on all cores and writes Arrow files (`polar_ft.data.group_file`)
+into the cache folder; a later start with the same files, tokenizer and limits maps those files. Only a few
+numbers for each group are in memory. Of processes on one machine that start together, one writes the cache
+and the others wait.
 """
 
 from __future__ import annotations
@@ -48,21 +49,22 @@ _GROUPS, _MERGED = "groups.arrow", "merged.arrow"
 
 
 class TokenizationSummary(BaseModel):
-    """What became of the rows; every number is over all data.
+    """Counts of tokenization, over all data.
 
     Attributes:
-        rows: Rows read.
-        pairs: Pairs that are trained on.
+        rows: Rows that were read.
+        pairs: Pairs to train on.
         groups: Distinct (prompt, reference).
-        ties: Pairs of equal score in ranked rows, left out.
-        identical_pairs: Pairs whose two sides have the same tokens, as given or after truncation, left out.
+        ties: Pairs of equal score in ranked rows, which are dropped.
+        identical_pairs: Pairs whose sides have the same tokens, as given or after truncation; they are
+            dropped.
         prompts_cut: Rows whose prompt was cut on the left.
         references_cut: Rows whose reference was cut on the right.
         candidates_cut: Candidates that were cut on the right.
-        references_dropped: Rows whose reference was left out on purpose (``reference_dropout``).
+        references_dropped: Rows whose reference was dropped by ``reference_dropout``.
         tree_tokens: Tokens to compute when prefixes are shared.
         flat_tokens: Tokens of all pairs as separate sequences.
-        seconds: Time that tokenizing took.
+        seconds: Time that tokenization took.
     """
 
     rows: int = 0
@@ -79,7 +81,7 @@ class TokenizationSummary(BaseModel):
     seconds: float = 0.0
 
     def lines(self) -> list[str]:
-        """The summary in words; what is zero and harmless is left out."""
+        """The summary in words; counts that are zero and harmless are omitted."""
         saved = 1 - self.tree_tokens / self.flat_tokens if self.flat_tokens else 0.0
         lines = [
             f"{self.rows:,} rows, {self.pairs:,} pairs, {self.groups:,} groups of one prompt and reference; "
@@ -109,14 +111,14 @@ class TokenizationSummary(BaseModel):
 
 
 class TokenizedGroups:
-    """The groups of a tokenized data set, read from disk when asked for.
+    """The groups of a tokenized data set, read from disk on access.
 
     Attributes:
-        summary: What became of the rows.
+        summary: Counts of tokenization.
         pairs: [groups], number of pairs.
         weights: [groups], sum of the weights of the pairs.
-        tokens: For each layout [groups], tokens to compute.
-        attended: For each layout [groups], query-key pairs of causal attention.
+        tokens: For each layout [groups], number of tokens to compute.
+        attended: For each layout [groups], number of query-key pairs of causal attention.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -134,7 +136,7 @@ class TokenizedGroups:
         return len(self.pairs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A DataLoader worker maps the file itself.
+        # A DataLoader worker maps the files itself.
         return {name: value for name, value in self.__dict__.items() if name != "_reader"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,19 +164,20 @@ def tokenize(
     reference_dropout: float = 0.0,
     seed: int = 0,
 ) -> TokenizedGroups:
-    """Tokenizes data, or maps what an earlier start tokenized.
+    """Tokenizes data, or maps the cache of an earlier start.
 
     Args:
         sources: The data.
         template: The template with its tokenizer and limits.
-        cache_dir: Where tokenized data is kept; a sub-folder for each combination of data and template.
-        reference_dropout: Share of the groups whose reference is left out, so that the model also learns to
-            score without one. The choice is by hash of (seed, prompt, reference): the same at every start.
+        cache_dir: Folder of caches, with a sub-folder for each combination of data and template.
+        reference_dropout: Share of the groups whose reference is dropped, so that the model also learns to
+            score without one. A hash of (seed, prompt, reference) decides, so that the choice is the same at
+            every start.
         seed: See ``reference_dropout``.
 
     Raises:
-        DataError: A row is bad.
-        PolarError: The data has no pair, or a reference leaves its prompt no room.
+        DataError: A row cannot be used.
+        PolarError: The data has no pair, or a reference leaves no room for the prompt.
     """
     if not 0 <= reference_dropout <= 1:
         raise PolarError(f"reference_dropout is a share between 0 and 1, not {reference_dropout}")
@@ -194,7 +197,7 @@ def tokenize(
 
 
 def _cache_key(sources: Sequence[DataSource], template: PolarTemplate, dropout: float, seed: int) -> str:
-    """Name of the cache folder: changes with the files (path, size, time of change), settings and format."""
+    """Name of the cache folder; changes with files (path, size, time of change), settings and format."""
     parts: list[Any] = [FORMAT, template.fingerprint, dropout, seed if dropout else 0]
     for source in sources:
         path = Path(source.path)
@@ -241,7 +244,7 @@ def _tokenize_batches(
     seed: int,
     summary: TokenizationSummary,
 ) -> Iterator[list[StoredGroup]]:
-    """Rows of the cache, a batch at a time. While batches are encoded, the next one is read."""
+    """Tokenizes examples in batches; the next batch is read while others are encoded."""
 
     def encode(batch: list[Example]) -> list[tuple[MergedTexts, TokenGroup]]:
         merged = merge_texts(batch)
@@ -261,7 +264,7 @@ def _tokenize_batches(
         console=Console(stderr=True),
         transient=True,
     )
-    # Two at a time: while the ids of one batch become arrays, the cores tokenize the other.
+    # Two at a time: while the ids of one batch become arrays, the cores tokenize the other one.
     with progress, ThreadPoolExecutor(2) as pool:
         task = progress.add_task("tokenizing", total=None)
         iterator = iter(examples)
@@ -295,7 +298,7 @@ def _drop_reference(example: Example, dropout: float, seed: int, summary: Tokeni
 def _to_row(
     batch: Sequence[Example], texts: MergedTexts, encoded: TokenGroup, summary: TokenizationSummary
 ) -> StoredGroup | None:
-    """Makes the row of a group from the pairs that teach something, and counts; None where there is none."""
+    """Makes the row of a group from its pairs that are not identical, and counts; None if none is left."""
     cut = encoded.cut
     source_of_pair: list[str] = []
     for number, place in texts.members:
@@ -350,7 +353,7 @@ def _merge_repeated(folder: Path, rows_of: dict[bytes, list[int]], sizes: list[l
     return np.array(order, dtype=np.int64)
 
 
-# What a step plan needs to know of a group.
+# What a step plan needs of a group.
 _SIZES = ("pairs", "weights", "tree_tokens", "flat_tokens", "tree_attended", "flat_attended")
 
 

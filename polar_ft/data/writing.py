@@ -1,4 +1,4 @@
-"""JSON lines, written atomically: nothing half-written is left behind."""
+"""Writes JSON lines atomically: no incomplete file is left behind."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ class RowWriter:
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:
-    r"""One line of JSON, readable text left as it is; what JSON has no word for (dates) as a string.
+    r"""Makes one line of JSON without escaping readable text; what JSON lacks (dates) becomes a string.
 
     >>> to_line({"prompt": "¿Qué?"}).decode()
     '{"prompt": "¿Qué?"}\n'
     """
     try:
         return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
-    except UnicodeEncodeError:  # half a surrogate pair, in a field that nobody reads
+    except UnicodeEncodeError:  # half of a surrogate pair, in a field that is not checked
         return json.dumps(row, default=str).encode() + b"\n"
 
 
 def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
-    """Checks, before any work is done, that the output may be written.
+    """Checks that outputs may be written; called before any work is done.
 
     Raises:
         PolarError: An output exists and ``force`` was not given, or its name does not end in .jsonl.
@@ -58,7 +58,7 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
     for path in paths:
         if not path.name.endswith((".jsonl", ".jsonl.gz")):
             raise PolarError(
-                f"{path}: rows are written as JSON lines; let the name end in .jsonl or .jsonl.gz"
+                f"{path}: rows are written as JSON lines; the name must end in .jsonl or .jsonl.gz"
             )
         if path.is_dir():
             raise PolarError(f"{path}: is a folder; name a file")
@@ -68,10 +68,10 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
 
 @contextmanager
 def open_rows(path: Path) -> Iterator[RowWriter]:
-    """Writes a .jsonl or .jsonl.gz file that appears, complete, when the block ends without an error.
+    """Opens a .jsonl or .jsonl.gz file for writing; it appears, complete, if the block succeeds.
 
     Args:
-        path: The file; its folder is made where it is missing.
+        path: The file; its folder is created where it is missing.
 
     Raises:
         PolarError: The file cannot be written.
@@ -81,7 +81,7 @@ def open_rows(path: Path) -> Iterator[RowWriter]:
     with unfinished(path) as part:
         with _disk_errors(path):
             raw = part.open("wb")
-        # A gzip file without its time stamp: the same rows give the same bytes.
+        # A gzip file without a time stamp, so that the same rows give the same bytes.
         stream = gzip.GzipFile(path.name, "wb", fileobj=raw, mtime=0) if path.name.endswith(".gz") else raw
         try:
             yield RowWriter(path, stream)
@@ -91,7 +91,7 @@ def open_rows(path: Path) -> Iterator[RowWriter]:
                 raw.flush()
                 os.fsync(raw.fileno())
         finally:
-            with suppress(OSError):  # closing flushes once more, onto a disk that may be full
+            with suppress(OSError):  # closing flushes again, and the disk may be full
                 raw.close()
 
 
@@ -102,6 +102,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise PolarError(
-            f"{path}: cannot be written ({reason}); nothing was left half-written. Free some space or choose "
-            f"another place"
+            f"{path}: cannot be written ({reason}); no incomplete file was left behind. Free some space, or "
+            f"choose another place"
         ) from error

@@ -1,4 +1,4 @@
-"""Rewards in this process, from a HuggingFace folder, without running code of the folder."""
+"""`RewardScorer`: rewards in this process from a HuggingFace folder, without running code of the folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from polar_ft.model.weights import load_backbone
 from polar_ft.reward_scale import RewardScale
 from polar_ft.template import PolarTemplate
 
-# Batches that `RewardScorer.score` looks at together, to find what belongs together and is of like length.
+# Batches of rows that `RewardScorer.score` sorts together, by prefix and by length.
 _BATCHES_AT_ONCE = 16
 _CHARS_PER_TOKEN = 4
 
@@ -32,10 +32,10 @@ class RewardScorer:
         decoder: ``LlamaModel`` or ``Qwen2Model`` of transformers.
         head: The reward head.
         template: The template with the model's tokenizer and limits.
-        tokens_per_batch: Tokens that one forward computes at most; a group longer than that is cut into
-            several forwards. Does not change the rewards.
+        tokens_per_batch: Most tokens in a forward; a longer group is divided into several forwards. Does not
+            change the rewards.
         attention: Attention backend.
-        folder: Where the model is; its reward scale is read from there.
+        folder: Folder of the model, from which its reward scale is read.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class RewardScorer:
 
         Args:
             folder: A HuggingFace folder with a reward head, or a hub id.
-            device: None takes CUDA where there is one.
-            dtype: A dtype or its name; "auto" takes that of the checkpoint on CUDA, and float32 on a CPU.
+            device: None takes CUDA if available.
+            dtype: A dtype or its name; "auto" takes the dtype of the checkpoint on CUDA and float32 on a CPU.
             tokens_per_batch: See the class.
             attention: See the class.
-            **template_settings: Of `PolarTemplate.from_pretrained`; by default what the folder says.
+            **template_settings: Of `PolarTemplate.from_pretrained`; by default those of the folder.
 
         Raises:
-            PolarError: No such folder, no reward head in it, or no such device.
+            PolarError: The folder does not exist or has no reward head, or there is no such device.
         """
         folder = resolve_folder(folder)
         try:
@@ -110,28 +110,28 @@ class RewardScorer:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.head.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which dtype the decoder computes; the head always computes in float32."""
+        """Dtype in which the decoder computes; the head always computes in float32."""
         return self.decoder.dtype
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below it."""
+        """Size of the model's embeddings; token ids are smaller."""
         return self.decoder.config.vocab_size
 
     def score(
         self, data: Mapping[str, Any] | Iterable[Mapping[str, Any]], *, scale: bool = False
     ) -> list[float]:
-        """A reward for each row, in their order; rows of one (prompt, reference) share its computation.
+        """Scores rows; rewards come in their order, and rows of one (prompt, reference) share computation.
 
         Args:
-            data: Dicts as in the published quick start, or one: ``prompt``, ``reference`` and ``output``,
-                each a string or a list of messages, and perhaps ``wrapper``. Any iterable: few rows are held
-                at a time.
+            data: A dict as in the published quick start, or an iterable of them: ``prompt``, ``reference``
+                and ``output``, each a string or a list of messages, and an optional ``wrapper``. Few rows are
+                held at a time.
             scale: Apply the reward scale that ``polar-ft calibrate`` wrote into the model's folder.
 
         Raises:
@@ -152,10 +152,10 @@ class RewardScorer:
         return rewards if measured is None else measured.apply(rewards)
 
     def reward_scale(self) -> RewardScale:
-        """What ``polar-ft calibrate`` measured.
+        """Reads the reward scale that ``polar-ft calibrate`` measured.
 
         Raises:
-            PolarError: It has not been run for this model.
+            PolarError: It has not been measured for this model.
         """
         if self.folder is None:
             raise PolarError("this model was not read from a folder, so it has no reward scale")
@@ -164,11 +164,14 @@ class RewardScorer:
     def score_examples(
         self, groups: Sequence[TextGroup], on_scored: Callable[[int], None] | None = None
     ) -> list[list[float]]:
-        """A reward for each candidate of each group, in their order, against the group's first reference.
+        """Scores each candidate of each group, in their order, against the group's first reference.
 
         Args:
-            groups: What to score.
+            groups: The groups.
             on_scored: Called with the number of groups done since the last call; for progress bars.
+
+        Returns:
+            Rewards, `[groups][candidates]`.
 
         Raises:
             EncodeError: A group does not fit the model's limits; ``index`` says which.
@@ -178,7 +181,7 @@ class RewardScorer:
     def score_encoded(
         self, groups: Sequence[TokenGroup], on_scored: Callable[[int], None] | None = None
     ) -> list[list[float]]:
-        """As `score_examples`, of groups that are encoded already."""
+        """As `score_examples`, for token groups."""
         rewards: list[list[float]] = [[] for _ in groups]
         for batch in forward_batches(groups, self.tokens_per_batch):
             values = self.score_groups([group for _, group in batch])
@@ -190,7 +193,7 @@ class RewardScorer:
         return rewards
 
     def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
-        """A reward for each branch of each group, all in one forward, whatever their number."""
+        """Scores groups in one forward, whatever their number; rewards are `[groups][branches]`."""
         pack = build_pack(groups).to(self.device)
         with torch.inference_mode():
             scores = packed_rewards(self.decoder, self.head, pack, backend=self.attention)
@@ -201,15 +204,15 @@ class RewardScorer:
 def forward_batches(
     groups: Sequence[TokenGroup], tokens_per_batch: int
 ) -> Iterable[list[tuple[int, TokenGroup]]]:
-    """What each forward computes: groups of like length, at most ``tokens_per_batch`` tokens where possible.
+    """Divides groups into forwards of similar lengths, of at most ``tokens_per_batch`` tokens if possible.
 
     Args:
-        groups: What to score.
-        tokens_per_batch: Tokens of a batch. A group longer than that is cut into several.
+        groups: The groups to score.
+        tokens_per_batch: Most tokens of a forward; a longer group is split into pieces.
 
     Yields:
-        The groups of a batch, each with its index in ``groups``; pieces of one group come in the order of its
-        branches.
+        The groups or pieces of a forward, each with its index in ``groups``; pieces of one group come in the
+        order of its branches.
     """
     pieces = [
         (index, piece)

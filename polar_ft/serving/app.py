@@ -57,34 +57,34 @@ from polar_ft.serving.wire import (
 T = TypeVar("T")
 PoolingFormat = Literal["vllm", "lmdeploy"]
 
-# Of one request. Each takes about a kilobyte in addition to its tokens, however short it is.
+# Most candidates in one request; each takes about a kilobyte in addition to its tokens.
 MAX_CANDIDATES = 65536
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
-        400: "Not something that this model can score.",
-        401: "No API key, or not the right one.",
-        408: "The body did not come in time.",
-        413: "More than the server takes in one request.",
-        421: "The request names another host than this one.",
-        422: "Not a request of this route.",
+        400: "The model cannot score this input.",
+        401: "The API key is missing or wrong.",
+        408: "The body did not arrive in time.",
+        413: "More than the server accepts in one request.",
+        421: "The request names another host.",
+        422: "The request does not have the format of this route.",
         429: "The queue is full; Retry-After says when to try again.",
         500: "The model failed.",
         503: "Shutting down.",
-        504: "Not answered in time.",
+        504: "The request was not answered in time.",
     }.items()
 }
 
 
 class Server:
-    """One model, its queue, and what clients ask of it.
+    """One model, its queue, and what the routes need of it.
 
     Args:
         scorer: The model.
-        name: What clients see as the model's name.
-        limits: What is taken at once.
-        pooling_format: The shape of /pooling where a request does not tell.
+        name: Name of the model for clients.
+        limits: Limits on what is accepted at a time.
+        pooling_format: Format of answers of /pooling where the request does not determine it.
     """
 
     def __init__(
@@ -109,14 +109,15 @@ class Server:
         self.encoders = ThreadPoolExecutor(2, thread_name_prefix="polar-ft encode")
 
     async def encode(self, make: Callable[[], T]) -> T:
-        """Runs what tokenizes, off the event loop."""
+        """Runs a function that tokenizes in a thread, so that the event loop is not blocked."""
         return await asyncio.get_running_loop().run_in_executor(self.encoders, make)
 
     async def score(self, request: Request, candidates: Sequence[Candidate]) -> list[float]:
-        """The rewards of candidates, in their order.
+        """Scores candidates; rewards come in their order.
 
         Raises:
-            HTTPException: They will not be scored: too many, no room, no time, or the client has gone.
+            HTTPException: There are too many tokens, no room in the queue, or not enough time.
+            _ClientGoneError: The client has disconnected.
         """
         job = await self.encode(lambda: Job(candidates))
         request.scope["polar_ft"].update(candidates=len(candidates), tokens=job.tokens)
@@ -147,11 +148,10 @@ class Server:
             raise HTTPException(500, f"{error}; the server's log says more") from None
         finally:
             gone.cancel()
-            rewards.cancel()  # and with it what is still in the queue
+            rewards.cancel()  # removes what is still in the queue
 
     async def score_engine_input(self, request: Request, given: Any) -> tuple[list[float], list[int]]:
-        """Rewards and numbers of tokens of what a request in an engine's format holds."""
-
+        """Scores the input of a request in an engine's format: rewards, and tokens of each sequence."""
         if not isinstance(given, str):
             _check_number(0 if isinstance(given[0], int) else len(given))
 
@@ -167,12 +167,12 @@ class Server:
         return rewards, [len(candidate.ids) for candidate in candidates]
 
     def close(self) -> None:
-        """Answers what was taken and ends the threads."""
+        """Answers the requests that were accepted and ends the threads."""
         self.batcher.close()
         self.encoders.shutdown(cancel_futures=True)
 
     def card(self) -> ModelCard:
-        """What /v1/models says."""
+        """Describes the model for /v1/models."""
         template = self.scorer.template
         return ModelCard(
             id=self.name,
@@ -190,11 +190,11 @@ class Server:
 
 
 class _ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected, so nobody waits for the answer."""
 
 
 async def _client_gone(request: Request) -> None:
-    """Returns when the client has closed the connection; the body has been read."""
+    """Returns when the client closes the connection; called after the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -215,15 +215,15 @@ def create_app(
     loopback_only: bool = False,
     pooling_format: PoolingFormat = "vllm",
 ) -> FastAPI:
-    """The ASGI application.
+    """Creates the ASGI application.
 
     Args:
         scorer: The model.
-        name: What clients see as its name.
-        limits: What is taken at once; None takes the defaults.
-        api_key: Asked of every route but /health.
+        name: Name of the model for clients.
+        limits: Limits on what is accepted at a time; None takes the defaults.
+        api_key: Key that every route except /health requires.
         loopback_only: See `Guard`.
-        pooling_format: The shape of /pooling where a request does not tell.
+        pooling_format: Format of answers of /pooling where the request does not determine it.
     """
     limits = limits or Limits()
     server = Server(scorer, name=name, limits=limits, pooling_format=pooling_format)
@@ -231,10 +231,10 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        # All requests are answered by now; uvicorn waits for them first.
+        # uvicorn has waited for all requests to be answered.
         await asyncio.to_thread(server.close)
 
-    # No /docs: FastAPI's page loads its scripts from elsewhere.
+    # No /docs: FastAPI's page loads scripts from another site.
     app = FastAPI(
         title="polar_ft reward server",
         version=polar_ft.__version__,
@@ -277,9 +277,9 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 def _what_is_wrong(error: RequestValidationError) -> str:
-    """Fields and reasons, without what the client sent.
+    """The wrong fields and the reasons, without the values that the client sent.
 
-    The names of the arms of a union are left out of the path; they are pydantic's, not the request's.
+    Names of the arms of a union are omitted from paths; they are pydantic's, not the request's.
     """
     arms = {"body", "one", "several", "string", "messages", "texts", "ids", "ids of several"}
     reasons = [
@@ -293,7 +293,7 @@ def _what_is_wrong(error: RequestValidationError) -> str:
 def _add_reward_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/rewards", responses=_ERRORS, tags=["rewards"])
     async def rewards(body: AnyRewardRequest, request: Request) -> RewardResponse | RewardsResponse:
-        """Rewards of candidates given as texts: the server applies the template and cuts as training does."""
+        """Scores candidates given as texts: the server applies the template and truncates as in training."""
         scale = server.scorer.reward_scale() if body.scale else None
         several = isinstance(body, RewardsRequest)
         inputs = body.inputs if isinstance(body, RewardsRequest) else [body]
@@ -313,7 +313,7 @@ def _add_reward_routes(app: FastAPI, server: Server) -> None:
 def _add_engine_routes(app: FastAPI, server: Server) -> None:
     @app.post("/classify", responses=_ERRORS, tags=["engines"])
     async def classify(body: ClassifyRequest, request: Request) -> ClassifyResult | list[ClassifyResult]:
-        """SGLang's format: a list of results, or one bare object for a single input."""
+        """Scores in SGLang's format: a list of results, or one object for a single input."""
         scored, tokens = await server.score_engine_input(request, body.input)
         results = [
             ClassifyResult(embedding=[reward], meta_info=ClassifyMeta(prompt_tokens=count))
@@ -324,16 +324,16 @@ def _add_engine_routes(app: FastAPI, server: Server) -> None:
 
     @app.post("/pooling", responses=_ERRORS, tags=["engines"])
     async def pooling(body: PoolingRequest, request: Request) -> PoolingResponse:
-        """vLLM's format where the request has ``use_activation``, else that of ``--pooling-format``.
+        """Scores in vLLM's format if the request has ``use_activation``, else in ``--pooling-format``.
 
-        Below /vllm and /lmdeploy, as in /lmdeploy/pooling, always that engine's.
+        Below /vllm and /lmdeploy, as in /lmdeploy/pooling, the format is always that engine's.
         """
         scored, tokens = await server.score_engine_input(request, body.input)
         if body.use_activation:
             scored = [_sigmoid(reward) for reward in scored]
-        told = "vllm" if "use_activation" in body.model_fields_set else server.pooling_format
+        default = "vllm" if "use_activation" in body.model_fields_set else server.pooling_format
         data: list[VllmPooling] | list[LmdeployPooling]
-        if request.scope.get("polar_ft.engine", told) == "lmdeploy":
+        if request.scope.get("polar_ft.engine", default) == "lmdeploy":
             data = [LmdeployPooling(index=i, data=reward) for i, reward in enumerate(scored)]
         else:
             data = [VllmPooling(index=i, data=[[reward]]) for i, reward in enumerate(scored)]
@@ -349,24 +349,24 @@ def _add_engine_routes(app: FastAPI, server: Server) -> None:
 def _add_status_routes(app: FastAPI, server: Server) -> None:
     @app.get(OPEN_ROUTE, tags=["status"])
     async def health() -> Status:
-        """Whether the process answers. Needs no key."""
+        """Says that the process answers; requires no key."""
         return Status(status="ok")
 
     @app.get("/ready", responses={401: _ERRORS[401], 503: _ERRORS[503]}, tags=["status"])
     async def ready() -> Status:
-        """Whether requests are taken: the model is loaded and its thread runs."""
+        """Says whether requests are accepted: the model is loaded and its thread runs."""
         if not server.batcher.alive:
             raise HTTPException(503, "the server is shutting down, or its model thread has ended")
         return Status(status="ready")
 
     @app.get("/v1/models", responses={401: _ERRORS[401]}, tags=["status"])
     async def models() -> ModelList:
-        """The model, and who serves it: ``owned_by`` is "polar_ft"."""
+        """Describes the model; ``owned_by`` is "polar_ft"."""
         return ModelList(data=[server.card()])
 
     @app.get("/metrics", responses={401: _ERRORS[401]}, response_class=Response, tags=["status"])
     async def metrics() -> Response:
-        """Metrics in Prometheus' text format."""
+        """Returns metrics in Prometheus' text format."""
         return Response(generate_latest(server.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", include_in_schema=False)

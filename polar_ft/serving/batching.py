@@ -1,19 +1,19 @@
-"""What many clients ask, scored together: a queue and the one thread that runs the model.
+"""Scores requests of many clients together: a queue, and one thread that runs the model.
 
-The unit of the queue is one candidate; its head is what all candidates of a (prompt, reference) begin with.
-Whenever the model is free it takes the candidate that waits longest, then the others with the same head,
-whoever sent them, then other heads, until the batch is full. Those of one head are computed as a tree
-(`polar_ft.groups`). Nobody waits for a batch to fill; but where several heads wait, the newest, if several
-candidates of it have come, is left for the next batch: more of them may be on their way, and the prefix would
-be computed once for these and once for those.
+The unit of the queue is a candidate; its head is the beginning that all candidates of a (prompt, reference)
+share. Whenever the model is free, it takes the candidate that has waited longest, then the others with the
+same head, of any client, then candidates with other heads, until the batch is full. Candidates with one head
+are computed as a tree (`polar_ft.groups`). The model does not wait for a batch to fill. But where several
+heads wait, the newest one is left for the next batch if it has several candidates: more of them may be
+about to arrive, and the prefix would have to be computed twice.
 
 Oldest first, where letters are heads and a batch holds three candidates::
 
     queue    A1  B1  A2  C1  A3  A4                arrival from left to right
     batches  [A1 A2 A3]  [B1 C1 A4]
 
-Every batch begins with the oldest candidate, so a stream of candidates of one head cannot starve the others,
-and nobody is left for the next batch twice.
+Every batch begins with the oldest candidate, so a stream of candidates with one head cannot starve the
+others, and no head is left for the next batch twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 
 from polar_ft.groups import TokenGroup, common_prefix_length
 
-# Of the newest batch in the running mean of tokens a second.
+# Weight of the newest batch in the running mean of tokens per second.
 _NEW = 0.2
 
 
@@ -40,14 +40,14 @@ class GroupScorer(Protocol):
     """The model: `polar_ft.scoring.scorer.RewardScorer`."""
 
     def score_groups(self, groups: Sequence[TokenGroup]) -> list[list[float]]:
-        """A reward for each branch of each group."""
+        """Scores each branch of each group."""
 
 
 class QueueFullError(Exception):
-    """No room in the queue now.
+    """The queue has no room now.
 
     Attributes:
-        retry_after: Seconds until there may be some.
+        retry_after: Seconds until there may be room.
     """
 
     def __init__(self, retry_after: int) -> None:
@@ -56,11 +56,11 @@ class QueueFullError(Exception):
 
 
 class ShuttingDownError(Exception):
-    """The server takes nothing new."""
+    """The server accepts no new requests."""
 
 
 class ScoringError(Exception):
-    """The model raised an error, or gave a reward that is no finite number."""
+    """The model raised an error, or gave a reward that is not a finite number."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Candidate:
 
     Attributes:
         ids: From BOS to the reward token, int32 array [tokens].
-        head_length: Tokens that candidates of one (prompt, reference) share, the separator the last; 0 where
-            nothing says so.
+        head_length: Number of tokens that candidates of one (prompt, reference) share, up to and including
+            the separator; 0 where there is no separator.
     """
 
     ids: np.ndarray
@@ -78,12 +78,12 @@ class Candidate:
 
     @property
     def head(self) -> bytes:
-        """The same for candidates of one (prompt, reference)."""
+        """The shared tokens as bytes: equal for candidates of one (prompt, reference)."""
         return self.ids[: self.head_length].tobytes()
 
 
 class _Tree:
-    """Candidates of one head, and the tokens that they have together."""
+    """Counts the tokens of candidates with one head as a tree."""
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -104,8 +104,8 @@ class Job:
     """The candidates of one request.
 
     Attributes:
-        tokens: What they count in the queue: the tokens of their trees.
-        future: Gets the rewards in the order of the candidates. Cancelling it takes the job out of the queue.
+        tokens: Tokens of their trees, which count for the limit of the queue.
+        future: Gets the rewards in the order of the candidates. Cancelling it removes the job from the queue.
     """
 
     def __init__(self, candidates: Sequence[Candidate]) -> None:
@@ -135,7 +135,7 @@ class Job:
         self._finish(lambda: self.future.set_exception(error))
 
     def _finish(self, answer: Callable[[], None]) -> None:
-        with suppress(InvalidStateError):  # the client has gone meanwhile
+        with suppress(InvalidStateError):  # the client has disconnected
             answer()
 
 
@@ -154,7 +154,7 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """One forward, for those who count."""
+    """Counts of one forward, for metrics."""
 
     candidates: int
     jobs: int
@@ -168,10 +168,10 @@ class Batcher:
 
     Args:
         scorer: The model.
-        tokens_per_batch: Tokens of a forward; a longer candidate runs alone.
-        max_tokens: Tokens that may wait.
+        tokens_per_batch: Most tokens in a forward; a longer candidate runs alone.
+        max_tokens: Most tokens that may wait.
         on_batch: Called from the thread after every forward.
-        on_error: Called from the thread with what the model raised.
+        on_error: Called from the thread with an exception that the model raised.
     """
 
     def __init__(
@@ -211,8 +211,8 @@ class Batcher:
         """Puts a job into the queue; its future gets the rewards.
 
         Raises:
-            QueueFullError: Try again later. A job within ``max_tokens`` is always taken by an empty queue.
-            ShuttingDownError: No longer.
+            QueueFullError: There is no room now; an empty queue accepts any job within ``max_tokens``.
+            ShuttingDownError: The queue is closed.
         """
         with self._changed:
             if self._closing:
@@ -224,11 +224,11 @@ class Batcher:
             for index, head in enumerate(job.heads):
                 self._queue.setdefault(head, []).append(_Waiting(arrival, job, index))
             self._changed.notify()
-        # Called at once where the client has gone already; also called by the thread that cancels.
+        # Called at once if the client has already disconnected; else by the thread that ends the future.
         job.future.add_done_callback(lambda _: self._release(job))
 
     def close(self, timeout: float | None = None) -> None:
-        """Takes nothing new, answers what was taken, and ends the thread."""
+        """Accepts nothing new, answers what was accepted, and ends the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -255,16 +255,16 @@ class Batcher:
                 self._score(batch)
 
     def _take(self) -> list[list[_Waiting]]:
-        """The next batch, candidates of one head together; takes cancelled ones out on the way.
+        """Takes the next batch from the queue, grouped by head; removes cancelled candidates.
 
-        The oldest head fills the batch as far as it can. Of the others only those whose candidates all fit
-        come with it: what is cut in two has to be computed from its beginning twice.
+        The oldest head fills the batch as far as possible. Other heads are added only if all their candidates
+        fit: the prefix of a head that is divided has to be computed twice.
         """
         batch: list[list[_Waiting]] = []
         room = self.tokens_per_batch
         heads = sorted(self._queue, key=lambda head: self._queue[head][0])
         if len(heads) > 1 and len(self._queue[heads[-1]]) > 1:
-            heads.pop()  # more of them may be on their way; when the next batch is made it is not the newest
+            heads.pop()  # more of it may be about to arrive; for the next batch it is not the newest
         for head in heads:
             waiting = [one for one in self._queue[head] if not one.job.future.done()]
             if batch and waiting and waiting[0].candidate.head_length > room:
@@ -296,7 +296,7 @@ class Batcher:
             groups = [TokenGroup.of_sequences([one.candidate.ids for one in members]) for members in batch]
             rewards = self.scorer.score_groups(groups)
         except Exception as error:
-            if len(jobs) > 1:  # One request must not spoil those of others.
+            if len(jobs) > 1:  # a request that fails must not affect the others
                 for job in jobs.values():
                     own = ([waiting for waiting in members if waiting.job is job] for members in batch)
                     self._score([members for members in own if members])
@@ -308,7 +308,8 @@ class Batcher:
         seconds = time.perf_counter() - started
         tokens = sum(group.tree_tokens() for group in groups)
         self._note_speed(tokens / max(seconds, 1e-6))
-        # Before they are answered, so that a client that looks at the metrics next finds itself there.
+        # Before the requests are answered, so that a client that then reads the metrics finds its request
+        # there.
         sequence_tokens = sum(len(waiting.candidate.ids) for members in batch for waiting in members)
         self.on_batch(BatchInfo(sum(map(len, batch)), len(jobs), tokens, sequence_tokens, seconds))
         for members, values in zip(batch, rewards, strict=True):

@@ -1,4 +1,4 @@
-"""``polar-ft serve``."""
+"""The command ``polar-ft serve``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ KEY_VARIABLE = "POLAR_API_KEY"
 def serve(
     model: ModelFolder,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 30000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 30000,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help=f"File with the API key that clients must send; or set {KEY_VARIABLE}."),
     ] = None,
     allow_unauthenticated: Annotated[
-        bool, typer.Option("--allow-unauthenticated", help="Listen beyond this machine without an API key.")
+        bool,
+        typer.Option(
+            "--allow-unauthenticated", help="Accept requests from other machines without an API key."
+        ),
     ] = False,
     name: Annotated[
         str | None, typer.Option(help="The model's name for clients; default: its folder's.")
@@ -35,25 +38,28 @@ def serve(
     dtype: Dtype = "auto",
     batch_tokens: Annotated[
         int,
-        typer.Option(min=1, help="Tokens in one forward pass; fewer keep short requests from waiting."),
+        typer.Option(min=1, help="Most tokens in one forward pass; with fewer, short requests wait less."),
     ] = 16384,
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests at a time; more get status 429.")] = 1024,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Most requests at a time; more get status 429.")
+    ] = 1024,
     max_queue_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that may wait; more get status 429, or 413 in one request.")
+        int, typer.Option(min=1, help="Most tokens that wait; more get status 429, or 413 in one request.")
     ] = 2**22,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Size of a request's body.")] = 64,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body of a request, in MB.")] = 64,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds in which a request is answered, or 504.")
+        float, typer.Option(min=0.1, help="Seconds until a request that is not answered gets status 504.")
     ] = 600,
     pooling_format: Annotated[
-        Literal["vllm", "lmdeploy"], typer.Option(help="Shape of /pooling where a request does not tell.")
+        Literal["vllm", "lmdeploy"],
+        typer.Option(help="Format of answers of /pooling where the request does not determine it."),
     ] = "vllm",
     allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
-    """Serve a reward model over HTTP, with the formats of SGLang, vLLM and LMDeploy, and a page to try it."""
-    # OpenMP's threads would otherwise spin between forward passes, on the cores that answer the clients.
+    """Serve a reward model over HTTP in the formats of SGLang, vLLM and LMDeploy, with a page to try it."""
+    # Otherwise OpenMP's threads spin between forward passes, on the cores that answer clients.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, below
     key = _api_key(api_key_file)
     listening = _listen(host, port, protected=key is not None or allow_unauthenticated)
@@ -78,7 +84,7 @@ def serve(
         max_response_length=max_response_length,
         allow_tokenizer_code=tuple(allow_tokenizer_code or ()),
     )
-    # The first forward allocates and compiles; no client should wait for it.
+    # The first forward allocates and compiles, for which no client should wait.
     scorer.score({"prompt": "warm", "reference": "up", "output": "."})
 
     app = create_app(
@@ -99,17 +105,17 @@ def serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=75,  # longer than clients keep idle connections, who else would meet a closed one
+        timeout_keep_alive=75,  # longer than clients keep idle connections, else they would use a closed one
         timeout_graceful_shutdown=int(timeout) + 1,
     )
-    # uvicorn raises the signal again once it has answered everything: that is a normal end.
+    # uvicorn raises the signal again when it has answered everything, which is a normal end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     uvicorn.Server(config).run(sockets=[listening])
 
 
 def _api_key(file: Path | None) -> str | None:
-    """The key of the file, else of the environment; never of the command line, which others can see."""
+    """The key from the file, else from the environment; not from the command line, which others can see."""
     if file is None:
         key = os.environ.get(KEY_VARIABLE)
         source = f"the environment variable {KEY_VARIABLE}"
@@ -128,13 +134,13 @@ def _api_key(file: Path | None) -> str | None:
 
 
 def _listen(host: str, port: int, *, protected: bool) -> socket.socket:
-    """A listening socket, before minutes are spent on loading the model."""
+    """Opens a listening socket, before minutes are spent on loading the model."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         if not protected and not _is_loopback(str(address[0])):
             raise PolarError(
-                f"--host {host}: others than this machine could reach the server, and no API key is set; "
+                f"--host {host}: other machines could reach the server, and no API key is set; "
                 f"give --api-key-file FILE, set {KEY_VARIABLE}, or say --allow-unauthenticated"
             )
         listening = socket.socket(family, kind, protocol)

@@ -1,4 +1,4 @@
-"""What a request has to pass before anything else looks at it: host, key, number and size of requests."""
+"""Checks before a request is handled: host, API key, number and size of requests."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ PLAYGROUND = Path(__file__).with_name("playground.html")
 
 OPEN_ROUTE = "/health"
 
-# First parts of a path that say which engine a client takes the server for; all routes are below them too.
+# First parts of a path that name the engine that a client expects; all routes also exist below them.
 ENGINES = ("sglang", "vllm", "lmdeploy")
 
-# Nobody reads this answer; it is nginx's number, for logs and metrics.
+# nginx's status for logs and metrics; nobody reads the answer.
 CLIENT_GONE = 499
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server takes at once.
+    """Limits on what the server accepts at a time.
 
     Attributes:
-        max_body: Bytes of a request.
-        max_requests: Requests that are being read or wait for their rewards.
-        max_queue_tokens: Tokens that wait; also the most that one request may have.
+        max_body: Most bytes of a request.
+        max_requests: Most requests that are being read or wait for their rewards.
+        max_queue_tokens: Most tokens that wait; also the most that one request may have.
         timeout: Seconds for reading a request, and again for answering it.
     """
 
@@ -47,7 +47,7 @@ class Limits:
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The one form of every error."""
+    """Makes the response of an error; all errors have this form."""
     body = {"error": {"message": message, "type": _TYPES.get(status, "invalid_request"), "code": status}}
     return JSONResponse(body, status, headers)
 
@@ -67,16 +67,16 @@ _TYPES = {
 
 
 class Guard:
-    """ASGI middleware around the whole application; also logs and counts every request.
+    """ASGI middleware that checks every request, logs it and counts it.
 
     Args:
         app: The application.
-        limits: What is taken at once.
-        metrics: Where requests are counted.
-        in_flight: Counts those being read or answered.
-        api_key: Asked of every route but /health; None asks for none.
-        loopback_only: Refuse requests that name another host than this machine: a page of the web, opened in
-            a browser here, could otherwise reach the server through a name that it points to 127.0.0.1.
+        limits: Limits on what is accepted at a time.
+        metrics: Metrics that count the requests.
+        in_flight: Counter of requests that are being read or answered.
+        api_key: Key that every route except /health requires; None requires none.
+        loopback_only: Refuse requests to a host name other than this machine's. Otherwise a web page that is
+            open in a browser here could reach the server by a name that it resolves to 127.0.0.1.
     """
 
     def __init__(
@@ -118,14 +118,14 @@ class Guard:
         try:
             await self._handle(scope, receive, noting_send)
         except Exception as error:
-            # Handled here: uvicorn's own log of it would hold the message.
+            # Handled here, as uvicorn's own log would contain the message.
             log.error("failed", exc_info=error, extra={"fields": {"id": request_id}})
             if not status:
                 await error_response(500, "the server failed; its log says where")(
                     scope, receive, noting_send
                 )
         seconds = time.perf_counter() - started
-        route = getattr(scope.get("route"), "path", "other")  # never the path as sent: it may hold anything
+        route = getattr(scope.get("route"), "path", "other")  # the path as sent may contain anything
         status = status or CLIENT_GONE
         self.metrics.requests.labels(route, str(status)).inc()
         self.metrics.seconds.labels(route).observe(seconds)
@@ -158,7 +158,8 @@ class Guard:
             )
         limited = self._limited(receive)
         if refusal is not None:
-            # Read to its end, or the client would find the connection closed instead of the answer.
+            # The body is read to its end, else the client would see a closed connection instead of the
+            # answer.
             try:
                 await _drain(limited)
             except HTTPException:
@@ -183,7 +184,7 @@ class Guard:
     def _unauthorized(self, scope: Scope) -> Response:
         headers = {"WWW-Authenticate": "Bearer"}
         if scope["path"] == "/" and scope["method"] == "GET":
-            # The page holds nothing of the model, and it is where a person types the key.
+            # The page shows nothing of the model, and it is where a person enters the key.
             return playground(401, headers)
         return error_response(401, "send the API key as Authorization: Bearer KEY", headers)
 
@@ -193,13 +194,13 @@ class Guard:
         )
 
     def _limited(self, receive: Receive) -> Receive:
-        """Counts and times the body as it is read."""
-        size, whole = 0, False
+        """Wraps ``receive`` with the limits of size and time of the body."""
+        size, complete = 0, False
         deadline = time.monotonic() + self.limits.timeout
 
         async def limited() -> Message:
-            nonlocal size, whole
-            if whole:  # What comes now is that the client goes away.
+            nonlocal size, complete
+            if complete:  # the next message is that the client disconnects
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
@@ -208,7 +209,7 @@ class Guard:
             size += len(message.get("body", b""))
             if size > self.limits.max_body:
                 raise HTTPException(413, f"the body has more than {self.limits.max_body} bytes")
-            whole = not message.get("more_body", False)
+            complete = not message.get("more_body", False)
             return message
 
         return limited
@@ -216,7 +217,7 @@ class Guard:
 
 @dataclass
 class InFlight:
-    """Requests that are being read or answered."""
+    """Number of requests that are being read or answered."""
 
     count: int = 0
 
@@ -225,7 +226,7 @@ _READ_HEADERS = {b"host", b"authorization", b"content-length"}
 
 
 def playground(status: int = 200, headers: dict[str, str] | None = None) -> HTMLResponse:
-    """The page; its headers let it load nothing from anywhere and talk to this server alone."""
+    """Makes the response of the playground; its headers allow connections only to this server."""
     return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"), status, {**_PAGE_HEADERS, **(headers or {})})
 
 

@@ -1,4 +1,4 @@
-"""From the body of a request to candidates: texts by the template, spelled-out texts, and token ids."""
+"""From the body of a request to candidates: texts for the template, spelled texts, or token ids."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from polar_ft.template import PolarTemplate
 
 
 class InputError(PolarError):
-    """A request that cannot be scored as it is; the message is for the client."""
+    """A request that cannot be scored; the message is for the client."""
 
 
 class InputReader:
-    """Makes candidates of what clients send.
+    """Makes candidates from what clients send.
 
     Args:
-        template: The model's.
-        vocab_size: Rows of the model's embeddings; ids are below it.
+        template: The model's template.
+        vocab_size: Size of the model's embeddings; ids are smaller.
     """
 
     def __init__(self, template: PolarTemplate, vocab_size: int) -> None:
         self.template = template
         self.vocab_size = vocab_size
-        # Takes the two sides of a spelled-out text as they are: with an empty prompt and the wrapper that
-        # adds nothing they are "reference" and "candidate". What it would have to cut is refused.
+        # Encodes the two sides of a spelled text as they are: as reference and candidate of an empty prompt,
+        # with the wrapper that adds nothing. A text that it would have to cut is refused.
         self._sides = template.with_limits(3 * template.max_length, template.max_length)
 
     def from_groups(self, groups: Sequence[TextGroup]) -> tuple[list[list[Candidate]], list[FieldLengths]]:
-        """Candidates of each (prompt, reference), and what was cut off.
+        """Encodes groups of texts: the candidates of each (prompt, reference), and what was cut off.
 
         Raises:
-            PolarError: A reference leaves no room for the prompt.
+            EncodeError: A reference leaves no room for the prompt.
         """
         encoded = self.template.encode(groups)
         return [list(map(self._candidate, group.sequences)) for group in encoded], [g.cut for g in encoded]
 
     def from_texts(self, texts: Sequence[str]) -> list[Candidate]:
-        """Candidates of texts in which the published client has spelled the control tokens out; see `split`.
+        """Encodes texts with spelled control tokens, as the published client sends them; see `split`.
 
         Raises:
-            InputError: Not such a text, or longer than the model's limit.
+            InputError: A text has another form, or is longer than the model's limit.
         """
         sides = [self.split(text, index) for index, text in enumerate(texts)]
         encoded = self._sides.encode([TextGroup("", (left,), (right,), "pretrain") for left, right in sides])
@@ -56,24 +56,26 @@ class InputReader:
         return candidates
 
     def from_ids(self, sequences: Sequence[Sequence[int]]) -> list[Candidate]:
-        """Candidates of token ids that a client has encoded.
+        """Checks token ids that a client has encoded.
 
         Raises:
-            InputError: No ids, ids that the vocabulary does not have, too many, or another id than the reward
-                token's at the end.
+            InputError: A sequence is empty or too long, has ids outside of the vocabulary, or does not end
+                with the reward token.
         """
         return [self._from_ids(ids, f"input {index}") for index, ids in enumerate(sequences)]
 
     def split(self, text: str, index: int = 0) -> tuple[str, str]:
-        """What stands before and after the separator of a spelled-out text.
+        """Splits a spelled text at its separator.
 
-        Control tokens are read in two places only, where the published client puts them: the reward token at
-        the very end, and the first separator. Whatever else spells one is text. So a candidate, which comes
-        from a policy, cannot move the separator; and where prompt or reference spell one, so that the first
-        is not the real one, the two sides do not begin with the same prompt, and the text is refused.
+        Control tokens are read only in the two places where the published client puts them: the reward token
+        at the very end, and the first separator. Anything else that spells one is text. So a candidate, which
+        comes from a policy, cannot move the separator. Where the prompt or the reference spells one, the
+        first separator is not the real one; then the two sides do not begin with the same prompt, and the
+        text is refused.
 
         Raises:
-            InputError: The text has no reward token or separator in its place.
+            InputError: The reward token or the separator is missing, or it is ambiguous which separator is
+                meant.
         """
         separator, reward = self.template.separator, self.template.reward_token
         if not text.endswith(reward):

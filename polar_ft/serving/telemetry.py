@@ -1,4 +1,4 @@
-"""What the server tells its operator: JSON logs and Prometheus metrics. No text of a user is in either."""
+"""JSON logs and Prometheus metrics for the operator; neither contains text of users."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own.
+    """The metrics of one server, in their own registry.
 
     Args:
-        waiting_tokens: Gives the tokens in the queue.
-        in_flight: Gives the requests that are being read or answered.
+        waiting_tokens: Returns the number of tokens in the queue.
+        in_flight: Returns the number of requests that are being read or answered.
     """
 
     def __init__(self, waiting_tokens: Callable[[], int], in_flight: Callable[[], int]) -> None:
@@ -65,13 +65,13 @@ class Metrics:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, event, and the fields that come with it.
+    """Formats a record as one line of JSON: time, level, event, and its fields.
 
-    Of an exception its type and where it was raised, not its message, which may hold what a user sent.
+    Of an exception only type and place are logged, as its message may contain what a user sent.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """Formats a record."""
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
         line.update(getattr(record, "fields", {}))
@@ -86,7 +86,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """Sends all logs to stderr as JSON: what this server and uvicorn do, and warnings of others."""
+    """Sends all logs to stderr as JSON: events of this server and uvicorn, and warnings of other packages."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

@@ -1,4 +1,4 @@
-"""What goes over the wire: the server's own format and those of SGLang, vLLM and LMDeploy."""
+"""Requests and answers: the server's own format and those of SGLang, vLLM and LMDeploy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Strict(BaseModel):
 
 
 class _Engine(BaseModel):
-    # What engines know in addition (model, user, priority, …) is let through, as they do.
+    # Other fields that the engines have (model, user, priority, …) are accepted and ignored.
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
@@ -23,7 +23,7 @@ class _Engine(BaseModel):
 
 
 class RewardInput(_Strict):
-    """Candidates of one (prompt, reference), as texts; the server applies the template."""
+    """Candidates of one (prompt, reference) as texts; the server applies the template."""
 
     prompt: Text
     reference: Text = Field(description="May be empty.")
@@ -33,7 +33,7 @@ class RewardInput(_Strict):
     )
 
     def group(self) -> TextGroup:
-        """The texts, as the template takes them."""
+        """Makes the text group of the input."""
         return TextGroup(
             prompt=text_of(self.prompt),
             references=(text_of(self.reference),),
@@ -43,9 +43,9 @@ class RewardInput(_Strict):
 
 
 class _Asked(_Strict):
-    model: PlainText | None = Field(default=None, description="Not looked at: there is one model.")
+    model: PlainText | None = Field(default=None, description="Ignored, as there is one model.")
     scale: bool = Field(
-        default=False, description="Give (reward - centre) / spread, as polar-ft calibrate measured them."
+        default=False, description="Return (reward - centre) / spread, as measured by polar-ft calibrate."
     )
 
 
@@ -79,12 +79,12 @@ class CutTokens(BaseModel):
 
     @classmethod
     def of(cls, cut: FieldLengths) -> CutTokens:
-        """The same for the wire."""
+        """Makes the answer's form of what a template cut."""
         return cls(prompt=cut.prompt, reference=cut.reference, candidates=list(cut.candidates))
 
 
 class Usage(BaseModel):
-    """Tokens of all sequences; what they share is computed once, and counted each time."""
+    """Tokens of all sequences; shared tokens are counted for each of them."""
 
     tokens: int
 
@@ -128,14 +128,14 @@ _SeveralArm = Annotated[list[list[StrictInt]], Tag("ids of several")]
 
 
 def _form(must_be: str) -> Discriminator:
-    """Which arm a value is for, decided by its first element: one error, of that arm alone."""
+    """Chooses the arm of a union by the first element of a value, so that errors are only of that arm."""
     return Discriminator(
         _input_form, custom_error_type="input_form", custom_error_message=f"must be {must_be}"
     )
 
 
 class ClassifyRequest(_Engine):
-    """SGLang's: either ``text`` or ``input_ids``."""
+    """A request in SGLang's format: either ``text`` or ``input_ids``."""
 
     text: Annotated[_TextArm | _TextsArm, _form("a text or a list of texts")] | None = None
     input_ids: Annotated[_IdsArm | _SeveralArm, _form("token ids or a list of those")] | None = None
@@ -148,25 +148,25 @@ class ClassifyRequest(_Engine):
 
     @property
     def input(self) -> Any:
-        """What to score, in one of the four forms."""
+        """The input to score, in one of the four forms."""
         return self.text if self.text is not None else self.input_ids
 
 
 class ClassifyMeta(BaseModel):
-    """What SGLang says of a sequence."""
+    """What SGLang reports for a sequence."""
 
     prompt_tokens: int
 
 
 class ClassifyResult(BaseModel):
-    """One reward as SGLang gives it."""
+    """One reward in SGLang's format."""
 
     embedding: list[float]
     meta_info: ClassifyMeta
 
 
 class PoolingRequest(_Engine):
-    """vLLM's and LMDeploy's."""
+    """A request in the format of vLLM and LMDeploy."""
 
     input: Annotated[
         _TextArm | _TextsArm | _IdsArm | _SeveralArm,
@@ -174,21 +174,21 @@ class PoolingRequest(_Engine):
     ]
     use_activation: bool | None = Field(
         default=None,
-        description="Of vLLM: true gives sigmoid(reward). Left out or false, the reward itself.",
+        description="Of vLLM: true returns sigmoid(reward); false, or if omitted, the reward itself.",
     )
     encoding_format: Literal["float"] = "float"
-    truncate_prompt_tokens: None = Field(default=None, description="Not supported: nothing is cut here.")
+    truncate_prompt_tokens: None = Field(default=None, description="Not supported: inputs are not truncated.")
 
 
 class PoolingUsage(BaseModel):
-    """As vLLM counts."""
+    """Tokens, as vLLM counts them."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class VllmPooling(BaseModel):
-    """One input: a row for each token that was pooled, here the last one alone."""
+    """One input in vLLM's format: a row for each pooled token, which is only the last."""
 
     index: int
     object: Literal["pooling"] = "pooling"
@@ -196,7 +196,7 @@ class VllmPooling(BaseModel):
 
 
 class LmdeployPooling(BaseModel):
-    """One input: the reward."""
+    """One input in LMDeploy's format: the reward."""
 
     index: int
     object: Literal["pooling"] = "pooling"
@@ -204,7 +204,7 @@ class LmdeployPooling(BaseModel):
 
 
 class PoolingResponse(BaseModel):
-    """What both engines answer, but for ``data[i].data``."""
+    """The answer of both engines, which differ in ``data[i].data``."""
 
     id: str
     object: Literal["list"] = "list"
@@ -221,12 +221,12 @@ class ModelCard(BaseModel):
     """The model that is served.
 
     Attributes:
-        root: Where the model was read from, as vLLM and SGLang give it; None of a model that was made here.
-        version: Of polar_ft.
-        max_model_len: Limit of a whole sequence in tokens.
-        max_response_length: To which texts sent to /v1/rewards are cut.
+        root: From where the model was loaded, as vLLM and SGLang give it; None if not from a folder.
+        version: Version of polar_ft.
+        max_model_len: Limit of a sequence in tokens.
+        max_response_length: Limit in tokens to which references and candidates of /v1/rewards are cut.
         template: Fingerprint of tokenizer, control tokens and limits.
-        has_scale: Whether polar-ft calibrate has been run for it.
+        has_scale: Whether the model has a reward scale of polar-ft calibrate.
     """
 
     id: str
@@ -245,20 +245,20 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """As OpenAI's and vLLM's."""
+    """The list of models, as OpenAI and vLLM return it."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Status(BaseModel):
-    """Of /health and /ready."""
+    """The answer of /health and /ready."""
 
     status: str
 
 
 class ErrorBody(BaseModel):
-    """What is wrong and what to do."""
+    """What is wrong, and what to do."""
 
     message: str
     type: str
@@ -266,6 +266,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Every answer but those of status 200."""
+    """Every answer with a status other than 200."""
 
     error: ErrorBody

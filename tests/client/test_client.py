@@ -1,4 +1,4 @@
-"""The client beside a server that works: calls, order, encoding, settings."""
+"""The client with a server that works: calls, order, encoding, settings."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_one_element_and_none(connect, serve, data, template):
     assert client(row for row in data) == expected(template, data)
 
 
-def test_cut_as_in_training_and_told(serve, connect, template, tokenizer_dir, caplog):
+def test_cut_as_in_training_and_reported(serve, connect, template, tokenizer_dir, caplog):
     """A response is cut on the right; 30 tokens, BOS counted, are 29 bytes."""
     client = connect(serve(), max_length=300, max_response_length=30)
     row = {"prompt": "p", "reference": "r" * 50, "output": "abc" + "o" * 50}
@@ -233,6 +233,17 @@ def test_many_windows_keep_the_order(serve, connect, template):
     """More elements than are encoded at once."""
     data = make_data(2500)
     assert connect(serve("sglang"))(data) == expected(template, data)
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": "p"}, "no template", {"reference": "r" * 99}])
+def test_an_element_of_a_later_window_is_named(serve, connect, monkeypatch, wrong):
+    """A dict without a field, a string that is no input, and a reference that leaves no room."""
+    monkeypatch.setattr("polar_ft.client.client.ELEMENTS_AT_ONCE", 2)
+    client = connect(serve(), max_length=132, max_response_length=64)
+    good = {"prompt": "p", "reference": "r", "output": "o"}
+    last = {**good, **wrong} if "reference" in wrong else wrong
+    with pytest.raises(PolarError, match=r"data\[4\]"):
+        client([good, str(client.encode(good)), good, good, last])
 
 
 def test_load_goes_to_all_servers(serve, connect, template):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from polar_ft.client import RewardServerError
+from polar_ft.client.commands import served_model
 from polar_ft.client.contact import probe_sequences
-from polar_ft.client.served_model import served_model
 from polar_ft.errors import PolarError
 from tests.client.fake_server import reward_of, sigmoid
 from tests.client.test_client import expected
@@ -151,7 +151,7 @@ def test_known_inputs_differ(template):
     assert all(ids[-1] == template.reward_token_id for ids in known)
 
 
-def test_another_template_is_told(serve, connect, data, template, caplog):
+def test_another_template_is_reported(serve, connect, data, template, caplog):
     connect(serve("polar_ft", card={"template": template.fingerprint})).servers()
     assert "another tokenizer" not in caplog.text
     connect(serve("polar_ft", card={"template": "0" * 16})).servers()

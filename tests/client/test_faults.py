@@ -145,7 +145,7 @@ def test_busy_is_no_failure_but_has_an_end(serve, connect, data):
     assert server.n_requests > 2
 
 
-def test_a_wait_longer_than_allowed_is_told_at_once(serve, connect, data):
+def test_a_wait_longer_than_allowed_is_reported_at_once(serve, connect, data):
     server = serve("sglang", lambda number, rewards: Answer(429, headers={"Retry-After": "3600"}))
     start = time.monotonic()
     with pytest.raises(RewardServerError, match="gave up waiting; HTTP 429"):
@@ -168,7 +168,7 @@ def test_slow_server(serve, connect, template, data):
 
 
 def test_dripping_server(serve, connect, data):
-    """A byte now and then is no answer: the time-out is of the whole request."""
+    """A byte now and then is no answer: the time-out is for the complete request."""
     server = serve("sglang")
     stop = threading.Event()
 

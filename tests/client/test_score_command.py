@@ -1,4 +1,4 @@
-"""`polar-ft score`: every row once, in order, whole or not at all; what a killed run had is kept."""
+"""`polar-ft score`: every row once, in order; the output is complete or missing; killed runs resume."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_wrong_rows(row, field):
     assert caught.value.field == field
 
 
-def test_failed_run_goes_on(score, serve, template, tmp_path):
+def test_failed_run_resumes(score, serve, template, tmp_path):
     """What was answered is not asked again; what was under way is."""
     rows = make_rows(60)
     data = write(tmp_path / "in.jsonl", rows)
@@ -301,7 +301,7 @@ def test_command(serve, template, tokenizer_dir, tmp_path):
     assert "Traceback" not in down.stderr
 
 
-def test_killed_command_goes_on(serve, template, tokenizer_dir, tmp_path):
+def test_killed_command_resumes(serve, template, tokenizer_dir, tmp_path):
     """SIGKILL in the middle; every input that was answered and noted is asked once, over both runs."""
     rows = [{"prompt": f"p{i}", "reference": "r", "output": "o" * 400} for i in range(900)]
     data, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"

@@ -74,7 +74,7 @@ def test_pooler_of_the_last_token():
 
 @pytest.mark.parametrize("wire", WIRES)
 def test_tokens_that_the_engine_cut_or_added(wire):
-    """Every format tells how many tokens were read."""
+    """Every format says how many tokens were read."""
     with pytest.raises(WireError, match=r"it says that it read . tokens where . were sent"):
         read_rewards(wire, json.loads(BODIES[wire]), [3, 3])
 

@@ -42,13 +42,12 @@ def test_counts_by_hand(write_rows: WriteRows) -> None:
         ],
     )
     b = write_rows("b.jsonl", [ranked(4, 3, 2, 2), ranked(1, 1, 1), pair(chosen="IV")])
-    found: list[RowProblem] = []
-    report = check(as_sources([str(a), str(b)]), on_problem=found.append)
+    report = check(as_sources([str(a), str(b)]))
 
     assert report.unit == "characters"
     assert (report.rows, report.bad_rows, report.pairs) == (10, 1, 9)
     assert (report.ties_left_out, report.rows_without_pairs) == (2, 1)
-    assert found == report.problems == [RowProblem(str(a), 8, "chosen", found[0].reason)]
+    assert report.problems == [RowProblem(str(a), 8, "chosen", report.problems[0].reason)]
     # "2 + 2?", "" and "Which?"; the first of them is in both files.
     assert (report.prompts, report.prompts_in_several_files) == (3, 1)
     assert (report.duplicate_pairs, report.contradictory_pairs) == (1, 1)

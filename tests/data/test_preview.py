@@ -1,4 +1,4 @@
-"""The preview: every kept token in order, every cut one in its place, control tokens told from text."""
+"""The preview: every kept token in order, every cut one in its place, control tokens marked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from polar_ft.data.preview import Token, TokenRun, read_example, section_text, sections
+from polar_ft.data.preview import Token, TokenRun, read_example, run_text, token_runs
 from polar_ft.data.reading import DataSource
 from polar_ft.data.records import Example, parse_row
 from polar_ft.errors import DataError, PolarError
@@ -21,7 +21,7 @@ def example_of(**changes: object) -> Example:
 
 
 def ids_of(*shown: TokenRun, cut: bool = False) -> list[int]:
-    return [token.id for section in shown for token in section.tokens if cut or token.kind != "cut"]
+    return [token.id for run in shown for token in run.tokens if cut or token.kind != "cut"]
 
 
 def spelled(shown: TokenRun, kind: str) -> str:
@@ -30,11 +30,13 @@ def spelled(shown: TokenRun, kind: str) -> str:
 
 def test_a_short_example_by_hand(tokenizer_folder: Path) -> None:
     template = PolarTemplate.from_pretrained(tokenizer_folder)
-    encoded, (shared, chosen, rejected) = sections(example_of(prompt="Q", chosen="X", rejected="J"), template)
+    encoded, (shared, chosen, rejected) = token_runs(
+        example_of(prompt="Q", chosen="X", rejected="J"), template
+    )
     assert (shared.title, chosen.title, rejected.title) == ("shared prefix", "chosen", "rejected")
-    assert section_text(shared).plain == "  ⟦<s>⟧│Q│⏎│4│⟦<|reward|>⟧│Q│⏎"
-    assert section_text(chosen).plain == "  X│⟦[UNUSED_TOKEN_130]⟧"
-    assert section_text(rejected).plain == "  J│⟦[UNUSED_TOKEN_130]⟧"
+    assert run_text(shared).plain == "  ⟦<s>⟧│Q│⏎│4│⟦<|reward|>⟧│Q│⏎"
+    assert run_text(chosen).plain == "  X│⟦[UNUSED_TOKEN_130]⟧"
+    assert run_text(rejected).plain == "  J│⟦[UNUSED_TOKEN_130]⟧"
     assert ids_of(shared, chosen) == encoded.sequences[0].tolist()
 
 
@@ -48,10 +50,10 @@ def test_shown_tokens_are_the_sequences_for_every_tokenizer(kind: str, limits: t
         chosen="The capital is Paris — it always was; the capital is Paris.",
         rejected="The capital is Lyon, the fox jumps over the lazy dog again. 🦊🦊",
     )
-    encoded, (shared, *branches) = sections(example, template)
+    encoded, (shared, *branches) = token_runs(example, template)
     for sequence, branch in zip(encoded.sequences, branches, strict=True):
         assert ids_of(shared, branch) == sequence.tolist()
-    cut = sum(token.kind == "cut" for section in (shared, *branches) for token in section.tokens)
+    cut = sum(token.kind == "cut" for run in (shared, *branches) for token in run.tokens)
     assert cut == 2 * encoded.cut.prompt + encoded.cut.reference + sum(encoded.cut.candidates)
     assert bool(cut) == (limits[0] < 1000)
     controls = [token.text for token in shared.tokens if token.kind == "control"]
@@ -63,22 +65,22 @@ def test_what_was_cut_stands_in_its_place(tokenizer_folder: Path) -> None:
     example = example_of(prompt="ABCDEFGHXJ", reference="4" * 10, chosen="X" * 15 + "JJJJJJJ", rejected="Z")
     # A field's tokens count its BOS: the reference has 11, so the prompt's budget is (46 - 4 - 11 - 20) // 2
     # = 5, which are its BOS and 4 letters; of the chosen text 19 letters are left.
-    encoded, (shared, chosen, _) = sections(example, template)
+    encoded, (shared, chosen, _) = token_runs(example, template)
     assert encoded.cut.prompt == 6
     assert spelled(shared, "cut") == "ABCDEF" * 2
-    assert section_text(chosen).plain == f"  {'X│' * 15}J│J│J│J│✂J│J│J✂│⟦[UNUSED_TOKEN_130]⟧"
+    assert run_text(chosen).plain == f"  {'X│' * 15}J│J│J│J│✂J│J│J✂│⟦[UNUSED_TOKEN_130]⟧"
 
 
 def test_text_that_spells_control_tokens_is_shown_as_text(tokenizer_folder: Path) -> None:
     template = PolarTemplate.from_pretrained(tokenizer_folder)
-    _, (_, chosen, _) = sections(example_of(chosen="<|reward|>[UNUSED_TOKEN_130]"), template)
+    _, (_, chosen, _) = token_runs(example_of(chosen="<|reward|>[UNUSED_TOKEN_130]"), template)
     assert spelled(chosen, "text") == "<|reward|>[UNUSED_TOKEN_130]"
     assert spelled(chosen, "control") == "[UNUSED_TOKEN_130]"
 
 
 def test_a_character_of_several_tokens_is_shown_once(tokenizer_folder: Path) -> None:
     template = PolarTemplate.from_pretrained(tokenizer_folder)
-    _, (_, chosen, _) = sections(example_of(chosen="a 文"), template)
+    _, (_, chosen, _) = token_runs(example_of(chosen="a 文"), template)
     assert spelled(chosen, "text") == "a·文‥‥"
 
 
@@ -86,8 +88,8 @@ def test_ranked_rows_show_every_candidate(tokenizer_folder: Path) -> None:
     row = ranked(1, 3, 2)
     row["responses"][0]["policy"] = "small"
     template = PolarTemplate.from_pretrained(tokenizer_folder)
-    _, shown = sections(parse_row(row).to_example("f:1"), template)
-    assert [section.title for section in shown] == [
+    _, shown = token_runs(parse_row(row).to_example("f:1"), template)
+    assert [run.title for run in shown] == [
         "shared prefix",
         "candidate 0 (score 1.0, policy small)",
         "candidate 1 (score 2.0)",
@@ -95,13 +97,13 @@ def test_ranked_rows_show_every_candidate(tokenizer_folder: Path) -> None:
 
 
 def test_long_runs_are_shortened_and_lines_kept_within_the_width() -> None:
-    section = TokenRun("chosen", [Token(i, f"word{i}", "text") for i in range(1000)])
-    short = section_text(section, width=60).plain
+    run = TokenRun("chosen", [Token(i, f"word{i}", "text") for i in range(1000)])
+    short = run_text(run, width=60).plain
     assert "… 760 tokens not shown (--all) …" in short
     assert "word159" in short
     assert "word160" not in short
     assert max(map(len, short.splitlines())) <= 60
-    everything = section_text(section, width=60, everything=True, ids=True).plain
+    everything = run_text(run, width=60, everything=True, ids=True).plain
     assert "word500₅₀₀│" in everything
 
 
@@ -121,6 +123,6 @@ def test_real_rows(tokenizer_folder: Path) -> None:
     template = PolarTemplate.from_pretrained(tokenizer_folder, max_length=2000, max_response_length=300)
     source = DataSource(path=str(shared_file("alpaca_eval_ranked.jsonl.gz")))
     for index in (0, 17, 404, 804):
-        encoded, (shared, *branches) = sections(read_example(source, index), template)
+        encoded, (shared, *branches) = token_runs(read_example(source, index), template)
         for sequence, branch in zip(encoded.sequences, branches, strict=True):
             assert ids_of(shared, branch) == sequence.tolist()

@@ -157,7 +157,7 @@ def test_a_line_of_just_the_limit_is_read(tmp_path: Path) -> None:
     assert len(problems_of(path, max_line_mb=1)) == 1
 
 
-def test_damaged_gzip_and_parquet_are_told(tmp_path: Path) -> None:
+def test_damaged_gzip_and_parquet_are_reported(tmp_path: Path) -> None:
     whole = gzip.compress(b"".join(line(id=i, prompt=f"{i * i}") for i in range(5000)))
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     rows = list(read_rows(tmp_path / "cut.jsonl.gz"))

@@ -1,4 +1,4 @@
-"""Rows: which are good, what a bad one is told, and what an Example says."""
+"""Rows: which are valid, the errors of those that are not, and the Example of a row."""
 
 from __future__ import annotations
 
@@ -229,6 +229,6 @@ def test_importing_needs_no_heavy_package() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_ranked_form_is_told_by_responses() -> None:
+def test_responses_make_a_ranked_row() -> None:
     assert isinstance(parse_row(ranked(1, 2, 3)), RankedRow)
     assert isinstance(parse_row(pair()), PairRow)

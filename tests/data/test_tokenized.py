@@ -1,4 +1,4 @@
-"""The tokenization cache: what it holds, when it is made anew, and what ends up in it once only."""
+"""The tokenization cache: what it contains, when it is made again, and what is in it only once."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _rewrite_at_another_time(file: Path) -> None:
 @pytest.mark.parametrize(
     "change", [_append_row, _rewrite_at_another_time], ids=["another size", "another time of change"]
 )
-def test_changed_file_is_tokenized_anew(template, cache, write_rows, change):
+def test_changed_file_is_tokenized_again(template, cache, write_rows, change):
     file = write_rows("rows.jsonl", [pair()])
     before = all_sequences(tokenize(as_sources(file), template, cache))
     change(file)
@@ -327,7 +327,7 @@ def test_groups_go_to_workers_of_a_data_loader(template, cache, write_rows):
 
 
 def _tokenize_and_count(folder, file, cache, results, die=False):
-    """In a process of its own: tokenizes, and tells how many batches it encoded; or dies while it writes."""
+    """In its own process: tokenizes and reports how many batches it encoded, or dies while it writes."""
     template = PolarTemplate.from_pretrained(folder, max_length=256, max_response_length=64)
     encode_groups = PolarTemplate.encode
     batches = []

@@ -24,7 +24,7 @@ def described(client):
     return schemathesis.openapi.from_url(f"{client.base_url}/openapi.json".replace("//openapi", "/openapi"))
 
 
-def test_the_list_is_whole(described):
+def test_the_list_is_complete(described):
     paths = described.raw_schema["paths"]
     assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == set(
         OPERATIONS

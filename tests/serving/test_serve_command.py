@@ -93,7 +93,7 @@ def test_nothing_beyond_this_machine_without_a_key():
         message = refused("--host", host, "--port", 0)
         assert "--api-key-file" in message
         assert "--allow-unauthenticated" in message
-    # With a key, or told so, it goes on to the model.
+    # With a key or the option, it continues with the model.
     assert "no-such-model" in refused("--host", "0.0.0.0", "--port", 0, POLAR_API_KEY=KEY)
     assert "no-such-model" in refused("--host", "0.0.0.0", "--port", 0, "--allow-unauthenticated")
 

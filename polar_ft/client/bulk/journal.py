@@ -1,13 +1,13 @@
 """The journal of a scoring run: rewards as they come, so that a killed run resumes.
 
-A file of JSON lines next to the output. The first says what the run is, each further one holds the rewards of
-some rows::
+A file of JSON lines next to the output. The first line identifies the run, each further line has the rewards
+of some rows::
 
     {"version": 1, "rows": 5000, "data": "9f2c…", "template": "03ab…", "scale": false, "known": [-0.5, …]}
     {"rewards": [[17, [-0.5, -11.0]], [18, [-3.25, -4.0]]], "cut": 0}
 
-Rows come in any order, but never far from it: what is under way at a time is bounded. So neither resuming nor
-putting the rewards in order needs more memory for more rows.
+Rows come nearly in order, since few are in progress at a time. So memory does not grow with the number of
+rows, neither for resuming nor for putting the rewards in order.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from polar_ft.errors import PolarError
 
 Rewards = Sequence[tuple[int, Sequence[float]]]
 
-
-# The model's scores of the known inputs: never exactly the same, so whoever opens a journal compares them.
+# The model's scores of the known inputs are never exactly equal, so whoever opens a journal compares them.
 NOT_COMPARED = "known"
 
 
 class DoneRows:
-    """Numbers of the rows that are scored; memory for those only that are ahead of a gap.
+    """Numbers of the rows that are scored; only those after a gap take memory.
 
     >>> done = DoneRows()
     >>> for number in (0, 2, 1, 4):
@@ -43,7 +42,7 @@ class DoneRows:
         self._ahead: set[int] = set()
 
     def add(self, number: int) -> None:
-        """The row is scored."""
+        """Notes that the row is scored."""
         self._ahead.add(number)
         while self._next in self._ahead:
             self._ahead.remove(self._next)
@@ -60,9 +59,9 @@ class RewardJournal:
     """An open journal; made by `open_journal`.
 
     Attributes:
-        path: Where it is.
-        header: What the run is, as it was begun.
-        done: The rows that are in it.
+        path: The file.
+        header: What identifies the run, as first written.
+        done: Rows whose rewards are in it.
         n_cut: Rows of which something was cut.
     """
 
@@ -74,11 +73,11 @@ class RewardJournal:
         self._stream = stream
 
     def add(self, rewards: Rewards, n_cut: int = 0) -> None:
-        """Keeps the rewards of some rows.
+        """Writes the rewards of some rows.
 
         Args:
             rewards: For each row its number and the rewards of its candidates.
-            n_cut: Of how many of them something was cut.
+            n_cut: Number of these rows of which something was cut.
 
         Raises:
             PolarError: The disk is full or fails.
@@ -99,13 +98,13 @@ class RewardJournal:
                     number += 1
 
     def begin_or_resume(self, header: Mapping[str, Any]) -> None:
-        """Reads what an earlier run left, or begins.
+        """Reads what an earlier run left, or begins a new journal.
 
         Raises:
-            PolarError: The earlier run was another one.
+            PolarError: The journal belongs to another run.
         """
         self._stream.seek(0)
-        whole = 0
+        complete = 0  # bytes of complete lines
         for line in self._stream:
             try:
                 entry = json.loads(line)
@@ -113,15 +112,15 @@ class RewardJournal:
                 entry = None
             if entry is None or not line.endswith(b"\n"):
                 break  # the run was killed while it wrote this
-            if whole == 0:
+            if complete == 0:
                 self._check(entry, header)
                 self.header = entry
             else:
                 self._count(entry["rewards"], entry["cut"])
-            whole += len(line)
-        self._stream.seek(whole)
+            complete += len(line)
+        self._stream.seek(complete)
         self._stream.truncate()
-        if whole == 0:
+        if complete == 0:
             self._write(header)
             self.header = header
 
@@ -138,7 +137,7 @@ class RewardJournal:
     def _write(self, entry: Mapping[str, Any]) -> None:
         try:
             self._stream.write(json.dumps(entry).encode() + b"\n")
-            # To the operating system: what is written here outlives the process.
+            # Handed to the operating system, so that it outlives the process.
             self._stream.flush()
         except OSError as error:
             raise PolarError(
@@ -149,15 +148,15 @@ class RewardJournal:
 
 @contextmanager
 def open_journal(path: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[RewardJournal]:
-    """The journal of a run, with what an earlier run left in it.
+    """Opens the journal of a run, with what an earlier run left in it.
 
     Args:
-        path: The file; its folder is made where it is missing.
-        header: What the run is: rewards of another one are not taken for its own.
-        restart: Throw away what is there.
+        path: The file; its folder is created where it is missing.
+        header: What identifies the run, so that the rewards of another run are not taken for its own.
+        restart: Discard what an earlier run left.
 
     Raises:
-        PolarError: Another process writes it, it is of another run, or it cannot be written.
+        PolarError: Another process writes it, it belongs to another run, or it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +184,7 @@ def _lock(stream: Any, path: Path) -> None:
 
 
 def another_run(path: Path, what: str) -> PolarError:
-    """The journal is of a run that differs in something."""
+    """The error for a journal of a run that differs in ``what``."""
     return PolarError(
         f"{path}: is of a run with another {what}; give --restart to score everything again, or name another "
         f"output"
@@ -193,6 +192,6 @@ def another_run(path: Path, what: str) -> PolarError:
 
 
 def remove(path: Path) -> None:
-    """Removes a journal that is not needed any more."""
+    """Removes a journal that is no longer needed."""
     with suppress(OSError):
         os.unlink(path)

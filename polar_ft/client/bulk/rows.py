@@ -1,4 +1,4 @@
-"""What a row of a data set asks to be scored, and the row with its rewards.
+"""From a row of a data set to what is scored, and back to the row with its rewards.
 
 Rows have one of these forms; all their fields are kept, and one is added::
 
@@ -22,7 +22,7 @@ from polar_ft.groups import TextGroup
 
 @dataclass(frozen=True, slots=True)
 class RowToScore:
-    """What a row asks to be scored.
+    """What is to be scored for a row.
 
     Attributes:
         group: Prompt, reference and candidates.
@@ -35,7 +35,7 @@ class RowToScore:
 
     @property
     def chars(self) -> int:
-        """Characters that are sent, a measure of the work: each candidate with all that is before it."""
+        """Characters that are sent, a measure of the work: each candidate with all that precedes it."""
         before = 2 * len(self.group.prompt) + len(self.group.reference)
         return sum(before + len(candidate) for candidate in self.group.candidates)
 
@@ -44,7 +44,7 @@ def parse_row_to_score(row: Mapping[str, Any]) -> RowToScore:
     """Checks a row and finds what is to be scored in it.
 
     Raises:
-        RowError: It has none of the forms, or rewards already.
+        RowError: The row has none of the forms, or has rewards already.
 
     >>> asked = parse_row_to_score({"prompt": "2 + 2?", "reference": "4", "candidates": ["four", "five"]})
     >>> asked.group.candidates, asked.places
@@ -69,14 +69,12 @@ def parse_row_to_score(row: Mapping[str, Any]) -> RowToScore:
         )
     taken = "reward" if asked.places is None else "rewards"
     if taken in row:
-        raise RowError(
-            taken, "is there already — rename or remove it, the rewards are written under this name"
-        )
+        raise RowError(taken, "exists already — rename or remove it, the rewards are written under this name")
     return asked
 
 
 def with_rewards(row: Mapping[str, Any], asked: RowToScore, rewards: Sequence[float]) -> dict[str, Any]:
-    """The row with the rewards of its candidates, `[candidates]`.
+    """Adds the rewards of the candidates, `[candidates]`, to the row.
 
     >>> row = {"prompt": "2 + 2?", "reference": "4", "output": "four", "id": 7}
     >>> with_rewards(row, parse_row_to_score(row), [-0.5])["reward"]
@@ -105,7 +103,7 @@ def _preference_row(row: Mapping[str, Any]) -> RowToScore:
     checked = parse_row(row)
     example = checked.to_example(":0")
     if len(example.references) > 1:
-        raise RowError("references", "has several — a reward belongs to one; write a row for each")
+        raise RowError("references", "has several — a reward belongs to one of them; write a row for each")
     places: list[int | None] = [0, 1]
     if isinstance(checked, RankedRow):
         reference = checked.ranking().reference

@@ -42,12 +42,12 @@ Rewards = list[list[float]]
 
 @dataclass(frozen=True)
 class Contents:
-    """What the check of a data set found.
+    """What `check_rows` found in a data set.
 
     Attributes:
-        n_rows: Rows.
-        n_chars: Characters that the model reads in all, a measure of the work.
-        digest: A hash of everything that is scored, in its order.
+        n_rows: Number of rows.
+        n_chars: Number of characters that are sent, a measure of the work.
+        digest: A hash of everything that is scored, in order.
     """
 
     n_rows: int
@@ -57,11 +57,11 @@ class Contents:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did.
+    """Counts of a run.
 
     Attributes:
         n_rows: Rows of the output.
-        n_resumed: Those that an earlier run had scored.
+        n_resumed: Rows that an earlier run had scored.
         n_cut: Rows of which something was cut.
     """
 
@@ -82,7 +82,8 @@ def score_data_set(
 ) -> Result:
     """Scores every row and writes it with its rewards.
 
-    Killed or failed, the same call resumes: what was answered is not asked again.
+    After a failure, or if the process is killed, the same call resumes: inputs with rewards are not sent
+    again.
 
     Args:
         client: Gives the rewards.
@@ -90,7 +91,7 @@ def score_data_set(
         out: A .jsonl or .jsonl.gz file; appears at the end, complete.
         batches_under_way: Batches of rows that are held in memory at a time.
         restart: Score everything again, whatever an earlier run left.
-        scaled: Whether the client applies the reward scale; a run with it is another run than one without.
+        scaled: Whether the client applies the reward scale; runs with and without it are different runs.
         show: Called with the progress.
 
     Raises:
@@ -122,9 +123,9 @@ def score_data_set(
 
 
 def _check_model(journal: RewardJournal, scores: Sequence[float]) -> None:
-    """Makes sure that what the journal holds came from the model that answers now."""
+    """Checks that the rewards in the journal came from the model that answers now."""
     before = journal.header.get("known") or scores
-    if scores:  # the check may have been left out
+    if scores:  # none with check_raw=False
         try:
             check_same_model("", scores, "", before)
         except RewardServerError:

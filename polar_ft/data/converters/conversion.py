@@ -1,4 +1,4 @@
-"""The formats, and a file of one of them as a file of rows of ours."""
+"""The formats, and the conversion of a file."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polar_ft.data.converters.benchmarks import judgebench, rewardbench, rewardbench_2, rm_bench
 from polar_ft.data.converters.dialogues import chat_pairs, hh_rlhf
 from polar_ft.data.converters.format import Format
 from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer3
-from polar_ft.data.converters.judgebench import judgebench
 from polar_ft.data.converters.ranked import ranked
-from polar_ft.data.converters.rewardbench import rewardbench, rewardbench_2
-from polar_ft.data.converters.rm_bench import rm_bench
 from polar_ft.data.converters.rmb import rmb, rmb_bon, rmb_polar, same_prompt
 from polar_ft.data.converters.ultrafeedback import ultrafeedback
 from polar_ft.data.reading import (
@@ -30,7 +28,7 @@ from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError
 
 CONVERTERS: dict[str, Format] = {
-    "ranked": Format(ranked, "ranked rows of ours, as pair rows"),
+    "ranked": Format(ranked, "ranked rows of polar-ft, as pair rows"),
     "hh-rlhf": Format(hh_rlhf, "Anthropic's hh-rlhf: two dialogues as strings", "Anthropic/hh-rlhf"),
     "chat-pairs": Format(
         chat_pairs, "two dialogues as lists of messages", "Skywork/Skywork-Reward-Preference-80K-v0.2"
@@ -55,16 +53,16 @@ CONVERTERS: dict[str, Format] = {
 
 @dataclass
 class Conversion:
-    """What became of a file.
+    """Counts of a conversion.
 
     Attributes:
-        rows_in: Rows read.
-        pairs: Pair rows written.
-        ranked: Ranked rows written.
-        left_out: Pairs that were not written, by reason.
-        without_pairs: Rows (prompts, of a format that gathers the rows of a prompt) that gave nothing because
-            all their pairs were left out.
-        problems: The rows that gave nothing because they could not be used.
+        rows_in: Rows that were read.
+        pairs: Pair rows that were written.
+        ranked: Ranked rows that were written.
+        left_out: Number of pairs that were dropped, by reason.
+        without_pairs: Rows (prompts, if the format gathers the rows of a prompt) that gave nothing because
+            all their pairs were dropped.
+        problems: Rows that could not be used.
     """
 
     rows_in: int = 0
@@ -86,31 +84,31 @@ def convert_file(
     strict: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> Conversion:
-    """Converts a file; rows that cannot be used are left out and named in what is returned.
+    """Converts a file; rows that cannot be used are dropped and named in the result.
 
-    A row without an id gets its place in the source as id, so that it can be found again.
+    The id of a row without one is its place in the source, so that it can be found again.
 
     Args:
-        name: One of `CONVERTERS`.
-        source: What is read; see `polar_ft.data.reading.DataSource.path`. Of a folder, its sub-folders too.
-        target: The .jsonl or .jsonl.gz file to be written; replaced where it exists.
-        split: Which split of a HuggingFace data set; None for the format's own.
-        max_line_mb: Longest line that is read.
+        name: A key of `CONVERTERS`.
+        source: The data; see `polar_ft.data.reading.DataSource.path`. Sub-folders of a folder are read too.
+        target: The .jsonl or .jsonl.gz file to write; replaced if it exists.
+        split: Split of a HuggingFace data set; None for that of the format.
+        max_line_mb: Longest line that is read, in 2**20 bytes.
         options: Keyword arguments of the converter.
-        strict: Write nothing where a row cannot be used.
+        strict: Write nothing if a row cannot be used.
         on_bytes: See `read_rows`.
 
     Raises:
-        DataError: A row cannot be used, and ``strict`` was given.
-        PolarError: No such converter, option or file, or not one row could be used: then nothing is written.
+        DataError: A row cannot be used, and ``strict`` is set.
+        PolarError: There is no such converter, option or file, or no row could be used; nothing is written.
     """
     if name not in CONVERTERS:
-        raise PolarError(f"{name}: no such format; there is {', '.join(sorted(CONVERTERS))}")
+        raise PolarError(f"{name}: no such format; there are {', '.join(sorted(CONVERTERS))}")
     fmt, options = CONVERTERS[name], options or {}
     for option in options:
         if option not in fmt.options:
             has = f"; it has {', '.join(f'--{known}' for known in fmt.options)}" if fmt.options else ""
-            raise PolarError(f"--{option} says nothing to the format {name}{has}; leave it away")
+            raise PolarError(f"--{option} is no option of the format {name}{has}; leave it out")
 
     done, first = Conversion(), None
 
@@ -156,7 +154,7 @@ def _gathered(
     key: Callable[[Mapping[str, Any]], Hashable],
     problems: list[RowProblem],
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The rows of each key, under the place of the first of them, in the order of the first ones."""
+    """Gathers the rows of each key: yields the place of the first row, and all rows, by first appearance."""
     groups: dict[Hashable, tuple[str, list[dict[str, Any]]]] = {}
     for place, row in rows:
         try:
@@ -167,7 +165,7 @@ def _gathered(
 
 
 def _named(place: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, those without an id under the place where they come from."""
+    """Sets the id of rows without one to their place in the source."""
     at = Path(place).name
     named = []
     for number, row in enumerate(rows, start=1):
@@ -191,7 +189,7 @@ def _why_nothing(name: str, source: str, done: Conversion, first: Mapping[str, A
 
 
 def _reads(name: str, row: Mapping[str, Any]) -> bool:
-    """Whether a row is laid out as a format says."""
+    """Whether a row has the layout of a format."""
     fmt = CONVERTERS[name]
     try:
         fmt.convert(row if fmt.gather is None else [row])

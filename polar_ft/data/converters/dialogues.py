@@ -1,4 +1,4 @@
-"""Pairs of whole dialogues that share all but their last turn: hh-rlhf, and lists of messages."""
+"""Pairs of dialogues that differ in their last turn: hh-rlhf, and lists of messages."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def hh_rlhf(row: Mapping[str, Any]) -> Converted:
-    r"""A pair of whole dialogues, as Anthropic's hh-rlhf has them; the reference is empty.
+    r"""Converts a pair of dialogues of Anthropic's hh-rlhf; the reference is empty.
 
-    The prompt is all that comes before the last turn. White space around a turn is not kept.
+    The prompt is everything before the last turn. White space around a turn is not kept.
 
     Raises:
-        RowError: A dialogue does not parse, or the two do not have the same prompt.
+        RowError: A dialogue cannot be parsed, or the two do not have the same prompt.
 
     >>> row = {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello!", "rejected": "\n\nHuman: Hi\n\nAssistant: Go."}
     >>> pair = hh_rlhf(row).rows[0]
@@ -43,25 +43,25 @@ class ChatPair(Layout):
     chosen: str | list[Turn] = described("a text, or a list of messages that ends with the better answer")
     rejected: str | list[Turn] = described("a text, or a list of messages that ends with the worse answer")
     prompt: str | list[Turn] | None = described("a text or a list of messages", default=None)
-    messages: Any = described("chosen once more", default=None)
+    messages: Any = described("the same as chosen", default=None)
     prompt_id: str | None = described("a string", default=None)
     score_chosen: float | None = described("a number", default=None)
     score_rejected: float | None = described("a number", default=None)
 
 
 def chat_pairs(row: Mapping[str, Any]) -> Converted:
-    """A pair of dialogues as lists of messages; the reference is the row's own, else empty.
+    """Converts a pair of dialogues as lists of messages; the reference is the row's own, else empty.
 
-    The prompt is all turns but the last; where chosen and rejected are an answer and no more, it is the field
-    ``prompt``. A pair of equal scores is left out as a tie.
+    The prompt is all turns except the last; if chosen and rejected are only answers, it is the field
+    ``prompt``. A pair of equal scores is dropped as a tie.
 
-    Read by it: HuggingFaceH4/ultrafeedback_binarized (splits train_prefs and test_prefs), Skywork's
-    Skywork-Reward-Preference-80K, and the forms that TRL documents. Written from the data cards; none of
-    these files was at hand.
+    Reads HuggingFaceH4/ultrafeedback_binarized (splits train_prefs and test_prefs), Skywork's
+    Skywork-Reward-Preference-80K, and the forms that TRL documents. Written from the data cards, without
+    access to these files.
 
     Raises:
-        RowError: The row is laid out otherwise, the two dialogues do not have the same prompt, or the answer
-            called rejected has the higher score.
+        RowError: The row has another layout, the two dialogues do not have the same prompt, or the rejected
+            answer has the higher score.
 
     >>> turns = lambda answer: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
     >>> pair = chat_pairs({"chosen": turns("Hello!"), "rejected": turns("Go."), "source": "mine"}).rows[0]
@@ -93,7 +93,7 @@ def chat_pairs(row: Mapping[str, Any]) -> Converted:
 def _turns(answer: str | list[Turn], key: str) -> list[dict[str, str]]:
     turns = messages([Turn(role="assistant", content=answer)] if isinstance(answer, str) else answer)
     if not turns or turns[-1]["role"] != "assistant":
-        raise RowError(key, "does not end with a message of the assistant — nothing to be ranked")
+        raise RowError(key, "does not end with a message of the assistant — there is no answer to rank")
     return turns
 
 
@@ -125,6 +125,6 @@ def _parse_dialogue(row: Mapping[str, Any], key: str) -> list[dict[str, str]]:
     ]
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise RowError(
-            key, r'does not end with a turn of "\n\nAssistant:" after a prompt — nothing to be ranked'
+            key, r'does not end with a turn of "\n\nAssistant:" after a prompt — there is no answer to rank'
         )
     return turns

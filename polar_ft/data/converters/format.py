@@ -1,7 +1,7 @@
-"""What a format is: the layout of its rows, and the function that converts them.
+"""A format: the layout of its rows, and the function that converts them.
 
-A `Layout` says which fields the rows of a published file have. A row that is laid out otherwise is refused
-with what was expected and what was found.
+A `Layout` lists the fields of rows in a published file. A row with another layout is refused with a message
+that says what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ TIED = "of responses that are ranked the same"
 
 @dataclass(frozen=True)
 class Converted:
-    """What one row gives.
+    """The result of converting one row.
 
     Attributes:
-        rows: Pair or ranked rows, as they are written.
-        left_out: How many pairs the row has that are not among them, by reason.
+        rows: Pair rows or ranked rows to write.
+        left_out: Number of pairs of the row that are dropped, by reason.
     """
 
     rows: list[dict[str, Any]]
@@ -36,14 +36,14 @@ class Format:
     """How the rows of a source are converted.
 
     Attributes:
-        convert: Takes a row (with ``gather`` a list of rows) and returns what it gives, or raises `RowError`
-            where it cannot be used. Its keyword arguments are the options of the format.
-        summary: What is read, in a few words.
-        hub: Where the HuggingFace hub has the data, empty where it has not.
-        split: The split that is read where the user names none.
-        pairing: How its ranked rows are meant to be paired: "all" where answers are only right or wrong.
-        gather: A key; rows of the same key, wherever they stand, are converted together. All rows of such a
-            format are held in memory.
+        convert: Converts a row (with ``gather`` a list of rows), or raises `RowError` if it cannot be used.
+            Its keyword arguments are the options of the format.
+        summary: The data in a few words.
+        hub: Id of the data on the HuggingFace hub; empty if it is not there.
+        split: Split that is read if the user names none.
+        pairing: Pairing intended for its ranked rows: "all" if answers are only right or wrong.
+        gather: Key of a row; rows with the same key, anywhere in the data, are converted together. All rows
+            of such a format are held in memory.
     """
 
     convert: Callable[..., Converted]
@@ -63,11 +63,11 @@ AnyLayout = TypeVar("AnyLayout", bound="Layout")
 
 
 class Layout(BaseModel):
-    """A row of a published file; each field's description says what it holds.
+    """A row of a published file; the description of a field says what it contains.
 
     Attributes:
         LAYOUT: Name of the format in `polar_ft.data.converters.CONVERTERS`.
-        READ: Where the layout was read, and when.
+        READ: Where and when the layout was read.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -77,10 +77,10 @@ class Layout(BaseModel):
 
     @classmethod
     def of(cls: type[AnyLayout], row: Mapping[str, Any]) -> AnyLayout:
-        """The row, checked.
+        """Checks a row.
 
         Raises:
-            RowError: The row is laid out otherwise.
+            RowError: The row has another layout.
         """
         try:
             return cls.model_validate(row)
@@ -88,13 +88,13 @@ class Layout(BaseModel):
             raise _layout_error(cls, row, error) from None
 
     def rest(self, *without: str) -> dict[str, Any]:
-        """The fields that the layout does not name, but for those ``without``; null ones are left out."""
+        """The fields that the layout does not name, except those in ``without`` and those that are null."""
         extra = self.model_extra or {}
         return {key: value for key, value in extra.items() if value is not None and key not in without}
 
 
 class Turn(BaseModel):
-    """One message of a dialogue; what else it says (a language, say) is not kept."""
+    """One message of a dialogue; other fields (such as a language) are not kept."""
 
     model_config = ConfigDict(strict=True)
 
@@ -103,7 +103,7 @@ class Turn(BaseModel):
 
 
 def messages(turns: list[Turn]) -> list[dict[str, str]]:
-    """Turns as the messages of a row.
+    """Converts turns to the messages of a row.
 
     >>> messages([Turn(role="user", content="Hi")])
     [{'role': 'user', 'content': 'Hi'}]
@@ -112,7 +112,7 @@ def messages(turns: list[Turn]) -> list[dict[str, str]]:
 
 
 def described(description: str, **settings: Any) -> Any:
-    """A required field of a layout that says what it holds."""
+    """A field of a layout with a description of what it contains; required unless it has a default."""
     return Field(description=description, **settings)
 
 
@@ -130,11 +130,11 @@ def _layout_error(layout: type[Layout], row: Mapping[str, Any], error: Validatio
             f"({layout.READ}), found {has}",
         )
     name = str(problems[0]["loc"][0])
-    # A field that may be one of two things has a problem for each: the deepest is about what is meant.
+    # A field with several types has a problem for each; the deepest is about the type that is meant.
     problem = max((p for p in problems if p["loc"][0] == name), key=lambda p: len(p["loc"]))
     path = problem["loc"]
     at, value = name, row.get(name)
-    for key in path[1:]:  # as deep as the row goes; what follows are pydantic's own names
+    for key in path[1:]:  # as deep as the row has values; pydantic's own names follow
         if isinstance(value, Mapping) and key in value:
             at, value = f"{at}.{key}", value[key]  # type: ignore[index]
         elif isinstance(value, list) and isinstance(key, int) and key < len(value):
@@ -152,10 +152,10 @@ def _layout_error(layout: type[Layout], row: Mapping[str, Any], error: Validatio
 def labelled_row(
     common: dict[str, Any], responses: list[dict[str, Any]], reference: Literal["best", "none"]
 ) -> dict[str, Any]:
-    """A ranked row of correct and wrong answers; its reference is empty, or the first correct answer.
+    """Makes a ranked row of correct and wrong answers; the reference is empty or the first correct answer.
 
     Raises:
-        RowError: The first correct answer is to become the reference, and there is no other one.
+        RowError: The first correct answer becomes the reference, and there is no other one.
     """
     if reference == "none":
         return common | {"reference": "", "responses": responses}

@@ -45,13 +45,13 @@ class HelpSteer3Row(Layout):
 
 
 def helpsteer2(row: Mapping[str, Any]) -> Converted:
-    r"""A pair of HelpSteer2's preferences; the reference is empty, a strength of 0 is a tie and left out.
+    r"""Converts a preference of HelpSteer2; the reference is empty, and a strength of 0 is a tie, dropped.
 
-    The strength is the margin; what the annotators wrote is not kept. Written from the data card; the file
-    itself was not at hand.
+    The strength is the margin; the remarks of the annotators are not kept. Written from the data card,
+    without access to the file.
 
     Raises:
-        RowError: The row is laid out otherwise.
+        RowError: The row has another layout.
 
     >>> prompt = "Hi\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\n2+2?"
     >>> row = {"prompt": prompt, "response_1": "4", "response_2": "5", "preference_strength": -2}
@@ -69,13 +69,13 @@ def helpsteer2(row: Mapping[str, Any]) -> Converted:
 
 
 def helpsteer3(row: Mapping[str, Any]) -> Converted:
-    """A pair of HelpSteer3's preferences; the reference is empty, a preference of 0 is a tie and left out.
+    """Converts a preference of HelpSteer3; the reference is empty, and a preference of 0 is a tie, dropped.
 
-    The strength is the margin, the domain the subset; what the annotators wrote is not kept. Written from the
-    data card; the files themselves were not at hand.
+    The strength is the margin, the domain the subset; the remarks of the annotators are not kept. Written
+    from the data card, without access to the files.
 
     Raises:
-        RowError: The row is laid out otherwise.
+        RowError: The row has another layout.
 
     >>> row = {"context": [{"role": "user", "content": "2+2?"}], "response1": "5", "response2": "4",
     ...        "overall_preference": 3, "domain": "stem", "language": "english"}

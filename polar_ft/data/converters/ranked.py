@@ -1,4 +1,4 @@
-"""Ranked rows as pair rows."""
+"""Converts ranked rows to pair rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ranked(
     pairing: Pairing = "adjacent",
     reference: Literal["best", "none"] = "best",
 ) -> Converted:
-    """A ranked row (see `polar_ft.data.records.RankedRow`) as pair rows; a pair row stays as it is.
+    """Converts a ranked row (see `polar_ft.data.records.RankedRow`) to pair rows; a pair row stays as it is.
 
     Each pair keeps the policy of its texts and, as ``margin``, the difference of their scores.
 
@@ -67,14 +67,14 @@ def ranked(
             pair["margin"] = margin
         for name, response in (("reference", best), ("chosen", chosen), ("rejected", rejected)):
             info = {} if response is None else response.info()
-            # The order is said by chosen and rejected now; the score differences by the margin.
+            # Chosen and rejected give the order, the margin gives the difference of the scores.
             pair |= {f"{name}_{key}": value for key, value in info.items() if key != "rank"}
         rows.append(pair | {key: value for key, value in common.items() if key not in pair})
     return Converted(rows, {TIED: ranking.n_ties} if ranking.n_ties else {})
 
 
 def _field(response: Response, row: RankedRow) -> Any:
-    """A response in the form that the row's prompt has, so that a file does not mix the two."""
+    """The response as text or messages, like the row's prompt, so that a file does not mix the two."""
     if response.messages is not None:
         return [message.model_dump() for message in response.messages]
     if isinstance(row.prompt, str):

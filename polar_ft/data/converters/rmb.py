@@ -1,7 +1,7 @@
 """RMB (arXiv 2410.09893): pairs with scores, and best-of-N lists, of real prompts without references.
 
-The pairwise files hold several pairs a prompt, and a score of each answer. So the best answer of a prompt is
-known, and can be the reference of its other pairs.
+The pairwise files have several pairs per prompt and a score for each answer. So the best answer of a prompt
+is known and can become the reference of its other pairs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NO_THIRD = "of prompts with fewer than three answers"
 
 
 class Answer(BaseModel):
-    """An answer and the model that wrote it; ``score``, in the pairwise files, is out of 5."""
+    """An answer and the model that wrote it."""
 
     model_config = ConfigDict(strict=True)
 
@@ -29,7 +29,7 @@ class Answer(BaseModel):
 
 
 class ScoredAnswer(Answer):
-    """An answer of the pairwise files, whose score is out of 5."""
+    """An answer of the pairwise files; its score is at most 5."""
 
     score: float
 
@@ -61,24 +61,24 @@ class RMBBestOfN(Layout):
 
 
 def same_prompt(row: Mapping[str, Any]) -> Hashable:
-    """What the pairs of one prompt have in common.
+    """Key that is equal for the pairs of one prompt.
 
     Raises:
-        RowError: The row is laid out otherwise.
+        RowError: The row has another layout.
     """
     return tuple((turn.role, turn.content) for turn in RMBPair.of(row).conversation_input)
 
 
 def rmb(rows: Sequence[Mapping[str, Any]], *, reference: Literal["best", "none"] = "best") -> Converted:
-    """The published pairs of one prompt.
+    """Converts the published pairs of one prompt.
 
-    Read by it: the folder RMB_dataset/Pairwise_set of the repository, or files of it. Of the real files,
-    excerpts of two were read, five whole rows; no file was converted as a whole.
+    Reads the folder RMB_dataset/Pairwise_set of the repository, or files of it. Excerpts of two real files
+    were read, with five complete rows; no complete file was converted.
 
     Args:
         rows: All rows of the prompt.
         reference: "best" makes the answer with the highest score the reference (of several, the first one in
-            the file) and leaves the pairs out that hold it. "none" keeps all pairs, with an empty reference.
+            the file) and drops the pairs that contain it. "none" keeps all pairs, with an empty reference.
 
     Raises:
         RowError: The prompt's rows give one answer two scores.
@@ -108,12 +108,13 @@ def rmb(rows: Sequence[Mapping[str, Any]], *, reference: Literal["best", "none"]
 
 
 def rmb_polar(rows: Sequence[Mapping[str, Any]]) -> Converted:
-    """The POLAR paper's protocol: the best answer is the reference; is the second scored above the third?
+    """Converts a prompt by the POLAR paper's protocol: the best answer is the reference of the next two.
 
-    One pair a prompt (arXiv 2507.05197, section on evaluation). Answers are ordered by their score; of
-    several with one score the first in the file comes first, which matters where the best two are tied. A
-    prompt whose second and third answer are tied gives no pair, nor does one with fewer than three answers.
-    The paper does not say how it breaks ties, and its twelve categories are not in the files.
+    One pair per prompt: is the second answer scored above the third (arXiv 2507.05197, section on
+    evaluation)? Answers are ordered by score; of several with the same score the first in the file comes
+    first, which matters if the best two are tied. A prompt gives no pair if its second and third answers are
+    tied, or if it has fewer than three answers. The paper does not say how it breaks ties, and its twelve
+    categories are not in the files.
 
     Args:
         rows: All rows of the prompt.
@@ -132,13 +133,13 @@ def rmb_polar(rows: Sequence[Mapping[str, Any]]) -> Converted:
 
 
 def rmb_bon(row: Mapping[str, Any]) -> Converted:
-    """A ranked row of RMB's best-of-N set: the best answer has score 1, the others 0; no reference.
+    """Converts a row of RMB's best-of-N set: the best answer has score 1, the others 0; no reference.
 
-    Read by it: the folder RMB_dataset/BoN_set of the repository, or files of it. Of the real files, excerpts
-    of two were read, seven whole rows; no file was converted as a whole.
+    Reads the folder RMB_dataset/BoN_set of the repository, or files of it. Excerpts of two real files were
+    read, with seven complete rows; no complete file was converted.
 
     Raises:
-        RowError: The row is laid out otherwise.
+        RowError: The row has another layout.
 
     >>> answer = lambda text: {"llm_name": "m", "answer": text}
     >>> row = {"bon_uid": "1", "conversation_input": [{"role": "user", "content": "Hi"}],
@@ -184,9 +185,9 @@ class _Scored:
 
 
 def _ranked_answers(pairs: Sequence[RMBPair]) -> list[_Scored]:
-    """The different answers of a prompt, best first; equally good ones in the order of the file.
+    """The distinct answers of a prompt, best first; equally good ones in the order of the file.
 
-    A text that two models wrote (a short refusal, say) counts once, with the higher of its scores.
+    A text that two models wrote (such as a short refusal) counts once, with the higher of its scores.
     """
     scores: dict[tuple[str, str], float] = {}
     answers: dict[str, _Scored] = {}
@@ -224,7 +225,7 @@ def _message(answer: _Scored) -> list[dict[str, str]]:
 
 
 def _category(path: str) -> dict[str, str]:
-    """The subset of a row (goal and category), and its scenario where the category has several.
+    """The subset of a row (goal and category), and its scenario if the category has several.
 
     >>> _category("Pairwise_set/Helpfulness/Chat/Discussion")
     {'subset': 'Helpfulness/Chat', 'scenario': 'Discussion', 'benchmark': 'rmb'}

@@ -13,7 +13,7 @@ from polar_ft.data.records import RowError
 
 
 class Completion(BaseModel):
-    """One answer; what GPT-4 wrote about it is not kept."""
+    """One answer; the remarks of GPT-4 are not kept."""
 
     model_config = ConfigDict(strict=True)
 
@@ -42,22 +42,22 @@ def ultrafeedback(
     reference: Literal["best", "none"] = "best",
     score: Literal["overall", "fine-grained"] = "overall",
 ) -> Converted:
-    """A ranked row of UltraFeedback's answers, the source as its subset.
+    """Converts a row of UltraFeedback to a ranked row, with the source as its subset.
 
-    An answer without a score (null or NaN) is left out. What GPT-4 wrote about the answers, and the system
-    prompts under which they were made, are not kept. Written from the README and from code that reads the
-    data; the files themselves were not at hand. In copies from before 2023-12-29 the overall scores of 2,628
-    answers are doubtful (10 in place of 1; issue 8 of the repository): use a later one.
+    An answer without a score (null or NaN) is dropped. The remarks of GPT-4 about the answers and the system
+    prompts of the answers are not kept. Written from the README and from code that reads the data, without
+    access to the files. In copies from before 2023-12-29 the overall scores of 2,628 answers are doubtful
+    (10 instead of 1; issue 8 of the repository): use a later one.
 
     Args:
         row: The row.
-        reference: "best" leaves the reference away, so that the best answer becomes it where the row is read,
-            as POLAR is fine-tuned; "none" makes it empty.
+        reference: "best" writes no reference, so that the best answer becomes it when the row is read, as in
+            the fine-tuning of POLAR; "none" writes an empty reference.
         score: "overall" orders the answers by ``overall_score`` (1 to 10), "fine-grained" by
             ``fine-grained_score``, the mean of the four aspects (1 to 5).
 
     Raises:
-        RowError: The row is laid out otherwise, or has too few scored answers.
+        RowError: The row has another layout, or too few scored answers.
 
     >>> completions = [{"response": text, "model": "m", "overall_score": score, "fine-grained_score": 3.0}
     ...                for text, score in [("A", 7.5), ("B", 9.0), ("C", 2.0), ("D", None)]]

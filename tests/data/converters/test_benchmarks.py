@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_ft.data.converters.judgebench import judgebench
-from polar_ft.data.converters.rewardbench import rewardbench, rewardbench_2
-from polar_ft.data.converters.rm_bench import rm_bench
+from polar_ft.data.converters.benchmarks import judgebench, rewardbench, rewardbench_2, rm_bench
 from polar_ft.data.records import RowError, parse_row
 from tests.data.converters.published import published
 

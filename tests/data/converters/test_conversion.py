@@ -156,10 +156,10 @@ def test_nothing_is_written_where_no_row_converts(write_rows: WriteRows, tmp_pat
 def test_unknown_formats_and_options_are_refused(write_rows: WriteRows, tmp_path: Path) -> None:
     source = str(write_rows("in.jsonl", [rows.pair()]))
     with pytest.raises(
-        PolarError, match=r"alpaca: no such format; there is chat-pairs, .*, ultrafeedback-binarized"
+        PolarError, match=r"alpaca: no such format; there are chat-pairs, .*, ultrafeedback-binarized"
     ):
         convert_file("alpaca", source, tmp_path / "out.jsonl")
-    with pytest.raises(PolarError, match="--pairing says nothing to the format hh-rlhf; leave"):
+    with pytest.raises(PolarError, match="--pairing is no option of the format hh-rlhf; leave"):
         convert_file("hh-rlhf", source, tmp_path / "out.jsonl", options={"pairing": "all"})
     with pytest.raises(PolarError, match="format ultrafeedback; it has --reference, --score; leave"):
         convert_file("ultrafeedback", source, tmp_path / "out.jsonl", options={"pairing": "all"})
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_nothing_half_written(write_rows: WriteRows, tmp_path
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
     assert done.returncode == 1
-    assert f"{target}: cannot be written (File too large); nothing was left half-written" in done.stderr
+    assert f"{target}: cannot be written (File too large); no incomplete file was left behind" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in target.parent.iterdir()] == ["pairs.jsonl"]
     assert target.read_text() == "before\n"
@@ -227,6 +227,6 @@ def test_alpaca_eval_full_file(tmp_path: Path, pairing: str) -> None:
     source = shared_file("alpaca_eval_ranked.jsonl.gz")
     done = convert_file("ranked", str(source), tmp_path / "pairs.jsonl", options={"pairing": pairing})
     assert (done.rows_in, done.problems) == (805, [])
-    # 13 candidates beside the reference: 12 neighbours or 13 * 12 / 2 pairs a row, ties among them.
+    # 13 candidates besides the reference: 12 neighbours or 13 * 12 / 2 pairs a row, ties among them.
     assert done.pairs + done.left_out[TIED] == 805 * (12 if pairing == "adjacent" else 78)
     assert all(example.margins[0] > 0 for example in read_examples(tmp_path / "pairs.jsonl"))  # type: ignore[operator]

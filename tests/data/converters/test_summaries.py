@@ -22,7 +22,7 @@ Summarise = Callable[[str, list[dict[str, Any]], dict[str, float]], Benchmarks]
 
 @pytest.fixture
 def summarise(write_rows: WriteRows, tmp_path: Path) -> Summarise:
-    """Converts published rows and summarises them for a model that gives each text the score it is told."""
+    """Converts published rows and summarises them for a model that gives each text a given score."""
 
     def run(name: str, rows: list[dict[str, Any]], scores: dict[str, float]) -> Benchmarks:
         convert_file(name, str(write_rows("in.jsonl", rows)), tmp_path / "out.jsonl")
