@@ -60,14 +60,9 @@ class RowReferences:
         return list(dict.fromkeys((*self.own, *self.shuffled, *([""] if self.empty else []))))
 
 
-def references_of(example: Example) -> tuple[str, ...]:
-    """All references of a row."""
-    return example.references
-
-
 def plan_references(examples: Sequence[Example], use: ReferenceSettings) -> list[RowReferences]:
     """Which references each row is scored against, `[examples]`."""
-    own = [references_of(example) for example in examples]
+    own = [example.references for example in examples]
     if use.shuffle_seed is None:
         return [RowReferences(texts, empty=use.empty) for texts in own]
     others = shuffle_references(own, use.shuffle_seed)

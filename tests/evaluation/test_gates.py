@@ -7,7 +7,7 @@ import math
 import pytest
 
 from polar_ft.evaluation.gates import SamplePair, draw_sample, run_gates
-from polar_ft.evaluation.references import RowReferences, references_of
+from polar_ft.evaluation.references import RowReferences
 
 
 def honest(example, candidate):
@@ -30,7 +30,7 @@ def sample_of(examples, scorer):
     return [
         SamplePair(
             examples[row],
-            RowReferences(references_of(examples[row])),
+            RowReferences(examples[row].references),
             pair,
             (scores[row][pair[0]], scores[row][pair[1]]),
         )
