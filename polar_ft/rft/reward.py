@@ -27,6 +27,7 @@ from polar_ft.errors import PolarError
 from polar_ft.groups import TextGroup, TokenGroup, against, merge_texts
 from polar_ft.reward_scale import FILE_NAME, RewardScale
 from polar_ft.rft.answers import Thinking
+from polar_ft.rft.watch import RewardWatch
 from polar_ft.template import EncodeError
 
 
@@ -78,6 +79,8 @@ class PolarReward:
         think_end: Closing tag.
         think_in_prompt: Whether the prompt template ends with the opening tag; see `Thinking`.
         gather_ms: Milliseconds for which single samples wait for others to be sent with.
+        watch: Folder for figures of the answers, which `polar-ft rft watch` shows; see `RewardWatch`.
+        watch_every: Answers of one line there.
 
     Raises:
         PolarError: A setting is wrong, or there is no floor.
@@ -98,6 +101,8 @@ class PolarReward:
         think_end: str = "</think>",
         think_in_prompt: bool = False,
         gather_ms: float = 5.0,
+        watch: str | os.PathLike[str] | None = None,
+        watch_every: int = 256,
     ) -> None:
         if references not in ("max", "mean"):
             raise PolarError(f"references={references!r}: must be 'max' or 'mean'")
@@ -116,6 +121,7 @@ class PolarReward:
             max_retries=10**6,
         )
         self._combine: Callable[[list[float]], float] = max if references == "max" else fmean
+        self._watch = RewardWatch(watch, watch_every) if watch is not None else None
         self._gather_seconds = gather_ms / 1000
         self._lock = threading.Lock()
         self._waiting: list[tuple[TextGroup, Future[Reward]]] = []
@@ -172,11 +178,11 @@ class PolarReward:
             (output,) = sample.candidates
             answer = self.thinking.answer(output) if self.thinking else output.strip()
             if not answer:
-                _settle(future, Reward(self.floor, answered=False, truncated=False, length=0))
+                self._deliver(future, sample, None, Reward(self.floor, False, False, 0))
                 continue
             first = len(groups)
             groups += [replace(against(sample, text), candidates=(answer,)) for text in sample.references]
-            asked.append(_Asked(sample, len(answer), future, range(first, len(groups))))
+            asked.append(_Asked(sample, answer, future, range(first, len(groups))))
 
         merged = merge_texts(groups)
         encoded = self.client.template.encode_each([texts.group for texts in merged])
@@ -207,17 +213,23 @@ class PolarReward:
                     continue
                 score = self._combine([rewards[id(group)][candidate] for group, candidate in branches])
                 truncated = any(group.cut.of(candidate) for group, candidate in branches)
-                _settle(ask.future, Reward(score, True, truncated, ask.length))
+                reward = Reward(score, True, truncated, len(ask.answer))
+                self._deliver(ask.future, ask.sample, ask.answer, reward)
 
         self.client.submit_encoded(scored).add_done_callback(settle_all)
+
+    def _deliver(self, future: Future[Reward], sample: TextGroup, answer: str | None, reward: Reward) -> None:
+        if self._watch is not None:
+            self._watch.add(reward.score, answer, sample.reference, reward.truncated)
+        _settle(future, reward)
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A sample under way: its answer's characters, and the numbers of its groups, one for each reference."""
+    """A sample under way: its answer, and the numbers of its groups, one for each reference."""
 
     sample: TextGroup
-    length: int
+    answer: str
     future: Future[Reward]
     groups: range
 
