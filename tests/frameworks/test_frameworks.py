@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
 from polar_ft.rft.answers import Thinking
+from polar_ft.rft.data import write_rl_data
 from polar_ft.scoring.scorer import RewardScorer
 from tests.frameworks.conftest import FLOOR
 
@@ -51,8 +53,12 @@ def test_trl_trains(run, rows, model, server, scored, trainer):
 
 
 @pytest.mark.parametrize("version", ["0.5", "0.7", "0.9"])
-def test_verl_gives_each_row_its_reward(run, rows, model, server, scored, version):
-    result = run(f"verl-{version}", "verl_run.py", rows=rows, model=str(model), server=server, floor=FLOOR)
+def test_verl_gives_each_row_its_reward(run, rows, model, server, scored, version, tmp_path):
+    data, parquet = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+    data.write_text("".join(json.dumps({**row, "prompt": row["question"]}) + "\n" for row in rows))
+    write_rl_data(str(data), parquet, "verl")
+    given = {"rows": rows, "parquet": str(parquet), "model": str(model), "server": server, "floor": FLOOR}
+    result = run(f"verl-{version}", "verl_run.py", **given)
     calls = [{**row, "prompt": row["question"]} for row in rows]
     assert ".".join(map(str, result["version"])) == version
     assert result["rewards"] == same_as(scored(calls))

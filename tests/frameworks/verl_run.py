@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from verl import DataProto
+from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 
 VERSION = tuple(map(int, importlib.metadata.version("verl").split(".")[:2]))
 LENGTH = 4096
@@ -25,6 +26,24 @@ backend = Tokenizer(models.BPE({token: i for i, token in enumerate(["<pad>", "<e
 backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 backend.decoder = decoders.ByteLevel()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+def read_columns() -> dict[str, np.ndarray]:
+    """The columns that verl's own data set makes of the Parquet file."""
+    config = OmegaConf.create(
+        {
+            "prompt_key": "prompt",
+            "max_prompt_length": LENGTH,
+            "max_response_length": LENGTH,
+            "filter_overlong_prompts": False,
+            "truncation": "error",
+            "return_raw_chat": True,
+            "cache_dir": str(folder / "cache"),
+        }
+    )
+    dataset = RLHFDataset(data_files=[given["parquet"]], tokenizer=tokenizer, config=config)
+    return DataProto.from_single_dict(collate_fn([dataset[i] for i in range(len(rows))])).non_tensor_batch
 
 
 def batch() -> DataProto:
@@ -32,6 +51,7 @@ def batch() -> DataProto:
     prompts = torch.full((len(rows), LENGTH), tokenizer.pad_token_id)
     responses = torch.full((len(rows), LENGTH), tokenizer.pad_token_id)
     mask = torch.zeros((len(rows), 2 * LENGTH), dtype=torch.long)
+    columns = read_columns()
     for number, row in enumerate(rows):
         prompt = tokenizer.encode("the prompt in a chat template")
         response = [*tokenizer.encode(row["output"]), tokenizer.eos_token_id]
@@ -46,20 +66,7 @@ def batch() -> DataProto:
             "input_ids": torch.cat([prompts, responses], 1),
             "attention_mask": mask,
         },
-        non_tensors={
-            "data_source": np.array(["polar"] * len(rows), dtype=object),
-            "reward_model": np.array(
-                [
-                    {"style": "polar", "ground_truth": [{"role": "assistant", "content": row["reference"]}]}
-                    for row in rows
-                ],
-                dtype=object,
-            ),
-            "extra_info": np.array(
-                [{"split": "train", "index": i, "prompt": row["question"]} for i, row in enumerate(rows)],
-                dtype=object,
-            ),
-        },
+        non_tensors={name: columns[name] for name in ("data_source", "reward_model", "extra_info")},
     )
 
 

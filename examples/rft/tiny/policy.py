@@ -137,7 +137,7 @@ def supervise(data: Path, out: Path, seed: int, steps: int = 300, batch: int = 1
 @torch.no_grad()
 def measure(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: list[Question]) -> dict:
     """Shares of held-out answers that are right and well-formed; greedy, and sampled at temperature 1."""
-    result = {}
+    result: dict[str, float] = {}
     inputs = tokenizer([question.prompt for question in held_out], return_tensors="pt", padding=True)
     for name, sample in (("greedy", False), ("sampled", True)):
         output = policy.generate(
