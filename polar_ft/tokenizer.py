@@ -27,12 +27,14 @@ Needs only ``tokenizers`` and ``numpy``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import secrets
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,6 +142,15 @@ class TextTokenizer:
         while start < total and offsets[start][0] < offsets[start - 1][1]:
             start += 1
         return text[offsets[start][0] :] if start < total else "", start
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """A digest of the files of a model folder that decide its token ids; a copy has the same."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"):
+        if (folder / name).is_file():
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: Iterable[str] = ()) -> str:

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 def convert(
     config: Annotated[Path, typer.Argument(help="The config that the run was started with.")],
-    checkpoint: Annotated[Path, typer.Argument(help="iter_N.pth: a file, or a DeepSpeed directory.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="iter_N.pth: a file, or a DeepSpeed directory; best or last: that of the config's run."
+        ),
+    ],
     out_dir: Annotated[Path, typer.Argument(help="HuggingFace folder to write.")],
     dtype: Annotated[
         str | None,
@@ -83,4 +88,4 @@ def convert(
     )
     for outcome in verified:
         typer.echo(f"verified: {outcome}")
-    typer.echo(f"next: python tools/eval_preference.py {out_dir} held_out.jsonl")
+    typer.echo(f"next: polar-ft eval {out_dir} held_out.jsonl")
