@@ -72,7 +72,8 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     help="Train like `xtuner train CONFIG …`, but exit with the status of the run.",
     epilog="Options after CONFIG go to xtuner: --deepspeed deepspeed_zero2, --work-dir DIR, --resume PATH, "
-    "--cfg-options KEY=VALUE …; --resume auto resumes from the newest complete checkpoint, if any. "
+    "--cfg-options KEY=VALUE …; --resume auto resumes from the newest complete checkpoint, if any; "
+    "--overwrite removes the checkpoints of an earlier run in the work folder. "
     "Processes: NPROC_PER_NODE in the environment; for several machines also NNODES, NODE_RANK, ADDR, PORT.",
 )
 def train(context: typer.Context, config: Annotated[Path, typer.Argument(help="A config file.")]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,15 @@ def parse_config(config: Path) -> dict[str, Any]:
         ) from error
 
 
+def config_with_options(config: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`parse_config`, with ``--cfg-options`` merged into it."""
+    from mmengine.config import Config
+
+    merged = Config(parse_config(config))
+    merged.merge_from_dict(dict(options))
+    return merged.to_dict()
+
+
 def run_model_resource(config: Path, base: str) -> None:
     """Calls the ``model_resource`` of a config, as training does; it may download or make the model."""
     from mmengine.config import Config
@@ -45,8 +54,5 @@ def run_model_resource(config: Path, base: str) -> None:
 
 def config_work_dir(config: str) -> Path:
     """Where xtuner puts a run that has no ``--work-dir``: the config's ``work_dir``, else by its name."""
-    if Path(config).is_file():
-        named = re.search(r"""(?m)^work_dir\s*=\s*["'](.+?)["']""", Path(config).read_text(encoding="utf-8"))
-        if named:
-            return Path(named[1])
-    return Path("work_dirs", Path(config).stem)
+    named = parse_config(Path(config)).get("work_dir") if Path(config).is_file() else None
+    return Path(named or Path("work_dirs", Path(config).stem))

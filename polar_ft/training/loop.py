@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from xtuner.registry import BUILDER
 
 from polar_ft.errors import PolarError
+from polar_ft.training import work_folder
 from polar_ft.training.checkpoints import checkpoint_path, restore_run_state, save_checkpoint
 from polar_ft.training.data import RewardDataset
 from polar_ft.training.engines import DeepSpeedEngine, Engine, PlainEngine
@@ -130,10 +131,11 @@ class TrainingLoop(BaseLoop):
         self._show_plan(engine)
         if first:
             restore_run_state(runner, self.dataset)
+        if first >= steps:
+            runner.logger.info(f"the checkpoint has seen all {steps} steps, so nothing is left to train")
+        if is_main_process():
+            work_folder.begin()
         runner.call_hook("before_train")
-        if self.validation is not None:
-            self.validation.start(runner, engine, first)
-            self.stop_training |= first < steps and self.validation.ends(runner, first)
         log = TrainingLog(
             runner,
             model.llm.config.to_dict(),
@@ -142,10 +144,13 @@ class TrainingLoop(BaseLoop):
             first=first,
             steps=steps,
         )
-        beat("starting", first)
-        batches = self._batches(first)
         bad_steps = 0
         with StopSignals() as signals:
+            beat("starting", first)  # from here on a signal saves
+            if self.validation is not None:
+                self.validation.start(runner, engine, first)
+                self.stop_training |= first < steps and self.validation.ends(runner, first)
+            batches = self._batches(first)
             while self._iter < steps and not self.stop_training:
                 step = self._iter + 1
                 beat("loading", step)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock
-
-from polar_ft.conversion.checkpoint_files import Manifest, verify
+from polar_ft.data.reading import Sources
 from polar_ft.errors import PolarError
 from polar_ft.files import resolve_folder
-from polar_ft.model.tiny_base import make_tiny_base, texts_of
-from polar_ft.training import upstream
-from polar_ft.training.ranks import report_ending
+from polar_ft.model.tiny_base import tiny_base_of
+from polar_ft.training import upstream, work_folder
+from polar_ft.training.ranks import end_with_launcher, report_ending
 
 
 def prepare_training(pretrained_model_name_or_path: str) -> str:
@@ -40,53 +35,29 @@ def prepare_training(pretrained_model_name_or_path: str) -> str:
         The local folder.
 
     Raises:
-        PolarError: No such folder, and the hub does not have it; or the checkpoint of ``--resume`` is not
-            what was saved, or was saved by another number of ranks.
+        PolarError: No such folder, and the hub does not have it; or see `work_folder.enter`.
     """
     sys.excepthook = _short_excepthook
     upstream.apply()
-    _check_resumed_checkpoint(sys.argv)
-    return str(resolve_folder(pretrained_model_name_or_path))
+    training = Path(sys.argv[0]).name == "train.py"  # xtuner's; `polar-ft doctor` calls this too
+    if training:
+        end_with_launcher()
+        work_folder.enter(sys.argv[1:])
+    folder = resolve_folder(pretrained_model_name_or_path)
+    if training:
+        work_folder.check_tokenizer(folder)
+    return str(folder)
 
 
-def prepare_tiny_training(pretrained_model_name_or_path: str, data: str) -> str:
+def prepare_tiny_training(pretrained_model_name_or_path: str, data: Sources) -> str:
     """`prepare_training` for the tiny config: makes the base model of the data where it is not there yet.
 
     Args:
         pretrained_model_name_or_path: Folder of the base model.
-        data: File whose texts its vocabulary is learned from.
+        data: Rows whose texts its vocabulary is learned from.
     """
-    folder = Path(pretrained_model_name_or_path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # ranks start together
-        if not (folder / "config.json").is_file():
-            make_tiny_base(folder, texts_of([Path(data)]), vocab_size=4096, hidden=96)
+    tiny_base_of(Path(pretrained_model_name_or_path), data, vocab_size=4096, hidden=96)
     return prepare_training(pretrained_model_name_or_path)
-
-
-def _check_resumed_checkpoint(arguments: Sequence[str]) -> None:
-    """Verifies the checkpoint of ``--resume`` before xtuner and mmengine read it."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--resume", type=Path)
-    checkpoint = parser.parse_known_args(arguments[1:])[0].resume
-    if checkpoint is None:
-        return
-    manifest = None
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # it may be large, and one check is enough
-        manifest = verify(checkpoint)
-        if manifest is None:
-            print(f"{checkpoint}: its integrity cannot be checked (no manifest)", file=sys.stderr)
-    ranks_now = int(os.environ.get("WORLD_SIZE", "1"))
-    if manifest is not None and manifest.ranks != ranks_now and _is_partitioned(manifest):
-        raise PolarError(
-            f"{checkpoint}: was saved by {manifest.ranks} ranks, each with its part of the optimizer (ZeRO), "
-            f"and this run has {ranks_now}; start with as many (NPROC_PER_NODE, NNODES), or convert it with "
-            f"tools/pth_to_hf.py and train from its weights"
-        )
-
-
-def _is_partitioned(manifest: Manifest) -> bool:
-    return any(name.endswith("_optim_states.pt") for name in manifest.files)
 
 
 def _short_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -160,6 +160,7 @@ class Validation:
 
     def _validate(self, runner: Any, engine: Engine, step: int, save: bool = True) -> None:
         started = time.monotonic()
+        beat("validating")
         with _scoring(engine) as rewards:
             table = self.pairs.score(rewards, engine.device, _progress_lines(runner.logger, len(self.pairs)))
         # One process computes the figures, so that all decide alike.
@@ -284,7 +285,7 @@ def _progress_lines(logger: Any, pairs: int) -> Callable[[float], None]:
 
     def on_batch(share: float) -> None:
         nonlocal last
-        beat("validating")
+        beat("validating" if share < 1 else "validated")
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES and share < 1:
             logger.info(f"validation: {progress_text(int(share * pairs), pairs, now - started, share)}")
