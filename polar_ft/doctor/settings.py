@@ -9,7 +9,7 @@ from typing import Any
 
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json
-from polar_ft.model.lora import LoraSettings
+from polar_ft.model.settings import LoraSettings
 from polar_ft.training.config import config_work_dir, parse_config
 from polar_ft.training.data import build_reward_dataset, with_defaults
 from polar_ft.training.loop import TrainingLoop
