@@ -23,7 +23,8 @@ import psutil
 from polar_ft.conversion.checkpoint_files import newest_complete
 from polar_ft.errors import PolarError
 from polar_ft.training import ranks
-from polar_ft.training.config import config_work_dir
+from polar_ft.training.check import check_run
+from polar_ft.training.config import config_work_dir, xtuner_folder
 
 # Seconds without a sign of life of any rank after which a run is ended.
 HANG_VARIABLE = "POLAR_FT_HANG_SECONDS"
@@ -51,17 +52,14 @@ def launch(config: str, arguments: Sequence[str]) -> int:
         that saved and stopped on a signal.
 
     Raises:
-        PolarError: There is no such config.
+        PolarError: There is no such config, or `check_run` finds a mistake.
     """
-    import xtuner
-    from xtuner.configs import cfgs_name_path
-
-    if not Path(config).is_file() and config not in cfgs_name_path:
-        raise PolarError(f"{config}: no such config file; `ls configs` shows those that are shipped")
+    for warning in check_run([config, *arguments]).warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     nodes = int(os.environ.get("NNODES", "1"))
     processes = int(os.environ.get("NPROC_PER_NODE", "1"))
     # By its path, as importing the script takes as long as the start of a run.
-    script = str(Path(xtuner.__file__).parent / "tools" / "train.py")
+    script = str(xtuner_folder() / "tools" / "train.py")
     command = [script, config, *_resolve_resume(config, list(arguments))]
     if nodes == 1 and processes == 1:
         command = [sys.executable, *command]

@@ -6,18 +6,23 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from filelock import FileLock
 
 from polar_ft.conversion.checkpoint_files import Manifest, verify
 from polar_ft.errors import PolarError
 from polar_ft.files import resolve_folder
+from polar_ft.model.base_folder import check_base
 from polar_ft.model.tiny_base import make_tiny_base, texts_of
 from polar_ft.training import upstream
-from polar_ft.training.ranks import report_ending
+from polar_ft.training.check import CheckedRun, check_rows, check_run
+from polar_ft.training.config import parse_again
+from polar_ft.training.ranks import FOLDER_VARIABLE, report_ending
 
 
 def prepare_training(pretrained_model_name_or_path: str) -> str:
@@ -40,13 +45,20 @@ def prepare_training(pretrained_model_name_or_path: str) -> str:
         The local folder.
 
     Raises:
-        PolarError: No such folder, and the hub does not have it; or the checkpoint of ``--resume`` is not
-            what was saved, or was saved by another number of ranks.
+        PolarError: No such folder, and the hub does not have it; a setting, a file or a row of the data is
+            wrong; or the checkpoint of ``--resume`` is not what was saved, or was saved by another number of
+            ranks.
     """
-    sys.excepthook = _short_excepthook
-    upstream.apply()
+    if _begins_before_options():
+        return pretrained_model_name_or_path
     _check_resumed_checkpoint(sys.argv)
-    return str(resolve_folder(pretrained_model_name_or_path))
+    run = _run()
+    if run is not None and run.settings is not None and _is_main():
+        check_rows(run.settings)
+    folder = resolve_folder(pretrained_model_name_or_path)
+    if run is not None and _is_main():
+        check_base(folder, run.template_settings)
+    return str(folder)
 
 
 def prepare_tiny_training(pretrained_model_name_or_path: str, data: str) -> str:
@@ -56,12 +68,62 @@ def prepare_tiny_training(pretrained_model_name_or_path: str, data: str) -> str:
         pretrained_model_name_or_path: Folder of the base model.
         data: File whose texts its vocabulary is learned from.
     """
+    if _begins_before_options():
+        return pretrained_model_name_or_path
     folder = Path(pretrained_model_name_or_path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # ranks start together
         if not (folder / "config.json").is_file():
             make_tiny_base(folder, texts_of([Path(data)]), vocab_size=4096, hidden=96)
     return prepare_training(pretrained_model_name_or_path)
+
+
+@cache
+def _run() -> CheckedRun | None:
+    """The run that xtuner's script was started for, after its checks; None in another program."""
+    if not sys.argv[0].endswith("xtuner/tools/train.py"):
+        return None
+    run = check_run(sys.argv[1:])
+    if FOLDER_VARIABLE not in os.environ and _is_main():  # else the launcher has printed them
+        for warning in run.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    return run
+
+
+def _is_main() -> bool:
+    """Whether this is the first process of the run; one look at the data is enough."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _begins_before_options() -> bool:
+    """Sets up the process; whether xtuner's config is still one without ``--cfg-options``.
+
+    ``--cfg-options lr=5e-4`` has no effect: xtuner 0.2.0 ``tools/train.py`` merges them into a config whose
+    ``optim_wrapper`` was computed from the other value. So the first call prepares that the config is read
+    again with the options in place where xtuner merges them; ``model_resource`` is then called again.
+    """
+    from mmengine.config import Config
+
+    sys.excepthook = _short_excepthook
+    upstream.apply()
+    run = _run()
+    merge = Config.merge_from_dict
+    if run is None or not run.overridden or hasattr(merge, "polar_ft"):
+        return False
+
+    def merge_from_dict(self: Any, options: Mapping[str, Any], **settings: Any) -> None:
+        from xtuner.tools.utils import set_model_resource
+
+        again = parse_again(self, run.overridden)
+        set_model_resource(again)
+        object.__setattr__(self, "_cfg_dict", again._cfg_dict)
+        Config.merge_from_dict = merge
+        rest = {name: value for name, value in options.items() if name not in run.overridden}
+        self.merge_from_dict(rest, **settings)
+
+    merge_from_dict.polar_ft = True  # type: ignore[attr-defined]
+    Config.merge_from_dict = merge_from_dict
+    return True
 
 
 def _check_resumed_checkpoint(arguments: Sequence[str]) -> None:
