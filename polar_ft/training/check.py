@@ -86,6 +86,11 @@ def check_run(arguments: Sequence[str]) -> CheckedRun:
     if not _is_ours(parsed.names):
         _check_other_config(file, parsed.names)
         return CheckedRun(file, run, parsed.names, None)
+    if not parsed.imported:
+        raise PolarError(
+            f"{file}: names its classes as text, as the copy in a work folder does, which xtuner cannot "
+            f"train; train the config that it is a copy of"
+        )
     settings, warnings = check_settings(file, parsed, run.options)
     assigned = read_config(file).names.keys() if run.options else ()
     overridden = {name: value for name, value in run.options.items() if name.partition(".")[0] in assigned}

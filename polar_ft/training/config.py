@@ -154,10 +154,12 @@ class ParsedConfig:
     Attributes:
         names: Its top-level names, those of its base configs included; classes as dotted names.
         read: Names that some line of it reads: what others are computed from.
+        imported: Names that its imports bind.
     """
 
     names: dict[str, Any]
     read: frozenset[str]
+    imported: frozenset[str]
 
 
 def parse_config(config: Path, options: Options | None = None) -> dict[str, Any]:
@@ -194,7 +196,7 @@ def read_config(config: Path, options: Options | None = None) -> ParsedConfig:
     for name in {option.partition(".")[0] for option in options} - names.keys():
         names[name] = override(name, None, options=options)
     plain = {name: _plain(value) for name, value in names.items() if name not in reader.imported}
-    return ParsedConfig(plain, frozenset(reader.read))
+    return ParsedConfig(plain, frozenset(reader.read), frozenset(reader.imported))
 
 
 def _read_by_mmengine(config: Path, options: Options) -> ParsedConfig:
@@ -203,7 +205,7 @@ def _read_by_mmengine(config: Path, options: Options) -> ParsedConfig:
     try:
         cfg = Config.fromfile(str(config))
         cfg.merge_from_dict(dict(options))
-        return ParsedConfig(cfg.to_dict(), frozenset())
+        return ParsedConfig(cfg.to_dict(), frozenset(), frozenset())
     except Exception as error:  # whatever the code of a config raises
         raise PolarError(
             f"{config}: cannot be read as a config ({type(error).__name__}: {first_line(error)})"
@@ -253,9 +255,11 @@ class _Reader:
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
         except SyntaxError as error:
-            raise PolarError(f"{file}:{error.lineno}: is not Python ({error.msg}); correct it") from error
+            raise PolarError(
+                f"{file}: cannot be read (line {error.lineno} is not Python: {error.msg}); correct it"
+            ) from error
         except ValueError as error:  # bytes that are no text
-            raise PolarError(f"{file}: is not a Python file ({first_line(error, 80)})") from error
+            raise PolarError(f"{file}: cannot be read, it is no text ({first_line(error, 80)})") from error
         self.read |= {
             node.id
             for node in ast.walk(tree)
@@ -275,7 +279,7 @@ class _Reader:
             if isinstance(error, NameError) and error.name:
                 hint = did_you_mean(error.name, names, cutoff=0.6) or "restore the line that sets it"
             reason = f"{type(error).__name__}: {first_line(error)}"
-            raise PolarError(f"{file}:{line}: cannot be read ({reason}); {hint}") from error
+            raise PolarError(f"{file}: cannot be read (line {line}, {reason}); {hint}") from error
         return {name: value for name, value in names.items() if not name.startswith("__")}
 
 

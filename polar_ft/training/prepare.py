@@ -53,7 +53,8 @@ def prepare_training(pretrained_model_name_or_path: str) -> str:
         return pretrained_model_name_or_path
     _check_resumed_checkpoint(sys.argv)
     run = _run()
-    if run is not None and run.settings is not None and _is_main():
+    resumed = run is not None and run.arguments.resume is not None  # then the rows were read at its start
+    if run is not None and run.settings is not None and not resumed and _is_main():
         check_rows(run.settings)
     folder = resolve_folder(pretrained_model_name_or_path)
     if run is not None and _is_main():

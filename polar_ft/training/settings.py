@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -15,9 +16,10 @@ from pydantic.fields import FieldInfo
 
 from polar_ft.data.reading import DataSource, as_sources
 from polar_ft.errors import PolarError
+from polar_ft.files import write_atomically
 from polar_ft.groups import Layout
 from polar_ft.model.settings import Checkpointing, LoraSettings, LossType, PenaltyType
-from polar_ft.training.config import Options, ParsedConfig, did_you_mean, parse_value
+from polar_ft.training.config import Options, ParsedConfig, did_you_mean, parse_value, read_config
 
 Metric = Literal["accuracy", "accuracy_ties_half", "macro_accuracy", "log_loss"]
 
@@ -136,8 +138,8 @@ class Settings(BaseModel):
         "model.loss_type",
     )
     penalty_type: PenaltyType = _setting(
-        'keeps rewards small: `"log_barrier"` (within ±5), `"L2"`, or `"none"`; added with the factor '
-        "`penalty_weight` (0.01) of `model`",
+        'keeps rewards small, `"log_barrier"` within ±5; added with the factor `penalty_weight` (0.01) of '
+        "`model`",
         "model.penalty_type",
     )
     reference_dropout: float = _setting(
@@ -208,8 +210,7 @@ class Settings(BaseModel):
         "steps between [validations](training.md#validation)", "train_cfg.validation.interval", ge=1
     )
     val_metric: Metric = _setting(
-        'metric of the best checkpoint: `"accuracy"`, `"accuracy_ties_half"`, `"macro_accuracy"` or '
-        '`"log_loss"`',
+        "metric of the best checkpoint, see [validation](training.md#validation)",
         "train_cfg.validation.metric",
     )
     val_patience: int | None = _setting(
@@ -324,3 +325,78 @@ def _value_problems(error: ValidationError, values: Mapping[str, Any]) -> list[s
         place = ".".join([name, *path])
         found.setdefault(name, f"{name} = {value!r}: {place if path else ''} {reason}".replace(":  ", ": "))
     return list(found.values())
+
+
+# The line above a table of docs/configs.md, and the first setting in it.
+MARKER = "<!-- Settings from {} on, by python -m polar_ft.training.settings -->"
+FIRST_OF_TABLES = ("pretrained_model_name_or_path", "max_length")
+
+
+def write_tables(page: str, configs: Path) -> str:
+    """The page docs/configs.md with its tables of settings written again.
+
+    Args:
+        page: Its text.
+        configs: The folder of the shipped configs, whose values the tables have.
+    """
+    names = ("polar_1_8b_custom", "polar_7b_custom", "polar_tiny_cpu")
+    shipped = [read_config(configs / f"{name}.py").names for name in names]
+    schema = Settings.model_json_schema(mode="serialization")["properties"]
+    head = "| setting | values | what it does | 1.8B / 7B | tiny |\n|---|---|---|---|---|\n"
+    every = list(Settings.model_fields)
+    starts = [every.index(name) for name in FIRST_OF_TABLES]
+    for first, end in zip(starts, [*starts[1:], len(every)], strict=True):
+        marker = MARKER.format(every[first])
+        before, _, after = page.partition(f"{marker}\n")
+        rows = "".join(f"{_table_row(name, schema[name], shipped)}\n" for name in every[first:end])
+        after = re.sub(r"^([|].*\n)*", "", after)
+        page = f"{before}{marker}\n{head}{rows}{after}"
+    return page
+
+
+def _table_row(name: str, schema: Mapping[str, Any], shipped: Sequence[Mapping[str, Any]]) -> str:
+    *published, tiny = [_as_code(names[name]) if name in names else "(none)" for names in shipped]
+    both = " / ".join(dict.fromkeys(published))
+    cells = [f"`{name}`", _values(schema), schema["description"], both, "" if both == tiny else tiny]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """What a setting may be, of its JSON schema; choices are in its description."""
+    kinds = {
+        "integer": "integer",
+        "number": "number",
+        "string": "text",
+        "boolean": "`True`, `False`",
+        "array": "list",
+        "null": "`None`",
+    }
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    if "anyOf" in schema:
+        return " or ".join(map(_values, schema["anyOf"]))
+    if "enum" in schema:
+        return ", ".join(f'`"{value}"`' for value in schema["enum"])
+    if "$ref" in schema:
+        return "`dict(…)`"
+    if "type" not in schema:
+        return "[sources](#data)"
+    bounds = ", ".join(f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema)
+    return f"{kinds[schema['type']]} {bounds}".strip()
+
+
+def _as_code(value: Any) -> str:
+    """A value as a config has it; 1e-5 is not 1e-05.
+
+    >>> _as_code(1e-05), _as_code((0.9, 0.95)), _as_code({"r": 8})
+    ('`1e-5`', '`(0.9, 0.95)`', '`dict(r=8)`')
+    """
+    text = re.sub(r"e-0(\d)", r"e-\1", repr(value).replace("'", '"'))
+    if isinstance(value, Mapping):
+        text = f"dict({', '.join(f'{key}={item!r}' for key, item in value.items())})".replace("'", '"')
+    return f"`{text}`"
+
+
+if __name__ == "__main__":
+    repository = Path(__file__).resolve().parents[2]
+    file = repository / "docs" / "configs.md"
+    write_atomically(file, write_tables(file.read_text(encoding="utf-8"), repository / "configs"))
