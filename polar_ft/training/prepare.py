@@ -49,7 +49,7 @@ def prepare_training(pretrained_model_name_or_path: str) -> str:
             wrong; or the checkpoint of ``--resume`` is not what was saved, or was saved by another number of
             ranks.
     """
-    if _begins_before_options():
+    if _options_pending():
         return pretrained_model_name_or_path
     _check_resumed_checkpoint(sys.argv)
     run = _run()
@@ -69,7 +69,7 @@ def prepare_tiny_training(pretrained_model_name_or_path: str, data: str) -> str:
         pretrained_model_name_or_path: Folder of the base model.
         data: File whose texts its vocabulary is learned from.
     """
-    if _begins_before_options():
+    if _options_pending():
         return pretrained_model_name_or_path
     folder = Path(pretrained_model_name_or_path)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -96,12 +96,13 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _begins_before_options() -> bool:
-    """Sets up the process; whether xtuner's config is still one without ``--cfg-options``.
+def _options_pending() -> bool:
+    """Sets up the process, and returns whether xtuner's config is still one without ``--cfg-options``.
 
-    ``--cfg-options lr=5e-4`` has no effect: xtuner 0.2.0 ``tools/train.py`` merges them into a config whose
-    ``optim_wrapper`` was computed from the other value. So the first call prepares that the config is read
-    again with the options in place where xtuner merges them; ``model_resource`` is then called again.
+    xtuner 0.2.0 (``tools/train.py``) calls ``model_resource``, then merges the options into the config:
+    ``lr=5e-4`` sets a name from which ``optim_wrapper`` was computed before, so it has no effect. Here the
+    first call replaces that merge: it reads the config again with the options in place, and calls
+    ``model_resource`` again.
     """
     from mmengine.config import Config
 
