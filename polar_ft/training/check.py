@@ -62,6 +62,12 @@ class CheckedRun:
         return {k: v for k, v in tokenizer.items() if k not in ("type", "pretrained_model_name_or_path")}
 
     @property
+    def work_dir(self) -> Path:
+        """Where xtuner puts the run."""
+        run = self.arguments
+        return run.work_dir or config_work_dir(run.config, run.options)
+
+    @property
     def prepared_by(self) -> str:
         """The function that ``model_resource`` names."""
         return str(part_of(self.names, "model_resource.fn", ""))
@@ -97,7 +103,7 @@ def check_run(arguments: Sequence[str]) -> CheckedRun:
     checked = CheckedRun(file, run, parsed.names, settings, overridden, warnings)
     _check_data(settings)
     _check_base(checked)
-    _check_work_dir(run.work_dir or config_work_dir(run.config, run.options))
+    _check_work_dir(checked.work_dir)
     return checked
 
 

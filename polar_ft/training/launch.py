@@ -55,7 +55,7 @@ def launch(config: str, arguments: Sequence[str]) -> int:
         PolarError: There is no such config, or `check_run` finds a mistake.
     """
     for warning in check_run([config, *arguments]).warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {config}: {warning}", file=sys.stderr)
     nodes = int(os.environ.get("NNODES", "1"))
     processes = int(os.environ.get("NPROC_PER_NODE", "1"))
     # By its path, as importing the script takes as long as the start of a run.

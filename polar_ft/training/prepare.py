@@ -87,7 +87,7 @@ def _run() -> CheckedRun | None:
     run = check_run(sys.argv[1:])
     if FOLDER_VARIABLE not in os.environ and _is_main():  # else the launcher has printed them
         for warning in run.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+            print(f"warning: {run.config}: {warning}", file=sys.stderr)
     return run
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -253,7 +254,8 @@ def check_settings(
         place = _place(name, info)
         given, used = parsed.names.get(name, _MISSING), part_of(parsed.names, place, _MISSING)
         if used is not _MISSING or given is not _MISSING:
-            values[name] = given if used is _MISSING else used
+            value = given if used is _MISSING else used
+            values[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
         if given is _MISSING or name in parsed.read or given == used or place == name:
             continue
         if name in options:
@@ -261,9 +263,9 @@ def check_settings(
                 f"--cfg-options {name}={options[name]} would have no effect: no line of the config computes "
                 f"{place} from it; set {place}"
             )
-        elif not any(place.startswith(option) for option in options):
+        elif not any(f"{place}.".startswith(f"{option}.") for option in options):
             now = "there is none" if used is _MISSING else f"that is {used!r}"
-            warnings.append(f"{config}: {name} = {given!r} has no effect: training reads {place}, and {now}")
+            warnings.append(f"{name} = {given!r} has no effect: training reads {place}, and {now}")
     if "pretrained_model_name_or_path" not in values:
         problems.append("has no pretrained_model_name_or_path = …, which xtuner looks for")
     settings = Settings.model_construct()
@@ -272,8 +274,9 @@ def check_settings(
     except ValidationError as error:
         problems += _value_problems(error, values)
     if problems:
-        lines = "".join(f"\n  {problem}" for problem in problems[:8]) if problems[1:] else f" {problems[0]}"
-        raise PolarError(f"{config}:{lines}")
+        shown = problems[:8] + ([f"… and {len(problems) - 8} more"] if problems[8:] else [])
+        lines = "".join(f"\n  {problem}" for problem in shown)
+        raise PolarError(f"{config}:{lines if problems[1:] else f' {problems[0]}'}")
     return settings, warnings
 
 
