@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -353,3 +354,26 @@ def test_tables_of_the_docs_are_those_of_the_settings():
     page = (REPOSITORY / "docs" / "configs.md").read_text(encoding="utf-8")
     assert write_tables(page, CONFIGS) == page, "run python -m polar_ft.training.settings"
     assert all(f"\n| `{name}` |" in page for name in Settings.model_fields)
+
+
+def test_base_is_checked_by_the_launcher(tmp_path, rows):
+    config = tiny_config(tmp_path / "tiny.py", rows)
+    bert_like(tmp_path / "base", lowercase=True, lines=True)
+    with pytest.raises(PolarError, match="its tokenizer drops upper case"):
+        check_run([str(config), "--work-dir", str(tmp_path / "work")])
+    paths = dict(data=str(rows), pretrained_model_name_or_path=str(tmp_path / "no_base"))
+    edit_config("polar_7b_custom.py", config, **paths)
+    with pytest.raises(PolarError, match=r"no_base: no such folder"):
+        check_run([str(config), "--work-dir", str(tmp_path / "work")])
+    assert not (tmp_path / "work").exists()
+
+
+def test_configs_of_others_are_left_to_xtuner(tmp_path):
+    configs = sorted(shipped_by_xtuner(".py").items())[::60]
+    varlen = {name: bool(parse_config(file).get("use_varlen_attn")) for name, file in configs}
+    assert set(varlen.values()) == {True, False}
+    for name, needs_flash_attn in varlen.items():
+        expected = pytest.raises(PolarError, match="flash_attn") if needs_flash_attn else nullcontext()
+        with expected:
+            assert check_run([name, "--work-dir", str(tmp_path / "work")]).settings is None
+    assert not (tmp_path / "work").exists()
