@@ -22,6 +22,7 @@ from polar_ft.conversion.output_folder import unfinished_folder
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.model.backbones import Backbone, backbone_of, decoder_config, empty_decoder
+from polar_ft.model.base_folder import padding_token
 from polar_ft.template import SETTINGS_KEY, PolarTemplate
 
 HEAD = "v_head.weight"
@@ -264,25 +265,8 @@ def exported_config(
         config["auto_map"] = dict(backbone.auto_map)
         return config
     config["id2label"], config["label2id"] = {"0": "reward"}, {"reward": 0}
-    config["pad_token_id"] = _pad_token_id(config, template)
+    config["pad_token_id"] = padding_token(config, template, "the base model")
     return config
-
-
-def _pad_token_id(config: Mapping[str, Any], template: PolarTemplate) -> int:
-    """The …ForSequenceClassification classes score the token before the first padding token.
-
-    So padding has to be a token that no input holds: not one of the template's. Text never becomes an
-    end-of-text token.
-    """
-    eos = config.get("eos_token_id")
-    used = {*template.bos_ids, template.separator_id, template.reward_token_id}
-    for token in (config.get("pad_token_id"), *(eos if isinstance(eos, list) else [eos])):
-        if token is not None and 0 <= token < config["vocab_size"] and token not in used:
-            return token
-    raise PolarError(
-        "config.json of the base model has no pad_token_id that could be used; set one there that no input "
-        "holds, for instance the id of an end-of-text token"
-    )
 
 
 def copy_files(base: Path, folder: Path, template: PolarTemplate, code: Sequence[str] = ()) -> None:

@@ -19,8 +19,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from polar_ft.model.backbones import decoder_config, empty_decoder
-from polar_ft.model.lora import LoraSettings, projection_of
-from polar_ft.model.memory import USABLE, Checkpointing, activation_bytes_per_token, layers_to_checkpoint
+from polar_ft.model.lora import projection_of
+from polar_ft.model.memory import USABLE, activation_bytes_per_token, layers_to_checkpoint
+from polar_ft.model.settings import Checkpointing, LoraSettings
 
 Strategy = Literal["none", "zero1", "zero2", "zero3", "zero3_offload"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)

@@ -99,10 +99,10 @@ def run(request: Request) -> Warmup:
     from polar_ft.doctor.peak import MemoryPeak
     from polar_ft.groups import select_pairs
     from polar_ft.model.backbones import decoder_config, empty_decoder
-    from polar_ft.model.lora import LoraSettings
     from polar_ft.model.losses import pair_loss
     from polar_ft.model.packing import Pack, build_pack
     from polar_ft.model.reward_model import RewardHead, packed_rewards
+    from polar_ft.model.settings import LoraSettings
 
     groups = TokenizedGroups(Path(request.groups))
     plan = StepPlan(groups, **request.plan)

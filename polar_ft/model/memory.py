@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -10,8 +10,7 @@ import torch
 from polar_ft.groups import TokenGroup
 from polar_ft.model.packing import build_pack
 from polar_ft.model.reward_model import run_layer
-
-Checkpointing = Literal["auto", "none", "selective", "full"]
+from polar_ft.model.settings import Checkpointing
 
 # Share of the memory that is free which activations may take; the rest is for temporaries and fragmentation.
 USABLE = 0.85

@@ -23,13 +23,9 @@ import psutil
 from polar_ft.conversion.checkpoint_files import newest_complete
 from polar_ft.errors import PolarError
 from polar_ft.training import ranks
-from polar_ft.training.work_folder import (
-    OVERWRITE_VARIABLE,
-    Command,
-    check_start,
-    read_command,
-    refuse_if_locked,
-)
+from polar_ft.training.check import CheckedRun, check_run
+from polar_ft.training.config import xtuner_folder
+from polar_ft.training.work_folder import OVERWRITE_VARIABLE, check_start, refuse_if_locked
 
 # Seconds without a sign of life of any rank after which a run is ended.
 HANG_VARIABLE = "POLAR_FT_HANG_SECONDS"
@@ -61,27 +57,24 @@ def launch(config: str, arguments: Sequence[str]) -> int:
         that saved and stopped on a signal.
 
     Raises:
-        PolarError: There is no such config, or another run is in the work folder.
+        PolarError: `check_run` finds a mistake, or the work folder belongs to another run.
     """
-    import xtuner
-    from xtuner.configs import cfgs_name_path
-
-    if not Path(config).is_file() and config not in cfgs_name_path:
-        raise PolarError(f"{config}: no such config file; `ls configs` shows those that are shipped")
     arguments = list(arguments)
     if "--overwrite" in arguments:
         arguments.remove("--overwrite")
         os.environ[OVERWRITE_VARIABLE] = "1"
-    given = read_command([config, *arguments])
+    run = check_run([config, *arguments])
+    for warning in run.warnings:
+        print(f"warning: {config}: {warning}", file=sys.stderr)
     if os.environ.get("NODE_RANK", "0") == "0":
-        refuse_if_locked(given.folder)
-    resolved = _resolve_resume(given, arguments)
-    if Path(config).is_file():  # the ranks do the same, but only after the imports
-        check_start(read_command([config, *resolved]))
+        refuse_if_locked(run.work_dir)
+    checkpoint = _checkpoint(run)
+    check_start(run, checkpoint)  # the ranks do the same, but only after the imports
+    resolved = _with_resume(arguments, checkpoint)
     nodes = int(os.environ.get("NNODES", "1"))
     processes = int(os.environ.get("NPROC_PER_NODE", "1"))
     # By its path, as importing the script takes as long as the start of a run.
-    script = str(Path(xtuner.__file__).parent / "tools" / "train.py")
+    script = str(xtuner_folder() / "tools" / "train.py")
     command = [script, config, *resolved]
     if nodes == 1 and processes == 1:
         command = [sys.executable, *command]
@@ -198,25 +191,26 @@ def _explained(status: int, folder: Path, nodes: int, processes: int) -> int:
     return first.status
 
 
-def _resolve_resume(given: Command, arguments: Sequence[str]) -> list[str]:
-    """Replaces ``--resume auto`` by the newest complete checkpoint, or by nothing.
+def _checkpoint(run: CheckedRun) -> Path | None:
+    """The checkpoint that a run resumes; of ``--resume auto`` the newest complete one, if there is one.
 
     Raises:
         PolarError: There are checkpoints, and none of them is complete.
     """
-    if given.resume != Path("auto"):
-        return list(arguments)
+    given = run.arguments.resume
+    if given != "auto":
+        return None if given is None else Path(given)
     refused: list[str] = []
-    newest = newest_complete(given.folder, refused.append)
+    newest = newest_complete(run.work_dir, refused.append)
     for problem in refused:
         print(f"not resumed: {problem}", file=sys.stderr)
     if newest is None and refused:
         raise PolarError(
-            f"{given.folder}: none of its checkpoints is complete; --overwrite removes them and starts again"
+            f"{run.work_dir}: none of its checkpoints is complete; --overwrite removes them and starts again"
         )
-    none = f"{given.folder} has no checkpoint, so the run starts from the beginning"
+    none = f"{run.work_dir} has no checkpoint, so the run starts from the beginning"
     print(f"--resume auto: {newest or none}", flush=True)
-    return _with_resume(arguments, newest)
+    return newest
 
 
 def _with_resume(arguments: Sequence[str], checkpoint: Path | str | None) -> list[str]:

@@ -33,6 +33,9 @@ from polar_ft.training.ranks import STOPPED, StopSignals, beat, report_ending
 from polar_ft.training.step import StepBatch, take_step, unwrapped
 from polar_ft.training.validation import Validation
 
+# A run of fewer steps is warned of.
+ENOUGH_STEPS = 20
+
 
 class TrainingLoop(BaseLoop):
     """Trains a `PolarRewardModel`; ``train_cfg = dict(type=TrainingLoop, …)`` in a config.
@@ -206,6 +209,10 @@ class TrainingLoop(BaseLoop):
         unallocated = 2 if isinstance(engine, DeepSpeedEngine) else 12
         decision = unwrapped(engine.model).plan_checkpointing(summary.largest_pack, unallocated)
         runner.logger.info(f"memory: {decision}")
+        pairs = round(int(plan.sizes.pairs.sum()) * self._max_iters / self.steps_per_epoch)
+        warning = short_run_warning(self._max_iters, self.warmup_ratio, pairs)
+        if warning is not None:
+            runner.logger.warning(warning)
         if is_main_process():
             kept = {
                 "settings": plan.settings,
@@ -263,6 +270,27 @@ def warmup_cosine(step: int, steps: int, warmup_ratio: float, min_ratio: float) 
         return min_ratio + (1 - min_ratio) * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def short_run_warning(steps: int, warmup_ratio: float, pairs: int) -> str | None:
+    """What to do about a run with too few steps to learn anything; None for a longer one.
+
+    >>> short_run_warning(2, 0.03, pairs=84).split("; ")[1]
+    'global_batch_pairs = 4 would give 20 or more, or train on more rows or epochs'
+
+    Args:
+        steps: Of the run.
+        warmup_ratio: See `warmup_cosine`.
+        pairs: Of the run, over all epochs.
+    """
+    warmup = math.ceil(warmup_ratio * steps)
+    if steps >= ENOUGH_STEPS and steps > warmup:
+        return None
+    batch = max(1, pairs // ENOUGH_STEPS)
+    return (
+        f"the run has {steps} optimizer steps, {warmup} of them warm-up: too few to learn anything; "
+        f"global_batch_pairs = {batch} would give {ENOUGH_STEPS} or more, or train on more rows or epochs"
+    )
 
 
 def _refuse_hooks(runner: Any) -> None:

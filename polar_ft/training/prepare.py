@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from polar_ft.data.reading import Sources
 from polar_ft.errors import PolarError
 from polar_ft.files import resolve_folder
+from polar_ft.model.base_folder import check_base
 from polar_ft.model.tiny_base import tiny_base_of
 from polar_ft.training import upstream, work_folder
-from polar_ft.training.ranks import end_with_launcher, report_ending
+from polar_ft.training.check import CheckedRun, check_rows, check_run
+from polar_ft.training.config import parse_again
+from polar_ft.training.ranks import FOLDER_VARIABLE, end_with_launcher, report_ending
 
 
 def prepare_training(pretrained_model_name_or_path: str) -> str:
@@ -35,17 +42,21 @@ def prepare_training(pretrained_model_name_or_path: str) -> str:
         The local folder.
 
     Raises:
-        PolarError: No such folder, and the hub does not have it; or see `work_folder.enter`.
+        PolarError: No such folder, and the hub does not have it; a setting, a file or a row of the data is
+            wrong; or see `polar_ft.training.work_folder.enter`.
     """
-    sys.excepthook = _short_excepthook
-    upstream.apply()
-    training = Path(sys.argv[0]).name == "train.py"  # xtuner's; `polar-ft doctor` calls this too
-    if training:
-        end_with_launcher()
-        work_folder.enter(sys.argv[1:])
+    if _options_pending():
+        return pretrained_model_name_or_path
+    run = _run()
+    if run is not None:
+        work_folder.enter(run)
+    resumed = run is not None and run.arguments.resume is not None  # then the rows were read at its start
+    if run is not None and run.settings is not None and not resumed and _is_main():
+        check_rows(run.settings)
     folder = resolve_folder(pretrained_model_name_or_path)
-    if training:
-        work_folder.check_tokenizer(folder)
+    if run is not None and _is_main():
+        check_base(folder, run.template_settings)
+    work_folder.check_tokenizer(folder)
     return str(folder)
 
 
@@ -56,8 +67,63 @@ def prepare_tiny_training(pretrained_model_name_or_path: str, data: Sources) -> 
         pretrained_model_name_or_path: Folder of the base model.
         data: Rows whose texts its vocabulary is learned from.
     """
+    if _options_pending():
+        return pretrained_model_name_or_path
+    run = _run()
+    if run is not None:
+        work_folder.enter(run)  # before a base is made again
     tiny_base_of(Path(pretrained_model_name_or_path), data, vocab_size=4096, hidden=96)
     return prepare_training(pretrained_model_name_or_path)
+
+
+@cache
+def _run() -> CheckedRun | None:
+    """The run that xtuner's script was started for, after its checks; None in another program."""
+    if not sys.argv[0].endswith("xtuner/tools/train.py"):
+        return None
+    end_with_launcher()
+    run = check_run(sys.argv[1:])
+    if FOLDER_VARIABLE not in os.environ and _is_main():  # else the launcher has printed them
+        for warning in run.warnings:
+            print(f"warning: {run.config}: {warning}", file=sys.stderr)
+    return run
+
+
+def _is_main() -> bool:
+    """Whether this is the first process of the run; one look at the data is enough."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _options_pending() -> bool:
+    """Sets up the process, and returns whether xtuner's config is still one without ``--cfg-options``.
+
+    xtuner 0.2.0 (``tools/train.py``) calls ``model_resource``, then merges the options into the config:
+    ``lr=5e-4`` sets a name from which ``optim_wrapper`` was computed before, so it has no effect. Here the
+    first call replaces that merge: it reads the config again with the options in place, and calls
+    ``model_resource`` again.
+    """
+    from mmengine.config import Config
+
+    sys.excepthook = _short_excepthook
+    upstream.apply()
+    run = _run()
+    merge = Config.merge_from_dict
+    if run is None or not run.overridden or hasattr(merge, "polar_ft"):
+        return False
+
+    def merge_from_dict(self: Any, options: Mapping[str, Any], **settings: Any) -> None:
+        from xtuner.tools.utils import set_model_resource
+
+        again = parse_again(self, run.overridden)
+        set_model_resource(again)
+        object.__setattr__(self, "_cfg_dict", again._cfg_dict)
+        Config.merge_from_dict = merge
+        rest = {name: value for name, value in options.items() if name not in run.overridden}
+        self.merge_from_dict(rest, **settings)
+
+    merge_from_dict.polar_ft = True  # type: ignore[attr-defined]
+    Config.merge_from_dict = merge_from_dict
+    return True
 
 
 def _short_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -27,9 +27,8 @@ from polar_ft.training.checkpoints import save_best
 from polar_ft.training.data import HeldOutPairs
 from polar_ft.training.engines import Engine
 from polar_ft.training.ranks import beat
+from polar_ft.training.settings import Metric
 from polar_ft.training.step import unwrapped
-
-Metric = Literal["accuracy", "accuracy_ties_half", "macro_accuracy", "log_loss"]
 
 SECONDS_BETWEEN_LINES = 30.0
 SUBSETS_SHOWN = 12

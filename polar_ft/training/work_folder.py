@@ -6,7 +6,6 @@ identity: the settings that change the result. A start is refused where it would
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -14,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from polar_ft.conversion.checkpoint_files import (
 from polar_ft.errors import PolarError
 from polar_ft.files import write_atomically
 from polar_ft.tokenizer import tokenizer_digest
-from polar_ft.training.config import config_with_options, config_work_dir
+from polar_ft.training.check import CheckedRun
 
 RUN = "run.json"
 # Set to 1: what is in the work folder is removed when training begins; ``--overwrite`` of ``polar-ft train``.
@@ -48,12 +47,12 @@ _SECONDS_IF_HOLDER_IS_GONE = 20.0
 # The settings that change the result: by the name that our configs give them, and where they have effect.
 SETTINGS = {
     "pretrained_model_name_or_path": "model.llm.pretrained_model_name_or_path",
-    "data": "train_dataset.data",
-    "global_batch_pairs": "train_dataset.global_batch_pairs",
-    "seed": "train_dataset.seed",
-    "reference_dropout": "train_dataset.reference_dropout",
-    "max_length": "tokenizer.max_length",
-    "max_response_length": "tokenizer.max_response_length",
+    "data": "train_dataloader.dataset.data",
+    "global_batch_pairs": "train_dataloader.dataset.global_batch_pairs",
+    "seed": "train_dataloader.dataset.seed",
+    "reference_dropout": "train_dataloader.dataset.reference_dropout",
+    "max_length": "train_dataloader.dataset.tokenizer.max_length",
+    "max_response_length": "train_dataloader.dataset.tokenizer.max_response_length",
     "lora": "model.lora",
     "loss_type": "model.loss_type",
     "penalty_type": "model.penalty_type",
@@ -80,58 +79,6 @@ _TOKENIZER = "tokenizer"
 Identity = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Command:
-    """What the command line of ``xtuner train`` says.
-
-    Attributes:
-        config: The config, or the name of one that xtuner ships.
-        work_dir: ``--work-dir``.
-        resume: ``--resume``.
-        deepspeed: ``--deepspeed``.
-        options: ``--cfg-options``, by dotted name.
-    """
-
-    config: str
-    work_dir: Path | None = None
-    resume: Path | None = None
-    deepspeed: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def folder(self) -> Path:
-        """Where xtuner puts the run."""
-        if self.work_dir is not None:
-            return self.work_dir
-        return Path(self.options.get("work_dir") or config_work_dir(self.config))
-
-
-def read_command(arguments: Sequence[str]) -> Command:
-    """Reads the arguments as xtuner 0.2.0's ``tools/train.py`` does, abbreviated options included.
-
-    >>> command = read_command(["c.py", "--work", "runs/a", "--cfg-options", "lr=1e-4", "model.b=2"])
-    >>> command.work_dir.as_posix(), command.options
-    ('runs/a', {'lr': 0.0001, 'model.b': 2})
-    """
-    from mmengine.config import DictAction
-
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("config", nargs="?", default="")
-    parser.add_argument("--work-dir", type=Path)
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--deepspeed")
-    parser.add_argument("--cfg-options", nargs="+", action=DictAction, default={})
-    for option in ("--seed", "--launcher", "--local_rank", "--local-rank"):
-        parser.add_argument(option)
-    try:
-        found = parser.parse_known_args(list(arguments))[0]
-    except argparse.ArgumentError as error:
-        raise PolarError(f"{error}; see polar-ft train --help") from error
-    except ValueError as error:  # of mmengine's DictAction
-        raise PolarError("--cfg-options takes NAME=VALUE …; see polar-ft train --help") from error
-    return Command(found.config, found.work_dir, found.resume, found.deepspeed, dict(found.cfg_options or {}))
-
-
 @dataclass
 class Run:
     """The run of this process, as `enter` found it.
@@ -141,14 +88,12 @@ class Run:
         identity: Its settings, by name.
         before: Those of the run that it resumes, where they are known.
         resumes: Whether it resumes a checkpoint.
-        strategy: Whether its config has a ``strategy`` of its own (DeepSpeed without ``--deepspeed``).
     """
 
     folder: Path
     identity: Identity
     before: Identity | None = None
     resumes: bool = False
-    strategy: bool = False
 
     def changed(self) -> dict[str, tuple[Any, Any]]:
         """Settings that are not what the resumed run had: name to old and new value."""
@@ -174,13 +119,10 @@ def identity_of(config: Mapping[str, Any]) -> Identity:
     return {name: json.loads(json.dumps(_at(config, path), default=str)) for name, path in SETTINGS.items()}
 
 
-def enter(arguments: Sequence[str]) -> None:
+def enter(checked: CheckedRun) -> None:
     """Locks the work folder of this run, and refuses to mix it with another one; every rank calls it.
 
-    Nothing in the folder is changed, besides the lock.
-
-    Args:
-        arguments: Of the command line, without the name of the script.
+    Nothing in the folder is changed, besides the lock. A second call does nothing.
 
     Raises:
         PolarError: Another run is in the folder or has left its checkpoints there; the checkpoint of
@@ -188,35 +130,39 @@ def enter(arguments: Sequence[str]) -> None:
             another number of ranks. The message says what to do.
     """
     global _run
-    command = read_command(arguments)
-    if not Path(command.config).is_file():  # one of xtuner's own
+    if _run is not None:
         return
     if os.environ.get("RANK", "0") == "0":
-        lock(command.folder)
-    run = check_start(command)
-    if command.resume is not None:
-        _check_resumed(command.resume, deepspeed=command.deepspeed is not None or run.strategy)
+        lock(checked.work_dir)
+    arguments = checked.arguments
+    resume = None if arguments.resume is None else Path(arguments.resume)
+    run = check_start(checked, resume)
+    if resume is not None:
+        has_strategy = checked.names.get("strategy") is not None
+        _check_resumed(resume, deepspeed=arguments.deepspeed is not None or has_strategy)
     _run = run
 
 
-def check_start(command: Command) -> Run:
-    """Compares a run that is to start with what its work folder and the checkpoint of ``--resume`` belong to.
+def check_start(checked: CheckedRun, resume: Path | None) -> Run:
+    """Compares a run that is to start with what its work folder and its checkpoint belong to.
 
     Args:
-        command: Its config is a file; its ``resume`` is a checkpoint or None.
+        checked: The run.
+        resume: The checkpoint that it resumes.
 
     Raises:
         PolarError: See `check_folder` and `check_settings`.
     """
-    config = config_with_options(Path(command.config), command.options)
-    run = Run(command.folder, identity_of(config), resumes=command.resume is not None)
-    run.strategy = config.get("strategy") is not None
-    check_folder(run.folder, run.identity, command.resume, overwrite=_overwrites())
-    if command.resume is not None and (manifest := read_manifest(command.resume)) is not None:
+    run = Run(checked.work_dir, identity_of(checked.names), resumes=resume is not None)
+    if checked.settings is None:  # a config of xtuner's own, whose checkpoints are none of ours
+        return run
+    check_folder(run.folder, run.identity, resume, overwrite=_overwrites())
+    if resume is not None and (manifest := read_manifest(resume)) is not None:
         run.before = manifest.run
         if run.before is not None:
-            named = {n for n, path in SETTINGS.items() if n in command.options or path in command.options}
-            check_settings(run.before, run.identity, named, command.resume)
+            parts = {option.rpartition(".")[2] for option in checked.arguments.options}
+            named = {name for name, path in SETTINGS.items() if path.rpartition(".")[2] in parts}
+            check_settings(run.before, run.identity, named, resume)
     return run
 
 

@@ -35,7 +35,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
 
 def test_what_is_changed_on_purpose_takes_effect(project: Path, run_once: RunOnce, plain_run: Run):
     """Another learning rate and twice as many epochs, after the end: the rate follows the new schedule."""
-    named = ["--cfg-options", "train_cfg.max_epochs=2", "optim_wrapper.optimizer.lr=0.01"]
+    named = ["--cfg-options", "max_epochs=2", "lr=0.01"]
     command = ["polar-ft", "train", str(project / "tiny.py"), "--resume", str(plain_run.checkpoint), *named]
     resumed = run_once("resumed_longer", *command)
     assert resumed.status == 0, resumed.tail
