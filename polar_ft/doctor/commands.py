@@ -21,21 +21,25 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 
-Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs (data-parallel ranks) of the run.")]
-GpuMemory = Annotated[float | None, typer.Option(min=1, help="GiB of each GPU.")]
+Gpus = Annotated[int | None, typer.Option(metavar="N", min=1, help="GPUs (data-parallel ranks) of the run.")]
+GpuMemory = Annotated[float | None, typer.Option(metavar="GIB", min=1, help="GiB of each GPU.")]
 ModelConfig = Annotated[
     Path | None,
-    typer.Option(help="A config.json to take the shapes from, where the model is not on this machine."),
+    typer.Option(
+        metavar="FILE", help="A config.json to take the shapes from, where the model is not on this machine."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the findings as JSON.")]
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A config to check.")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A config to check.")] = None,
     gpus: Gpus = None,
     gpu_memory: GpuMemory = None,
     warmup: Annotated[bool, typer.Option(help="Measure a few packs to estimate the time.")] = True,
-    warmup_seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 20,
+    warmup_seconds: Annotated[
+        float, typer.Option(metavar="S", min=1, help="About how many seconds to measure.")
+    ] = 20,
     all_data: Annotated[
         bool, typer.Option("--all-data", help="Look at all rows of data above 32 MB, not at the first.")
     ] = False,
@@ -48,9 +52,9 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine, and with CONFIG what a run will take, before anything long begins.
+    """Check this machine, and what a run of CONFIG will take.
 
-    Exits with status 1 where there is a problem: something that a run would fail of.
+    Exits with status 1 if there is a problem: something that would make a run fail.
     """
     console = Console(highlight=False, width=_width())
     checks = check_environment(Path.cwd())
@@ -96,13 +100,13 @@ def doctor(
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="A config.")],
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs (data-parallel ranks) of the run.")] = 1,
-    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of each GPU.")] = 80,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A config.")],
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs (data-parallel ranks) of the run.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(metavar="GIB", min=1, help="GiB of each GPU.")] = 80,
     model_config: ModelConfig = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what each ZeRO stage takes on a GPU, computed from shapes, and which of them fit.
+    """Print which ZeRO stages fit on GPUs, computed from shapes.
 
     Neither a GPU nor the model is needed.
     """
