@@ -103,6 +103,12 @@ def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A config.")],
     gpus: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs (data-parallel ranks) of the run.")] = 1,
     gpu_memory: Annotated[float, typer.Option(metavar="GIB", min=1, help="GiB of each GPU.")] = 80,
+    host_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB", min=1, help="GiB of the machine, for offload.", show_default="not limited"
+        ),
+    ] = None,
     model_config: ModelConfig = None,
     as_json: AsJson = False,
 ) -> None:
@@ -115,7 +121,10 @@ def plan(
 
     settings = read_settings(config)
     shape, origin = read_shape(settings, model_config)
-    memory = memory_table(settings, shape, gpus=gpus, available=int(gpu_memory * GIB), device="cuda")
+    host = None if host_memory is None else int(host_memory * GIB)
+    memory = memory_table(
+        settings, shape, gpus=gpus, available=int(gpu_memory * GIB), device="cuda", host=host
+    )
     memory.notes.insert(0, f"shapes: {origin}")
     if as_json:
         typer.echo(json.dumps(_memory_as_json(memory), indent=1))
@@ -160,12 +169,13 @@ def _look_at(
     on_gpu = torch.cuda.is_available()
     ranks = gpus or _ranks(torch.cuda.device_count() if on_gpu else 1)
     as_gpu = on_gpu or gpu_memory is not None
+    host = psutil.virtual_memory().available
     if gpu_memory is not None:
         available = int(gpu_memory * run.GIB)
     elif on_gpu:
         available = min(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
     else:  # the processes share the machine
-        available = psutil.virtual_memory().available // ranks
+        available = host // ranks
     report: dict[str, Any] = {"config": str(config), "gpus": ranks}
     with run.inspect_data(run_settings, shape["hidden_size"], ranks, everything=all_data) as inspection:
         memory = run.memory_table(
@@ -174,6 +184,7 @@ def _look_at(
             gpus=ranks,
             available=available,
             device="cuda" if as_gpu else "cpu",
+            host=host,
             tokens=inspection.figures.largest_pack if inspection.figures else None,
         )
         memory.notes.insert(0, f"shapes: {origin}")
@@ -210,6 +221,7 @@ def _look_at(
 def _memory_as_json(memory: Memory) -> dict[str, Any]:
     return {
         "available": memory.available,
+        "host": memory.host,
         "tokens": memory.tokens,
         "parameters": memory.size.parameters,
         "trainable": memory.size.trainable,

@@ -183,7 +183,8 @@ def _gpu(torch: Any) -> Check:
         name="GPU",
         status="warning",
         found="none; no NVIDIA driver on this machine",
-        advice="trains on the CPU: only tiny models, and env_cfg.dist_cfg.backend must be 'gloo'",
+        advice="trains on the CPU: only tiny models; for several processes env_cfg.dist_cfg.backend must be "
+        "'gloo'",
     )
 
 
