@@ -126,7 +126,7 @@ def run(command: typer.Typer) -> None:
             raise
         _fail(
             f"this command needs {error.name}, which the base install leaves out: "
-            f"pip install 'polar-ft[{extra}]'"
+            f"in the clone of polar_ft, pip install '.[{extra}]'"
         )
 
 

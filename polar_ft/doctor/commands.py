@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,7 +75,7 @@ def doctor(
                     name="config",
                     status="problem",
                     found=f"{config} was not looked at: that needs {', '.join(broken)}",
-                    advice="pip install 'polar-ft[train]' -c constraints.txt",
+                    advice="pip install '.[train]' -c constraints.txt",
                 )
             )
             if not as_json:
@@ -116,8 +119,9 @@ def plan(
 
     Neither a GPU nor the model is needed.
     """
-    from polar_ft.doctor.run import GIB, memory_table
-    from polar_ft.doctor.settings import read_settings, read_shape
+    with _quiet():
+        from polar_ft.doctor.run import GIB, memory_table
+        from polar_ft.doctor.settings import read_settings, read_shape
 
     settings = read_settings(config)
     shape, origin = read_shape(settings, model_config)
@@ -152,8 +156,9 @@ def _look_at(
     import psutil
     import torch
 
-    from polar_ft.doctor import run, settings, tables
-    from polar_ft.training.config import run_model_resource
+    with _quiet():
+        from polar_ft.doctor import run, settings, tables
+        from polar_ft.training.config import run_model_resource
 
     try:
         run_settings = settings.read_settings(config)
@@ -230,6 +235,14 @@ def _memory_as_json(memory: Memory) -> dict[str, Any]:
         ],
         "notes": memory.notes,
     }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Imports without what DeepSpeed, bitsandbytes and torch print, on standard output among others."""
+    nowhere = io.StringIO()
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _ranks(devices: int) -> int:

@@ -22,7 +22,7 @@ GIB = 2**30
 PINNED_BY_XTUNER = ("transformers", "mmengine", "deepspeed")
 # What tools of the extra need only sometimes.
 _SOMETIMES = ("bitsandbytes", "tensorboard", "peft")
-_TRAIN = "pip install 'polar-ft[train]' -c constraints.txt"
+_TRAIN = "pip install '.[train]' -c constraints.txt"
 
 
 class Check(BaseModel):

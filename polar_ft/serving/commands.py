@@ -91,7 +91,9 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
-        raise PolarError(f"serving needs {error.name}: pip install 'polar-ft[train,serve]'") from error
+        raise PolarError(
+            f"serving needs {error.name}; in the clone of polar_ft: pip install '.[train,serve]'"
+        ) from error
 
     scorer = RewardScorer.from_pretrained(
         model,
