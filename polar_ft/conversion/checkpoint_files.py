@@ -165,7 +165,7 @@ def resolve_checkpoint(named: Path, work_dir: Path) -> Path:
         PolarError: There is no such file, or what it names is gone.
     """
     pointers = {"best": BEST, "last": POINTER}
-    if str(named) in pointers and not named.exists():
+    if str(named) in pointers:
         named = work_dir / pointers[str(named)]
     if named.name not in pointers.values() or named.is_dir():
         return named

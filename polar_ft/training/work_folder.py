@@ -21,7 +21,6 @@ import psutil
 from filelock import FileLock, Timeout
 
 import polar_ft
-from polar_ft.conversion.checkpoint import check_resumable
 from polar_ft.conversion.checkpoint_files import (
     BEST,
     POINTER,
@@ -328,6 +327,8 @@ def _holder(folder: Path) -> dict[str, Any]:
 
 def _check_resumed(checkpoint: Path, *, deepspeed: bool) -> None:
     """Verifies the checkpoint of ``--resume`` before xtuner and mmengine read it."""
+    from polar_ft.conversion.checkpoint import check_resumable  # imports torch; the launcher needs none
+
     if os.environ.get("LOCAL_RANK", "0") == "0" and verify(checkpoint) is None:  # it may be large
         print(f"{checkpoint}: its integrity cannot be checked (no manifest)", file=sys.stderr)
     check_resumable(checkpoint, deepspeed=deepspeed)
