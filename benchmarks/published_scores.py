@@ -1,9 +1,9 @@
-"""Result files that RMB and JudgeBench publish, read by `polar-ft eval --from-scores`, against their own figures.
+"""Result files that RMB and JudgeBench publish, read as by `polar-ft eval --from-scores`: the same figures?
 
     python benchmarks/published_scores.py --rmb CLONE --judgebench CLONE
 
-CLONE is a clone of Zhou-Zoey/RMB-Reward-Model-Benchmark and of ScalerLab/JudgeBench. For each result file of a
-reward model the accuracy is compared with the one that the benchmark's own marks give: `is_correct` in RMB,
+CLONE is a clone of Zhou-Zoey/RMB-Reward-Model-Benchmark and of ScalerLab/JudgeBench. For each result file of
+a reward model the accuracy is compared with the one that the benchmark's own marks give: `is_correct` in RMB,
 `decision` against `label` in JudgeBench. Exit status 1 where one differs.
 """
 

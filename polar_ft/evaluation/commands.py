@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,20 @@ from typer.core import TyperGroup
 
 from polar_ft.data.reading import DataSource, expand, read_examples
 from polar_ft.errors import PolarError
-from polar_ft.evaluation.cache import DEFAULT_CACHE, ScoreCache, file_sha256, model_hash, setup_key
+from polar_ft.evaluation.cache import (
+    DEFAULT_CACHE,
+    ScoreCache,
+    file_sha256,
+    model_hash,
+    setup_key,
+    tokenizer_hash,
+)
 from polar_ft.evaluation.evaluator import Scorer
 from polar_ft.evaluation.gates import GateResult
 from polar_ft.evaluation.references import Aggregation, ReferenceSettings
 from polar_ft.evaluation.scores import SCORES_FILE
 from polar_ft.files import resolve_folder
+from polar_ft.groups import Pairing as PairingName
 from polar_ft.options import (
     AllowTokenizerCode,
     Device,
@@ -74,16 +83,17 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help=f"Where the scores, figures and the report go; default {DEFAULT_OUT}/<model name>. An "
-            "interrupted run resumes with the same command."
+            help=f"Where the scores, figures and the report of this one evaluation go. (default: a folder in "
+            f"{DEFAULT_OUT} named after model and data) An interrupted run resumes with the same command."
         ),
     ] = None,
     from_scores: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Figures and report of saved scores, without a model: a run's folder or scores.jsonl, or "
-            "JSON lines or CSV with chosen_score and rejected_score. Needs --out.",
+            help="Figures and report of saved scores, without a model: a run's folder, a table with "
+            "chosen_score and rejected_score (or such names), or results of RewardBench, RMB or JudgeBench; "
+            "JSON, Parquet or CSV. Needs --out.",
         ),
     ] = None,
     batch_tokens: Annotated[
@@ -126,88 +136,161 @@ def evaluate(
         Path, typer.Option(envvar="POLAR_FT_CACHE", help="Where scores are cached.")
     ] = DEFAULT_CACHE,
     allow_tokenizer_code: AllowTokenizerCode = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the results of another evaluation in --out.")
+    ] = False,
 ) -> None:
     """Preference accuracy of a reward model on held-out pairs, with 95 % intervals, and a report.
 
     polar-ft eval HF_DIR DATA…: score and report. polar-ft eval --from-scores FILE --out DIR: report alone.
     polar-ft eval compare A B: which of two runs is better.
     """
-    # Imported here: `--help` needs none of it.
-    from polar_ft.evaluation.report.report import DataFile, RunInfo
-    from polar_ft.evaluation.reporting import report_scores
-    from polar_ft.evaluation.run import score_into
-    from polar_ft.evaluation.scores_file import find_scores
-
     subsets = tuple(subset_by or ())
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     if from_scores is not None:
         if model is not None or data:
             raise PolarError("--from-scores needs no model and no data; leave HF_DIR and DATA out")
         if out is None:
             raise PolarError("--from-scores needs --out DIR: where the figures and the report go")
-        saved = str(find_scores(from_scores))
-        _prepare(out)
-        report_scores(
-            from_scores,
-            out,
-            subsets,
-            RunInfo(
-                model=None,
-                data=[DataFile(path=saved, sha256=_sha256(saved))],
-                created=created,
-                versions=_versions(),
-                n_rows=0,
-            ),
-        )
+        _report_saved(from_scores, out, subsets, force)
         return
     if model is None or not data:
         raise PolarError(
             "name a model folder and held-out data: polar-ft eval HF_DIR DATA… (or --from-scores)"
         )
-
-    stderr = Console(stderr=True)
-    out_dir = out or DEFAULT_OUT / Path(model).resolve().name
-    folder = resolve_folder(model)
-    examples = list(read_examples(_sources(data, split), pairing=pairing))
-    n_rows, n_ties = len(examples), sum(example.n_ties for example in examples)
-    examples = [example for example in examples if example.pairs]
-    if not examples:
-        raise PolarError(f"{', '.join(data)}: no pair to score; every ranked row has nothing but ties")
-    _prepare(out_dir)
-
-    settings = {
-        "tokens_per_batch": batch_tokens,
+    references = ReferenceSettings(reference_aggregation, shuffle_references, empty_references)
+    template = {
         "max_length": max_length,
         "max_response_length": max_response_length,
         "allow_tokenizer_code": tuple(allow_tokenizer_code or ()),
     }
-    given = {name: value for name, value in settings.items() if value is not None}
-    stderr.print(f"loading {folder}", highlight=False, markup=False, soft_wrap=True)
-    scorer = load_scorer(folder, device=device, dtype=dtype, **given)
-    references = ReferenceSettings(reference_aggregation, shuffle_references, empty_references)
-    with _opened_cache(None if no_cache else cache_dir, stderr) as cache:
-        weights = model_hash(folder, cache)
-        computes_in = str(scorer.dtype).removeprefix("torch.")
-        setup = setup_key(
-            (
-                weights or str(folder.resolve()),
-                computes_in,
-                str(scorer.device).partition(":")[0],
-                scorer.template.fingerprint,
-            )
+    try:
+        _score_and_report(
+            model,
+            _sources(data, split, pairing),
+            out,
+            references,
+            subsets,
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            template=template,
+            gates=not no_gates,
+            cache_dir=None if no_cache else cache_dir,
+            force=force,
         )
+    except KeyboardInterrupt as stopped:
+        kept = str(stopped) or "what was scored before is kept"
+        _say(f"interrupted: {kept}; the same command resumes")
+        raise typer.Exit(130) from None
+
+
+def _report_saved(scores: Path, out_dir: Path, subsets: tuple[str, ...], force: bool) -> None:
+    """Figures and report of saved scores."""
+    # Imported here, as below: `--help` needs none of it.
+    from polar_ft.evaluation.report.report import DataFile, RunInfo
+    from polar_ft.evaluation.reporting import report_scores
+    from polar_ft.evaluation.result_folder import Evaluation, check_free, claim
+    from polar_ft.evaluation.scores_file import find_scores
+
+    saved = str(find_scores(scores))
+    files = [DataFile(path=saved, sha256=_sha256(saved))]
+    evaluation = Evaluation(data=files, settings={"from_scores": True})
+    if (out_dir / SCORES_FILE).resolve() == Path(saved).resolve():
+        raise PolarError(f"{out_dir}: is the folder of the scores; name another one with --out")
+    check_free(out_dir, evaluation, replace=force)
+    _prepare(out_dir)
+
+    def claim_folder() -> None:
+        claim(out_dir, evaluation, replace=force)
+
+    run = RunInfo(model=None, data=files, created=_now(), versions=_versions(), n_rows=0)
+    report_scores(scores, out_dir, subsets, run, before_writing=claim_folder)
+
+
+def _score_and_report(
+    model: str,
+    sources: Sequence[DataSource],
+    out: Path | None,
+    references: ReferenceSettings,
+    subsets: tuple[str, ...],
+    *,
+    device: str | None,
+    dtype: Dtype,
+    batch_tokens: int | None,
+    template: dict[str, Any],
+    gates: bool,
+    cache_dir: Path | None,
+    force: bool,
+) -> None:
+    """Scores and reports, or says that there is nothing left to do."""
+    from polar_ft.evaluation.report.report import DataFile, RunInfo
+    from polar_ft.evaluation.reporting import report_scores, show_report
+    from polar_ft.evaluation.result_folder import Evaluation, check_free, finished_report, results_sha256
+    from polar_ft.evaluation.run import score_into
+
+    folder = resolve_folder(model)
+    _refuse_training_folder(folder)
+    names = [source.path for source in sources]
+    files = [DataFile(path=file, sha256=_sha256(file)) for name in names for file in expand(name)]
+    with _opened_cache(cache_dir) as cache:
+        weights = model_hash(folder, cache)
+        evaluation = Evaluation(
+            model=model,
+            model_hash=None if weights is None else setup_key((weights, tokenizer_hash(folder))),
+            data=files,
+            settings={
+                "pairing": sources[0].pairing,
+                # Of one file they have no effect: it keeps its rows' own subsets, and it is no data set.
+                "subsets_by_file": names if len(names) > 1 else None,
+                "split": sources[0].split if any(file.sha256 is None for file in files) else None,
+                "device": device or _default_device(),
+                "dtype": dtype,
+                "max_length": template["max_length"],
+                "max_response_length": template["max_response_length"],
+                "reference_aggregation": references.aggregation,
+                "shuffle_references": references.shuffle_seed,
+                "empty_references": references.empty,
+            },
+        )
+        out_dir = out or DEFAULT_OUT / evaluation.folder_name()
+        if cache_dir is not None:
+            report = finished_report(out_dir, evaluation, subsets, gates=gates, versions=_versions())
+            if report is not None:
+                show_report(report, out_dir, "up to date:")
+                return
+        check_free(out_dir, evaluation, replace=force)
+        examples = list(read_examples(sources))
+        n_rows, n_ties = len(examples), sum(example.n_ties for example in examples)
+        examples = [example for example in examples if example.pairs]
+        if not examples:
+            raise PolarError(f"{', '.join(names)}: no pair to score; every ranked row has nothing but ties")
+        _prepare(out_dir)
+        given = {name: value for name, value in template.items() if value is not None}
+        if batch_tokens is not None:
+            given["tokens_per_batch"] = batch_tokens
+        _say(f"loading {folder}")
+        scorer = load_scorer(folder, device=device, dtype=dtype, **given)
+        computes_in = str(scorer.dtype).removeprefix("torch.")
         run = score_into(
             out_dir,
             scorer,
             examples,
             references,
-            setup=setup,
+            setup=setup_key(
+                (
+                    weights or str(folder.resolve()),
+                    computes_in,
+                    str(scorer.device).partition(":")[0],
+                    scorer.template.fingerprint,
+                )
+            ),
             # Without weights there is nothing by which a changed model would be noticed.
             cache=cache if weights is not None else None,
-            gates=not no_gates,
-            console=stderr,
+            gates=gates,
+            console=Console(stderr=True),
+            evaluation=evaluation,
+            replace=force,
         )
-    passes = 1 + (shuffle_references is not None) + empty_references
     report = report_scores(
         out_dir,
         out_dir,
@@ -216,22 +299,24 @@ def evaluate(
             model=model,
             model_sha256=weights,
             engine=f"{type(scorer).__module__}.{type(scorer).__qualname__}",
-            data=[DataFile(path=file, sha256=_sha256(file)) for path in data for file in expand(path)],
-            created=created,
+            data=files,
+            results_sha256=results_sha256(out_dir),
+            subset_by=list(subsets),
+            created=_now(),
             versions=_versions(),
             dtype=computes_in,
             device=str(scorer.device),
             max_length=scorer.template.max_length,
             max_response_length=scorer.template.max_response_length,
             template_fingerprint=scorer.template.fingerprint,
-            pairing=pairing,
-            reference_aggregation=reference_aggregation,
+            pairing=sources[0].pairing,
+            reference_aggregation=references.aggregation,
             n_rows=n_rows,
             n_ties_in_data=n_ties,
-            shuffle_seed=shuffle_references,
+            shuffle_seed=references.shuffle_seed,
             n_from_cache=run.n_from_cache,
             seconds=round(run.seconds, 3),
-            pairs_per_second=round(passes * run.n_pairs_scored / run.seconds, 3) if run.seconds else None,
+            pairs_per_second=_rate(run.n_pairs_scored, run.seconds, references),
         ),
         gates=run.gates,
         examples=examples,
@@ -245,6 +330,12 @@ def evaluate(
             f"--dtype float32"
         )
     _fail_on_gates(run.gates)
+
+
+def _rate(n_pairs: int, seconds: float, references: ReferenceSettings) -> float | None:
+    """Pairs/s, those of every pass over the data counted; None where nothing was scored."""
+    passes = 1 + (references.shuffle_seed is not None) + references.empty
+    return round(passes * n_pairs / seconds, 3) if seconds else None
 
 
 @eval_app.command("compare")
@@ -286,7 +377,7 @@ def load_scorer(folder: Path, *, device: str | None, dtype: Dtype, **settings: A
 
 
 @contextmanager
-def _opened_cache(folder: Path | None, console: Console) -> Iterator[ScoreCache | None]:
+def _opened_cache(folder: Path | None) -> Iterator[ScoreCache | None]:
     """The cache; None where none is wanted or it cannot be used, which is no reason to score nothing."""
     if folder is None:
         yield None
@@ -294,12 +385,7 @@ def _opened_cache(folder: Path | None, console: Console) -> Iterator[ScoreCache 
     try:
         cache = ScoreCache(folder.expanduser())
     except (OSError, sqlite3.Error) as error:
-        console.print(
-            f"no cache of scores: {folder} cannot be used ({error}); --cache-dir names another folder",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        _say(f"no cache of scores: {folder} cannot be used ({error}); --cache-dir names another folder")
         yield None
         return
     with cache:
@@ -316,9 +402,41 @@ def _fail_on_gates(gates: Sequence[GateResult]) -> None:
         )
 
 
-def _sources(data: Sequence[str], split: str) -> list[DataSource]:
+def _sources(data: Sequence[str], split: str, pairing: PairingName) -> list[DataSource]:
     """One file keeps its rows' own subsets; of several, each is a subset where rows do not say."""
-    return [DataSource(path=path, split=split, subset=path if len(data) > 1 else None) for path in data]
+    several = len(data) > 1
+    return [
+        DataSource(path=path, split=split, pairing=pairing, subset=path if several else None) for path in data
+    ]
+
+
+def _refuse_training_folder(folder: Path) -> None:
+    """Raises a `PolarError` for the work folder of a training run, which holds checkpoints and no model."""
+    if (folder / "config.json").is_file():
+        return
+    checkpoints = sorted(folder.glob("*.pth"), key=lambda file: file.stat().st_mtime)
+    if not checkpoints:
+        return
+    config = next(iter(sorted(folder.glob("*.py"))), "CONFIG")
+    best = [file for file in checkpoints if file.name.startswith("best_")]
+    raise PolarError(
+        f"{folder}: is the folder of a training run, and its checkpoints have to be converted first: "
+        f"polar-ft convert {config} {(best or checkpoints)[-1]} HF_DIR"
+    )
+
+
+def _default_device() -> str:
+    """Which kind of device is taken where none is named, without the seconds that torch takes to say it."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return "gpu" if not hidden and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd"))) else "cpu"
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _prepare(out_dir: Path) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.pairs import Bools, Floats, Ints, PairTable
@@ -224,7 +224,7 @@ def paired_difference(
         p_value=p_value,
         n_only_a=n_only_a,
         n_only_b=n_only_b,
-        p_mcnemar=float(stats.binomtest(n_only_a, discordant).pvalue) if discordant else 1.0,
+        p_mcnemar=float(scipy.stats.binomtest(n_only_a, discordant).pvalue) if discordant else 1.0,
     )
 
 
