@@ -13,9 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from polar_ft.errors import PolarError
-from polar_ft.evaluation.report.numbers import number, p_value, percent, signed_points
 from polar_ft.evaluation.report.table import TABLE_WIDTH
-from polar_ft.evaluation.report.visible import one_line
+from polar_ft.evaluation.report.texts import number, one_line, p_value, percent, signed_points
 from polar_ft.evaluation.scores_file import find_scores, read_scores
 from polar_ft.evaluation.statistics.comparison import Comparison, PairedDifference, compare
 from polar_ft.files import write_atomically

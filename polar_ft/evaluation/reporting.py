@@ -11,7 +11,6 @@ from polar_ft.data.records import Example
 from polar_ft.evaluation.figures import compute_figures
 from polar_ft.evaluation.gates import GateResult
 from polar_ft.evaluation.pairs import PairTable
-from polar_ft.evaluation.report.numbers import percent, percent_interval
 from polar_ft.evaluation.report.report import (
     HTML_FILE,
     MARKDOWN_FILE,
@@ -22,6 +21,7 @@ from polar_ft.evaluation.report.report import (
     Truncation,
 )
 from polar_ft.evaluation.report.table import TABLE_WIDTH, notes, screen_tables
+from polar_ft.evaluation.report.texts import percent, percent_interval
 from polar_ft.evaluation.report.worst import PairTexts, WorstPair, pair_texts, worst_pairs
 from polar_ft.evaluation.scores_file import SavedScores, read_scores
 from polar_ft.template import PolarTemplate

@@ -22,8 +22,8 @@ from polar_ft.evaluation.evaluator import Scorer, chunks, count_tokens, requests
 from polar_ft.evaluation.gates import GateResult, SamplePair, draw_sample, run_gates
 from polar_ft.evaluation.progress import scoring_progress
 from polar_ft.evaluation.references import ReferenceSettings, aggregate, plan_references
-from polar_ft.evaluation.report.numbers import count
 from polar_ft.evaluation.report.report import METRICS_FILE, PLOTS_FOLDER
+from polar_ft.evaluation.report.texts import count
 from polar_ft.evaluation.result_folder import REPORT_FILES, Evaluation, claim, write_evaluation
 from polar_ft.evaluation.scores import (
     RANKINGS_FILE,

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from polar_ft.evaluation.report.numbers import count, percent, percent_interval, signed_points
 from polar_ft.evaluation.report.report import SCORES_FILE, Report
+from polar_ft.evaluation.report.texts import count, percent, percent_interval, signed_points
 
 # Below this many pairs an interval is wider than ±18 points around one half, and a subset says little.
 FEW_PAIRS = 30

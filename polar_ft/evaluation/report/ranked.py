@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from polar_ft.evaluation.report.numbers import count, number, percent, percent_interval
-from polar_ft.evaluation.report.texttable import Row, Section, TextTable, explained
+from polar_ft.evaluation.report.texts import (
+    Row,
+    Section,
+    TextTable,
+    count,
+    explained,
+    number,
+    percent,
+    percent_interval,
+)
 from polar_ft.evaluation.statistics.benchmarks import STYLES, Benchmarks, RewardBench2, RMBench, RMBSummary
 from polar_ft.evaluation.statistics.ranking import RankingFigures, RankingMetrics
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.pairs import PairTable
 from polar_ft.evaluation.report.checks import make_checks
-from polar_ft.evaluation.report.numbers import count, percent, percent_interval
 from polar_ft.evaluation.report.pages.html import html_report
 from polar_ft.evaluation.report.plots.drawing import to_png
 from polar_ft.evaluation.report.plots.plots import make_plots
 from polar_ft.evaluation.report.report import HTML_FILE, MARKDOWN_FILE, METRICS_FILE, PLOTS_FOLDER, Report
 from polar_ft.evaluation.report.sections import TextTable, make_sections
-from polar_ft.evaluation.report.visible import visible
+from polar_ft.evaluation.report.texts import count, percent, percent_interval, visible
 from polar_ft.evaluation.report.worst import WorstPair
 
 # What Markdown, or the HTML that Markdown may hold, would take for its own.

@@ -12,11 +12,10 @@ from markupsafe import Markup
 
 import polar_ft
 from polar_ft.evaluation.report.checks import make_checks
-from polar_ft.evaluation.report.numbers import count, number, percent, percent_interval
 from polar_ft.evaluation.report.plots.drawing import Plot, to_svg
 from polar_ft.evaluation.report.report import Report
 from polar_ft.evaluation.report.sections import Section, TextTable, make_sections
-from polar_ft.evaluation.report.visible import visible
+from polar_ft.evaluation.report.texts import count, number, percent, percent_interval, visible
 from polar_ft.evaluation.report.worst import FieldText, WorstPair
 
 # Of a long text this much is shown at once, the rest when it is unfolded.

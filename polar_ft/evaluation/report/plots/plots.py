@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from polar_ft.evaluation.pairs import Floats, Ints, PairTable
-from polar_ft.evaluation.report.numbers import count
 from polar_ft.evaluation.report.plots.axes import (
     DASHED,
     HEIGHT,
@@ -23,6 +22,7 @@ from polar_ft.evaluation.report.plots.binning import ScoreBand, margin_histogram
 from polar_ft.evaluation.report.plots.drawing import Plot, Spell, Theme
 from polar_ft.evaluation.report.plots.subsets import field_plot
 from polar_ft.evaluation.report.report import Report
+from polar_ft.evaluation.report.texts import count
 from polar_ft.evaluation.statistics.calibration import Calibration
 from polar_ft.evaluation.statistics.length import LengthBias
 

@@ -20,7 +20,7 @@ from polar_ft.evaluation.report.plots.axes import (
 )
 from polar_ft.evaluation.report.plots.drawing import Plot, Spell, Theme
 from polar_ft.evaluation.report.sections import baseline_of
-from polar_ft.evaluation.report.visible import one_line
+from polar_ft.evaluation.report.texts import one_line
 from polar_ft.evaluation.statistics.accuracy import Interval, PairMetrics
 
 _MAX_SUBSETS = 40
