@@ -11,6 +11,7 @@ from polar_ft.data.records import Example
 from polar_ft.evaluation.figures import compute_figures
 from polar_ft.evaluation.gates import GateResult
 from polar_ft.evaluation.pairs import PairTable
+from polar_ft.evaluation.report.checks import verdict
 from polar_ft.evaluation.report.report import (
     HTML_FILE,
     MARKDOWN_FILE,
@@ -108,10 +109,17 @@ def show_report(report: Report, folder: Path, done: str) -> None:
     console.print(f"\n{name}", style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"accuracy {percent(overall.accuracy)} %, 95 % interval {percent_interval(overall.interval)}, "
-        f"on {overall.n_pairs} held-out pairs\n",
+        f"on {overall.n_pairs} held-out pairs",
         style="bold",
         highlight=False,
     )
+    if (judged := verdict(report)) is not None:
+        console.print(
+            f"best rule without a model ({judged.rule}): {percent(judged.share)} %. {judged.text}",
+            style="bold red" if judged.status == "failed" else None,
+            highlight=False,
+        )
+    console.print()
     for table in screen_tables(report):
         console.print(table)
         console.print()

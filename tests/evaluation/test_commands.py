@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from polar_ft.evaluation import commands, evaluator
+from polar_ft.evaluation.report import writing
 from polar_ft.template import PolarTemplate
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_preference.py"
@@ -221,6 +222,13 @@ def test_wrong_options_are_refused(run_tool, model_dir, write_rows):
     assert "float8" in err
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Plots take most of the time of a small run."""
+    monkeypatch.setattr(writing, "make_plots", lambda *_: [])
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_other_data_and_another_model_of_the_same_name_have_folders_of_their_own(
     run_tool, model_dir, write_rows, tmp_path
 ):
@@ -249,6 +257,7 @@ def test_other_data_and_another_model_of_the_same_name_have_folders_of_their_own
     assert {entry["model"] for entry in held} == {str(model_dir), str(other)}
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_folder_holds_one_evaluation(run_tool, model_dir, write_rows, tmp_path):
     ten, four = write_rows(catalogue(10)), write_rows(catalogue(4), "four.jsonl")
     folder = tmp_path / "out"
@@ -287,7 +296,8 @@ def never(*_):
     pytest.fail("scored again")
 
 
-def test_a_finished_evaluation_is_shown_at_once(run_tool, model_dir, write_rows, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("no_plots")
+def test_a_finished_evaluation_is_shown_at_once(run_tool, model_dir, write_rows, tmp_path):
     (model_dir / "model.safetensors").write_bytes(b"weights")
     data = write_rows(catalogue(12))
     status, first, _, _ = run_tool(model_dir, data)
@@ -317,6 +327,7 @@ def test_a_finished_evaluation_is_shown_at_once(run_tool, model_dir, write_rows,
     assert len(list((tmp_path / "work_dirs/eval").iterdir())) == 3
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(
     run_tool, model_dir, write_rows, tmp_path, monkeypatch
 ):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.pairs import PairTable
-from polar_ft.evaluation.report.checks import make_checks
+from polar_ft.evaluation.report.checks import make_checks, verdict
 from polar_ft.evaluation.report.pages.html import html_report
 from polar_ft.evaluation.report.plots.drawing import to_png
 from polar_ft.evaluation.report.plots.plots import make_plots
@@ -86,6 +86,11 @@ def markdown_report(report: Report) -> str:
         f"**{percent(overall.accuracy)} %** of {count(overall.n_scored, 'scored pair')} right "
         f"(95 % interval {percent_interval(overall.interval)}), by `polar-ft eval`.",
         "",
+        *(
+            [f"The best rule without a model ({judged.rule}): {percent(judged.share)} %. {judged.text}", ""]
+            if (judged := verdict(report))
+            else []
+        ),
         *(
             f"- **{check.status}**, {_escape(check.name)}: {_escape(check.text)}"
             for check in make_checks(report)
