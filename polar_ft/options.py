@@ -40,7 +40,9 @@ AllowTokenizerCode = Annotated[
 ]
 
 # Of data.
-Split = Annotated[str, typer.Option(help="Split of a HuggingFace data set.")]
+Split = Annotated[
+    str, typer.Option(help="Split of a HuggingFace data set; eval takes test, everything else train.")
+]
 Pairing = Annotated[PairingName, typer.Option(help="How ranked rows become pairs.")]
 MaxLineMb = Annotated[float, typer.Option(help="Longest line of JSON that is read, in MB.")]
 
