@@ -16,7 +16,6 @@ from polar_ft.data.records import RowError, Text, text_of
 from polar_ft.errors import DataError, validation_sentences
 from polar_ft.groups import TextGroup, Wrapper
 
-
 # Fields of rows to train on, which have several answers.
 _OTHER_FORMS = ("chosen", "rejected", "candidates", "responses")
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +19,7 @@ from polar_ft.data.writing import to_line
 from polar_ft.evaluation.evaluator import FieldTokens
 from polar_ft.evaluation.references import RowReferences
 
+DEFAULT_OUT = Path("work_dirs/eval")
 SCORES_FILE = "scores.jsonl"
 RANKINGS_FILE = "rankings.jsonl"
 

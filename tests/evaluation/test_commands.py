@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from polar_ft.evaluation import commands, evaluator
+from polar_ft.evaluation import evaluate, evaluator
 from polar_ft.evaluation.report import writing
 from polar_ft.template import PolarTemplate
 
@@ -59,7 +59,7 @@ def run_tool(monkeypatch, tmp_path, model_dir, make_scorer, capsys):
                 scorer.template = PolarTemplate.from_pretrained(folder, **limits)
             return scorer
 
-        monkeypatch.setattr(commands, "load_scorer", load)
+        monkeypatch.setattr(evaluate, "load_scorer", load)
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as exit:

@@ -88,7 +88,7 @@ def test_notes_of_the_run(four_pairs_report):
 
 
 def pairs(n_right, n_longer):
-    """A hundred pairs, of which the model has `n_right` right; in `n_longer` the chosen candidate is longer."""
+    """A hundred pairs, of which the model has `n_right` right; in `n_longer` the chosen one is longer."""
     at = np.arange(100)
     return PairTable(
         chosen_score=np.where(at < n_right, 1.0, -1.0),
