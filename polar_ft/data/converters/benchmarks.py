@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from polar_ft.data.converters.format import Converted, Layout, described, labelled_row
+from polar_ft.data.converters.format import Converted, Layout, described, labelled_row, with_extras
 from polar_ft.data.records import RowError
 
 # rewardbench/constants.py of github.com/allenai/reward-bench, as read on 2026-11-21.
@@ -61,7 +61,7 @@ def rewardbench(row: Mapping[str, Any]) -> Converted:
     for side, model in (("chosen", pair.chosen_model), ("rejected", pair.rejected_model)):
         if model is not None:
             result[f"{side}_policy"] = model
-    return Converted([result | pair.rest()])
+    return Converted([with_extras(result, pair.rest())])
 
 
 class RewardBench2Row(Layout):
@@ -119,7 +119,7 @@ def rewardbench_2(row: Mapping[str, Any], *, reference: Literal["best", "none"] 
         for (text, correct), policy in zip(answers, policies or (), strict=True)
     ]
     common = {"id": ranked.id, "subset": ranked.subset, "benchmark": "rewardbench-2", "prompt": ranked.prompt}
-    return Converted([labelled_row(common, responses, reference) | ranked.rest()])
+    return Converted([with_extras(labelled_row(common, responses, reference), ranked.rest())])
 
 
 # The order of the answers in the file.
@@ -172,7 +172,7 @@ def rm_bench(row: Mapping[str, Any], *, reference: Literal["best", "none"] = "no
         for style, text in zip(STYLES, texts, strict=True)
     ]
     common = {"id": ranked.id, "subset": ranked.domain, "benchmark": "rm-bench", "prompt": ranked.prompt}
-    return Converted([labelled_row(common, responses, reference) | ranked.rest()])
+    return Converted([with_extras(labelled_row(common, responses, reference), ranked.rest())])
 
 
 # The four figures of the paper, by how the source begins.
@@ -227,4 +227,4 @@ def judgebench(row: Mapping[str, Any]) -> Converted:
         result |= {"chosen_policy": pair.response_model, "rejected_policy": pair.response_model}
     if pair.original_id is not None:
         result["original_id"] = pair.original_id
-    return Converted([result | pair.rest()])
+    return Converted([with_extras(result, pair.rest())])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -58,6 +58,33 @@ class Format:
         """Names of the options."""
         return list(inspect.signature(self.convert).parameters)[1:]
 
+    def choices(self, option: str) -> tuple[str, ...]:
+        """The values that an option can have; empty if it can have any."""
+        return get_args(get_type_hints(self.convert)[option])
+
+
+# What determines the texts and pairs of a row: a converter writes these, or the row has none of them.
+_TEXTS = frozenset(("prompt", "reference", "references", "chosen", "rejected", "responses"))
+
+
+def with_extras(row: Mapping[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds further fields of the input to a converted row, of which they never change anything.
+
+    A field that the converter wrote, or that would give the row other texts, is kept under another name, with
+    "source_" before its own; it is left out if it says the same.
+
+    >>> with_extras({"id": 1, "subset": "chat"}, {"subset": "alpacaeval", "language": "en", "id": 1})
+    {'id': 1, 'subset': 'chat', 'source_subset': 'alpacaeval', 'language': 'en'}
+    """
+    result = dict(row)
+    for key, value in extras.items():
+        name = key
+        while name in row or name in _TEXTS or (name != key and name in extras):
+            name = f"source_{name}"
+        if name == key or key not in row or row[key] != value:
+            result[name] = value
+    return result
+
 
 AnyLayout = TypeVar("AnyLayout", bound="Layout")
 
@@ -88,7 +115,10 @@ class Layout(BaseModel):
             raise _layout_error(cls, row, error) from None
 
     def rest(self, *without: str) -> dict[str, Any]:
-        """The fields that the layout does not name, except those in ``without`` and those that are null."""
+        """The fields that the layout does not name, except those in ``without`` and those that are null.
+
+        For `with_extras`, which adds them to the converted row.
+        """
         extra = self.model_extra or {}
         return {key: value for key, value in extra.items() if value is not None and key not in without}
 

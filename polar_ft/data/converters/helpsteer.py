@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from polar_ft.data.converters.format import TIED, Converted, Layout, Turn, described, messages
+from polar_ft.data.converters.format import TIED, Converted, Layout, Turn, described, messages, with_extras
 
 _STRENGTH = "a number from -3 (the first response is much better) to 3 (the second is)"
 _REMARKS = (
@@ -84,17 +84,27 @@ def helpsteer3(row: Mapping[str, Any]) -> Converted:
     ('4', 'stem', 'english')
     """
     pair = HelpSteer3Row.of(row)
-    rest = pair.rest("individual_preference")
-    if pair.domain is not None:
-        rest["subset"] = pair.domain
-    return _pair(messages(pair.context), pair.response1, pair.response2, pair.overall_preference, rest)
+    return _pair(
+        messages(pair.context),
+        pair.response1,
+        pair.response2,
+        pair.overall_preference,
+        pair.rest("individual_preference"),
+        subset=pair.domain,
+    )
 
 
 def _pair(
-    prompt: list[dict[str, str]], first: str, second: str, strength: float, rest: dict[str, Any]
+    prompt: list[dict[str, str]],
+    first: str,
+    second: str,
+    strength: float,
+    extras: dict[str, Any],
+    subset: str | None = None,
 ) -> Converted:
     if strength == 0:
         return Converted([], {TIED: 1})
     chosen, rejected = (first, second) if strength < 0 else (second, first)
-    pair = {"prompt": prompt, "reference": "", "chosen": chosen, "rejected": rejected}
-    return Converted([pair | {"margin": abs(strength)} | rest])
+    pair: dict[str, Any] = {} if subset is None else {"subset": subset}
+    pair |= {"prompt": prompt, "reference": "", "chosen": chosen, "rejected": rejected}
+    return Converted([with_extras(pair | {"margin": abs(strength)}, extras)])

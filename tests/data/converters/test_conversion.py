@@ -102,6 +102,12 @@ def test_ranked_without_reference_pairs_all_responses() -> None:
     assert converted.left_out == {TIED: 1}
 
 
+def test_ranked_keeps_a_field_of_the_row_under_another_name() -> None:
+    (row,) = ranked(rows.ranked(3, 2, 1, margin=9, chosen_score="high")).rows
+    assert (row["margin"], row["source_margin"]) == (1.0, 9)
+    assert (row["chosen_score"], row["source_chosen_score"]) == (2.0, "high")
+
+
 @pytest.mark.parametrize("own", [{"reference": "own"}, {"references": ["one", "two"]}])
 def test_ranked_keeps_references_of_its_own(own: dict) -> None:
     for reference in ("best", "none"):
