@@ -13,9 +13,17 @@ from polar_ft.data.converters.ultrafeedback import ultrafeedback
 from polar_ft.data.records import RowError
 from tests.data.converters.published import published
 
-USER, ANSWER, OTHER = (
+SYSTEM, USER, ASKED, ANSWER, OTHER, CALL, RESULT = (
     {"role": role, "content": content}
-    for role, content in (("user", "Hi"), ("assistant", "A"), ("assistant", "B"))
+    for role, content in (
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("user", "Well?"),
+        ("assistant", "A"),
+        ("assistant", "B"),
+        ("assistant", "look it up"),
+        ("tool", "found"),
+    )
 )
 
 
@@ -90,7 +98,8 @@ def test_chat_pairs_by_hand() -> None:
         {"prompt": "Hi", "chosen": "A", "rejected": "B"},
         {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
         {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
-        {"prompt": "something else", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"prompt": " Hi ", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [OTHER]},
     ],
 )
 def test_chat_pairs_reads_the_forms_that_trl_documents(row: dict[str, Any]) -> None:
@@ -98,6 +107,58 @@ def test_chat_pairs_reads_the_forms_that_trl_documents(row: dict[str, Any]) -> N
     assert pair["prompt"] in ("Hi", [USER])
     assert (pair["reference"], pair["chosen"], pair["rejected"]) == ("", [ANSWER], [OTHER])
     assert chat_pairs(row | {"reference": "C"}).rows[0]["reference"] == "C"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen"),
+    [
+        # A prompt and answers of several messages: what they share is asked, the rest is answered.
+        (
+            {"prompt": [USER], "chosen": [CALL, RESULT, ANSWER], "rejected": [CALL, RESULT, OTHER]},
+            [USER, CALL, RESULT],
+            [ANSWER],
+        ),
+        (
+            {"prompt": "Hi", "chosen": [CALL, RESULT, ANSWER], "rejected": [OTHER]},
+            [USER],
+            [CALL, RESULT, ANSWER],
+        ),
+        (
+            {"chosen": [USER, CALL, RESULT, ANSWER], "rejected": [USER, OTHER]},
+            [USER],
+            [CALL, RESULT, ANSWER],
+        ),
+        # The system message, wherever it is.
+        ({"system": "Be brief.", "prompt": "Hi", "chosen": "A", "rejected": "B"}, [SYSTEM, USER], [ANSWER]),
+        (
+            {"system": "Be brief.", "chosen": [SYSTEM, USER, ANSWER], "rejected": [USER, OTHER]},
+            [SYSTEM, USER],
+            [ANSWER],
+        ),
+        (
+            {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+            [SYSTEM, USER],
+            [ANSWER],
+        ),
+        (
+            {"prompt": [SYSTEM], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+            [SYSTEM, USER],
+            [ANSWER],
+        ),
+        ({"system": "", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, [USER], [ANSWER]),
+        # A text as the last question of a dialogue.
+        (
+            {"prompt": "Hi", "chosen": [ASKED, OTHER, USER, ANSWER], "rejected": [ASKED, OTHER, USER, OTHER]},
+            [ASKED, OTHER, USER],
+            [ANSWER],
+        ),
+    ],
+)
+def test_chat_pairs_keeps_the_complete_prompt(
+    row: dict[str, Any], prompt: list[dict[str, str]], chosen: list[dict[str, str]]
+) -> None:
+    (pair,) = chat_pairs(row).rows
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (prompt, chosen, [OTHER])
 
 
 @pytest.mark.parametrize(
@@ -116,6 +177,22 @@ def test_chat_pairs_reads_the_forms_that_trl_documents(row: dict[str, Any]) -> N
         (
             {"chosen": [USER, ANSWER], "rejected": [USER, OTHER], "score_chosen": 1, "score_rejected": 2},
             "score_rejected: is above score_chosen",
+        ),
+        (
+            {"prompt": "something else", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+            "prompt: is not what chosen begins with, which has a prompt of its own",
+        ),
+        (
+            {"prompt": [USER], "chosen": [SYSTEM, ANSWER], "rejected": [OTHER]},
+            "prompt: is not what chosen begins with",
+        ),
+        (
+            {"system": "Be long.", "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, OTHER]},
+            "system: is not the system message of chosen",
+        ),
+        (
+            {"prompt": "Hi", "chosen": [ANSWER, USER, ANSWER], "rejected": [OTHER]},
+            "rejected: has another prompt than chosen from turn 2 on",
         ),
     ],
 )
