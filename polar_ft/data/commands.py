@@ -137,10 +137,11 @@ def convert_command(
         ),
     ] = None,
     reference: Annotated[
-        Literal["best", "none"] | None,
+        Literal["best", "pairs", "none"] | None,
         typer.Option(
-            help="Where the data has no reference: the best response becomes it, or it is empty. (default: "
-            "best for ranked, ultrafeedback and rmb, none for rewardbench-2 and rm-bench)"
+            help="Where the data has no reference: the best response becomes it (pairs, for rmb and "
+            "rmb-polar: the one that the pairs alone say is best), or it is empty. (default: best for "
+            "ranked, ultrafeedback, rmb and rmb-polar, none for rewardbench-2 and rm-bench)"
         ),
     ] = None,
     score: Annotated[
@@ -177,16 +178,15 @@ def convert_command(
     show_problems(console, done.problems)
     written = [(done.pairs, "pair"), (done.ranked, "ranked row")]
     counts = " and ".join(many(count, thing) for count, thing in written if count)
+    prompts = "" if done.prompts_in is None else f" of {many(done.prompts_in, 'prompt')}"
     console.print(
-        f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}",
+        f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}{prompts}",
         soft_wrap=True,  # so that a path stays on one line
     )
     if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
-    if done.problems:
-        console.print(
-            f"[yellow]left out {many(len(done.problems), 'row')} that cannot be used (named above)[/]"
-        )
+    if done.unusable:
+        console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used (named above)[/]")
     for reason, count in sorted(done.left_out.items()):
         console.print(f"left out {many(count, 'pair')} {reason}")
     if done.without_pairs:

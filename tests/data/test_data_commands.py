@@ -104,7 +104,7 @@ def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) ->
     done = polar_ft("convert", "rmb", source, tmp_path / "out.jsonl")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        f"{tmp_path}/out.jsonl: 1 pair from 3 rows",
+        f"{tmp_path}/out.jsonl: 1 pair from 3 rows of 2 prompts",
         "left out 2 pairs with the answer that became the reference",
         "left out 1 prompt of which no pair was left",
     ]

@@ -24,6 +24,7 @@ from polar_ft.data.reading import (
     read_rows,
 )
 from polar_ft.data.records import RowError, parse_row
+from polar_ft.data.report import many
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError
 
@@ -57,20 +58,24 @@ class Conversion:
 
     Attributes:
         rows_in: Rows that were read.
+        prompts_in: Prompts that they have, if the format gathers the rows of a prompt.
         pairs: Pair rows that were written.
         ranked: Ranked rows that were written.
         left_out: Number of pairs that were dropped, by reason.
         without_pairs: Rows (prompts, if the format gathers the rows of a prompt) that gave nothing because
             all their pairs were dropped.
-        problems: Rows that could not be used.
+        problems: Rows that could not be used; of a prompt that could not be used, its first row.
+        unusable: Rows that could not be used, all rows of such a prompt among them.
     """
 
     rows_in: int = 0
+    prompts_in: int | None = None
     pairs: int = 0
     ranked: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     without_pairs: int = 0
     problems: list[RowProblem] = field(default_factory=list)
+    unusable: int = 0
 
 
 def convert_file(
@@ -105,10 +110,13 @@ def convert_file(
     if name not in CONVERTERS:
         raise PolarError(f"{name}: no such format; there are {', '.join(sorted(CONVERTERS))}")
     fmt, options = CONVERTERS[name], options or {}
-    for option in options:
+    for option, value in options.items():
         if option not in fmt.options:
             has = f"; it has {', '.join(f'--{known}' for known in fmt.options)}" if fmt.options else ""
             raise PolarError(f"--{option} is no option of the format {name}{has}; leave it out")
+        choices = fmt.choices(option)
+        if choices and value not in choices:
+            raise PolarError(f"--{option} {value}: the format {name} has {' and '.join(choices)}")
 
     done, first = Conversion(), None
 
@@ -119,13 +127,14 @@ def convert_file(
                 done.rows_in += 1
                 if isinstance(row, RowProblem):
                     done.problems.append(row)
+                    done.unusable += 1
                 else:
                     first = first or row
                     yield place, row
 
     units: Iterator[tuple[str, Any]] = read()
     if fmt.gather is not None:
-        units = _gathered(units, fmt.gather, done.problems)
+        units = _gathered(units, fmt.gather, done)
     with open_rows(target) as out:
         for place, unit in units:
             try:
@@ -135,6 +144,7 @@ def convert_file(
                     parse_row(row)
             except RowError as error:
                 done.problems.append(RowProblem.at(place, error))
+                done.unusable += 1 if fmt.gather is None else len(unit)
                 continue
             done.left_out.update(converted.left_out)
             done.without_pairs += not rows
@@ -152,7 +162,7 @@ def convert_file(
 def _gathered(
     rows: Iterator[tuple[str, dict[str, Any]]],
     key: Callable[[Mapping[str, Any]], Hashable],
-    problems: list[RowProblem],
+    done: Conversion,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Gathers the rows of each key: yields the place of the first row, and all rows, by first appearance."""
     groups: dict[Hashable, tuple[str, list[dict[str, Any]]]] = {}
@@ -160,7 +170,9 @@ def _gathered(
         try:
             groups.setdefault(key(row), (place, []))[1].append(row)
         except RowError as error:
-            problems.append(RowProblem.at(place, error))
+            done.problems.append(RowProblem.at(place, error))
+            done.unusable += 1
+    done.prompts_in = len(groups)
     yield from groups.values()
 
 
@@ -177,8 +189,9 @@ def _named(place: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _why_nothing(name: str, source: str, done: Conversion, first: Mapping[str, Any] | None) -> str:
-    reasons = [f"{len(done.problems):,} cannot be used"] if done.problems else []
-    reasons += [f"of {done.without_pairs:,} no pair was left"] if done.without_pairs else []
+    reasons = [f"{done.unusable:,} cannot be used"] if done.unusable else []
+    unit = "row" if done.prompts_in is None else "prompt"
+    reasons += [f"of {many(done.without_pairs, unit)} no pair was left"] if done.without_pairs else []
     message = f"{source}: none of its {done.rows_in:,} rows gives a pair as {name} ({', '.join(reasons)})"
     if done.problems:
         message += f"; the first: {done.problems[0]}"

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from polar_ft.data.converters import CONVERTERS, convert_file
+from polar_ft.data.converters.format import Layout
 from polar_ft.data.lint import check
 from polar_ft.data.reading import as_sources, read_examples, read_rows
 from polar_ft.errors import PolarError
@@ -70,6 +71,32 @@ def test_rm_bench_gives_nine_comparisons_of_known_styles(write_rows: WriteRows, 
     assert check(as_sources(target)).bad_rows == 0
 
 
+SAME_LAYOUT = {"ultrafeedback-binarized": "chat-pairs", "rmb-polar": "rmb"}
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(FORMATS) - {"ranked"})
+)  # its rows are ours: all their fields count
+def test_no_field_of_the_input_changes_what_was_converted(
+    name: str, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    def converted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        convert_file(name, str(write_rows("in.jsonl", rows)), tmp_path / "out.jsonl")
+        return [row for _, row in read_rows(tmp_path / "out.jsonl")]  # type: ignore[misc]
+
+    rows = source_rows(name)
+    before = converted(rows)
+    fields = {cls.LAYOUT: cls.model_fields for cls in Layout.__subclasses__()}
+    known = {*rows[0], *fields.get(SAME_LAYOUT.get(name, name), ())}
+    texts = ("prompt", "reference", "references", "chosen", "rejected", "responses")
+    others = {key: f"another {key}" for key in (*before[0], *texts) if key not in known and key != "id"}
+    assert others
+    for row, was in zip(converted([others | row for row in rows]), before, strict=True):
+        assert {key: row[key] for key in was} == was
+        assert {row[f"source_{key}"] for key in others} == set(others.values())
+        assert row.keys() == was.keys() | {f"source_{key}" for key in others}
+
+
 LAYOUTS = sorted(set(FORMATS) - {"ranked", "hh-rlhf"})  # these two say in their own words what they expect
 REQUIRED = {
     "chat-pairs": ["chosen", "rejected"],
@@ -124,7 +151,7 @@ def test_a_missing_or_changed_field_is_named(
         ),
         ("rewardbench-2", {"rejected": ["3", 5]}, r"rejected\[1\]: is the number 5, but"),
         ("judgebench", {"label": "A=B"}, 'label: is the string \'A=B\', but label is "A>B" or "B>A"'),
-        ("rmb", {"chosen": {"llm_name": "m", "answer": "4"}}, "chosen: is an object .* without 'score', but"),
+        ("rmb", {"chosen": {"llm_name": "m", "score": 4.0}}, "chosen: is an object .* without 'answer', but"),
         (
             "rmb",
             {"conversation_input": [{"role": "user"}]},
