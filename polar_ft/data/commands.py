@@ -148,6 +148,10 @@ def convert_command(
         Literal["overall", "fine-grained"] | None,
         typer.Option(help="ultrafeedback: the score that orders the answers. (default: overall)"),
     ] = None,
+    domain: Annotated[
+        Literal["chat", "code", "math", "safety-refuse", "safety-response"] | None,
+        typer.Option(help="rm-bench: domain of rows without one. (default: from the name of the file)"),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail and write nothing if a row is bad.")] = False,
     force: Force = False,
     split: Annotated[
@@ -161,7 +165,7 @@ def convert_command(
     The formats are listed below the options. If IN is a folder, its sub-folders are read too.
     """
     refuse_to_overwrite([target], force=force)
-    given = {"pairing": pairing, "reference": reference, "score": score}
+    given = {"pairing": pairing, "reference": reference, "score": score, "domain": domain}
     options = {name: value for name, value in given.items() if value is not None}
     with _progress("converting", expand(source, recursive=True)) as on_bytes:
         done = convert_file(

@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polar_ft.data.converters.benchmarks import judgebench, rewardbench, rewardbench_2, rm_bench
+from polar_ft.data.converters.benchmarks import (
+    domain_of,
+    judgebench,
+    rewardbench,
+    rewardbench_2,
+    rm_bench,
+)
 from polar_ft.data.converters.dialogues import chat_pairs, hh_rlhf
 from polar_ft.data.converters.format import Format
 from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer3
@@ -42,7 +48,9 @@ CONVERTERS: dict[str, Format] = {
     "helpsteer3": Format(helpsteer3, "HelpSteer3, preferences", "nvidia/HelpSteer3:preference"),
     "rewardbench": Format(rewardbench, "RewardBench", "allenai/reward-bench", "filtered"),
     "rewardbench-2": Format(rewardbench_2, "RewardBench 2", "allenai/reward-bench-2", "test", "all"),
-    "rm-bench": Format(rm_bench, "RM-Bench, three styles a side", "THU-KEG/RM-Bench", pairing="all"),
+    "rm-bench": Format(
+        rm_bench, "RM-Bench, three styles a side", "THU-KEG/RM-Bench", pairing="all", of_file=domain_of
+    ),
     "rmb": Format(rmb, "RMB, the folder Pairwise_set, its pairs", gather=same_prompt),
     "rmb-polar": Format(
         rmb_polar, "RMB, the folder Pairwise_set, the POLAR paper's protocol", gather=same_prompt
@@ -116,7 +124,7 @@ def convert_file(
             raise PolarError(f"--{option} is no option of the format {name}{has}; leave it out")
         choices = fmt.choices(option)
         if choices and value not in choices:
-            raise PolarError(f"--{option} {value}: the format {name} has {' and '.join(choices)}")
+            raise PolarError(f"--{option} {value}: the format {name} has {', '.join(choices)}")
 
     done, first = Conversion(), None
 
@@ -129,7 +137,7 @@ def convert_file(
                     done.problems.append(row)
                     done.unusable += 1
                 else:
-                    first = first or row
+                    first = first or (place, row)
                     yield place, row
 
     units: Iterator[tuple[str, Any]] = read()
@@ -138,7 +146,7 @@ def convert_file(
     with open_rows(target) as out:
         for place, unit in units:
             try:
-                converted = fmt.convert(unit, **options)
+                converted = fmt.convert(unit, **{**_options(fmt, place), **options})
                 rows = _named(place, converted.rows)
                 for row in rows:
                     parse_row(row)
@@ -188,7 +196,9 @@ def _named(place: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return named
 
 
-def _why_nothing(name: str, source: str, done: Conversion, first: Mapping[str, Any] | None) -> str:
+def _why_nothing(
+    name: str, source: str, done: Conversion, first: tuple[str, Mapping[str, Any]] | None
+) -> str:
     reasons = [f"{done.unusable:,} cannot be used"] if done.unusable else []
     unit = "row" if done.prompts_in is None else "prompt"
     reasons += [f"of {many(done.without_pairs, unit)} no pair was left"] if done.without_pairs else []
@@ -196,16 +206,21 @@ def _why_nothing(name: str, source: str, done: Conversion, first: Mapping[str, A
     if done.problems:
         message += f"; the first: {done.problems[0]}"
     others = []
-    if first is not None and not _reads(name, first):
-        others = [other for other in CONVERTERS if _reads(other, first)]
+    if first is not None and not _reads(name, *first):
+        others = [other for other in CONVERTERS if _reads(other, *first)]
     return message + (f" — this looks like {' or '.join(others)}" if others else "")
 
 
-def _reads(name: str, row: Mapping[str, Any]) -> bool:
+def _options(fmt: Format, place: str) -> Mapping[str, Any]:
+    """Options that the file of a row gives."""
+    return fmt.of_file(place.rpartition(":")[0])
+
+
+def _reads(name: str, place: str, row: Mapping[str, Any]) -> bool:
     """Whether a row has the layout of a format."""
     fmt = CONVERTERS[name]
     try:
-        fmt.convert(row if fmt.gather is None else [row])
+        fmt.convert(row if fmt.gather is None else [row], **_options(fmt, place))
     except RowError:
         return False
     return True

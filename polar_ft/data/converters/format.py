@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,6 +42,7 @@ class Format:
         hub: Id of the data on the HuggingFace hub; empty if it is not there.
         split: Split that is read if the user names none.
         pairing: Pairing intended for its ranked rows: "all" if answers are only right or wrong.
+        of_file: Options that the path of a file gives to its rows; those that the user gives come first.
         gather: Key of a row; rows with the same key, anywhere in the data, are converted together. All rows
             of such a format are held in memory.
     """
@@ -51,6 +52,7 @@ class Format:
     hub: str = ""
     split: str = "train"
     pairing: Pairing = "adjacent"
+    of_file: Callable[[str], Mapping[str, Any]] = lambda path: {}
     gather: Callable[[Mapping[str, Any]], Hashable] | None = None
 
     @property
@@ -60,7 +62,9 @@ class Format:
 
     def choices(self, option: str) -> tuple[str, ...]:
         """The values that an option can have; empty if it can have any."""
-        return get_args(get_type_hints(self.convert)[option])
+        hint = get_type_hints(self.convert)[option]
+        arms = (hint, *get_args(hint))
+        return tuple(value for arm in arms if get_origin(arm) is Literal for value in get_args(arm))
 
 
 # What determines the texts and pairs of a row: a converter writes these, or the row has none of them.

@@ -97,6 +97,40 @@ def test_no_field_of_the_input_changes_what_was_converted(
         assert row.keys() == was.keys() | {f"source_{key}" for key in others}
 
 
+def of_one_domain(**changes: Any) -> dict[str, Any]:
+    """A row of RM-Bench's data/chat_filtered.json, which has no domain, but a subset of RewardBench."""
+    row = published("rm-bench", id=8, subset="alpacaeval", error_key="keen", error="keen on", **changes)
+    return {key: value for key, value in row.items() if key != "domain"}
+
+
+def test_rm_bench_takes_the_domain_from_the_name_of_the_file(write_rows: WriteRows, tmp_path: Path) -> None:
+    folder, target = tmp_path / "data", tmp_path / "out.jsonl"
+    folder.mkdir()
+    write_rows("data/chat_filtered.jsonl", [of_one_domain()])
+    write_rows("data/safety-refuse_filtered.jsonl", [of_one_domain(), published("rm-bench")])
+    assert convert_file("rm-bench", str(folder), target).ranked == 3
+    rows = [row for _, row in read_rows(target)]
+    found = [(row["subset"], row.get("source_subset"), row.get("error")) for row in rows]  # type: ignore[union-attr]
+    assert found == [
+        ("chat", "alpacaeval", "keen on"),
+        ("safety-refuse", "alpacaeval", "keen on"),
+        ("math", None, None),  # a row's own domain comes first
+    ]
+
+
+def test_rm_bench_is_told_the_domain(write_rows: WriteRows, tmp_path: Path) -> None:
+    source, target = str(write_rows("mine.jsonl", [of_one_domain()])), tmp_path / "out.jsonl"
+    with pytest.raises(PolarError, match="domain: is missing, and the file's name does not say it"):
+        convert_file("rm-bench", source, target)
+    with pytest.raises(
+        PolarError,
+        match="--domain safety: the format rm-bench has chat, code, math, safety-refuse, safety-resp",
+    ):
+        convert_file("rm-bench", source, target, options={"domain": "safety"})
+    convert_file("rm-bench", source, target, options={"domain": "code"})
+    assert [row["subset"] for _, row in read_rows(target)] == ["code"]  # type: ignore[index]
+
+
 LAYOUTS = sorted(set(FORMATS) - {"ranked", "hh-rlhf"})  # these two say in their own words what they expect
 REQUIRED = {
     "chat-pairs": ["chosen", "rejected"],
@@ -106,7 +140,7 @@ REQUIRED = {
     "helpsteer3": ["context", "response1", "response2", "overall_preference"],
     "rewardbench": ["prompt", "chosen", "rejected", "subset"],
     "rewardbench-2": ["id", "prompt", "chosen", "rejected", "subset"],
-    "rm-bench": ["id", "prompt", "chosen", "rejected", "domain"],
+    "rm-bench": ["id", "prompt", "chosen", "rejected"],
     "rmb": ["pair_uid", "conversation_input", "chosen", "reject", "category_path"],
     "rmb-polar": ["pair_uid", "conversation_input", "chosen", "reject", "category_path"],
     "rmb-bon": ["bon_uid", "conversation_input", "bon_best", "loser_list", "category_path"],
@@ -191,7 +225,7 @@ def test_what_is_wrong_deep_in_a_row_is_named(
 def test_data_of_another_format_is_recognised(
     name: str, given: str, hint: str, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    with pytest.raises(PolarError, match=f"is not laid out as {name}.* — {hint}$"):
+    with pytest.raises(PolarError, match=rf"(is not laid out as|has the layout changed).* — {hint}$"):
         convert_file(name, str(write_rows("in.jsonl", [published(given)])), tmp_path / "out.jsonl")
 
 

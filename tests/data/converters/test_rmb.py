@@ -140,7 +140,7 @@ def test_where_scores_are_needed_the_message_says_which_commit_has_them(
     for name in ("rmb", "rmb-polar"):
         with pytest.raises(PolarError, match=r"5 cannot be used.*git checkout 94c5976 .*--reference pairs"):
             convert_file(name, source, tmp_path / "out.jsonl")
-    with pytest.raises(PolarError, match="--reference none: the format rmb-polar has best and pairs"):
+    with pytest.raises(PolarError, match="--reference none: the format rmb-polar has best, pairs"):
         convert_file("rmb-polar", source, tmp_path / "out.jsonl", options={"reference": "none"})
     done = convert_file("rmb", source, tmp_path / "out.jsonl", options={"reference": "none"})
     assert (done.rows_in, done.prompts_in, done.pairs, done.unusable) == (5, 1, 5, 0)
