@@ -11,8 +11,9 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from polar_ft.data.messages import plain_message
 from polar_ft.data.records import Pairing, RowError, describe
 
 TIED = "of responses that are ranked the same"
@@ -45,6 +46,7 @@ class Format:
         of_file: Options that the path of a file gives to its rows; those that the user gives come first.
         gather: Key of a row; rows with the same key, anywhere in the data, are converted together. All rows
             of such a format are held in memory.
+        layouts: The layouts of its rows, whose fields tell formats apart.
     """
 
     convert: Callable[..., Converted]
@@ -54,11 +56,21 @@ class Format:
     pairing: Pairing = "adjacent"
     of_file: Callable[[str], Mapping[str, Any]] = lambda path: {}
     gather: Callable[[Mapping[str, Any]], Hashable] | None = None
+    layouts: tuple[type[BaseModel], ...] = ()
 
     @property
     def options(self) -> list[str]:
         """Names of the options."""
         return list(inspect.signature(self.convert).parameters)[1:]
+
+    @property
+    def fields(self) -> set[str]:
+        """Names of the fields that its layouts name."""
+        return {field.alias or name for layout in self.layouts for name, field in layout.model_fields.items()}
+
+    def options_at(self, place: str) -> Mapping[str, Any]:
+        """Options that the file of a row gives, by the row's place "file:line"."""
+        return self.of_file(place.rpartition(":")[0])
 
     def choices(self, option: str) -> tuple[str, ...]:
         """The values that an option can have; empty if it can have any."""
@@ -111,8 +123,11 @@ class Layout(BaseModel):
         """Checks a row.
 
         Raises:
-            RowError: The row has another layout.
+            RowError: The row has another layout, or holds images, videos or sounds.
         """
+        for column in _MEDIA:
+            if row.get(column):
+                raise RowError(column, "is not empty, but only text can be read — leave the row out")
         try:
             return cls.model_validate(row)
         except ValidationError as error:
@@ -127,13 +142,19 @@ class Layout(BaseModel):
         return {key: value for key, value in extra.items() if value is not None and key not in without}
 
 
+# Columns of the files or addresses of what belongs to the texts, in LLaMA-Factory, ms-swift and TRL.
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
 class Turn(BaseModel):
-    """One message of a dialogue; other fields (such as a language) are not kept."""
+    """One message of a dialogue, as `plain_message` reads it; other fields (a language) are not kept."""
 
     model_config = ConfigDict(strict=True)
 
     role: str
     content: str
+
+    _plain = model_validator(mode="before")(plain_message)
 
 
 def messages(turns: list[Turn]) -> list[dict[str, str]]:
@@ -173,6 +194,8 @@ def _layout_error(layout: type[Layout], row: Mapping[str, Any], error: Validatio
             at, value = f"{at}.{key}", value[key]  # type: ignore[index]
         elif isinstance(value, list) and isinstance(key, int) and key < len(value):
             at, value = f"{at}[{key}]", value[key]
+    if problem["type"] == "value_error":
+        return RowError(at, str(problem["ctx"]["error"]))
     expected = fields[name].description or "something else"
     found = describe(value)
     if problem["type"] == "missing":

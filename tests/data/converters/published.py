@@ -133,6 +133,42 @@ _ROWS: dict[str, dict[str, Any]] = {
     },
 }
 _ROWS["rmb-polar"] = _ROWS["rmb"]
+_ROWS |= {
+    "tulu": {
+        "id": "ai2-adapt-dev/x_1",
+        "prompt": "2 + 2?",
+        "chosen": _dialogue("4"),
+        "rejected": _dialogue("5"),
+        "source": "ai2-adapt-dev/x",
+    },
+    "llama-factory-alpaca": {
+        "instruction": "2 + 2?",
+        "input": "",
+        "chosen": "4",
+        "rejected": "5",
+    },
+    "llama-factory-sharegpt": {
+        "conversations": [{"from": "human", "value": "2 + 2?"}],
+        "chosen": {"from": "gpt", "value": "4"},
+        "rejected": {"from": "gpt", "value": "5"},
+    },
+    "llama-factory-v1": {
+        f"{side}_messages": [
+            {"role": turn["role"], "content": [{"type": "text", "value": turn["content"]}]}
+            for turn in _dialogue(answer)
+        ]
+        for side, answer in (("chosen", "4"), ("rejected", "5"))
+    },
+    "ms-swift": {"messages": _dialogue("4"), "rejected_response": "5"},
+    "openai": {
+        "input": {"messages": _dialogue("4")[:1], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": _dialogue("4")[1:],
+        "non_preferred_output": _dialogue("5")[1:],
+    },
+    "openrlhf": {"chosen": _dialogue("4"), "rejected": _dialogue("5"), "margin": 1.0},
+    "trl": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    "trl-unpaired": {"prompt": "2 + 2?", "completion": "4", "label": True},
+}
 
 FORMATS = sorted(_ROWS)
 

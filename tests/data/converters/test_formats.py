@@ -19,6 +19,8 @@ from tests.data.rows import WriteRows
 def source_rows(name: str) -> list[dict[str, Any]]:
     if name.startswith("rmb") and name != "rmb-bon":  # a reference and a pair need three answers
         return rmb_pairs([("4", "5"), ("four", "5")], {"4": 4.5, "four": 4.0, "5": 2.0})
+    if name == "trl-unpaired":
+        return [published(name), published(name, completion="5", label=False)]
     return [published(name)]
 
 
@@ -41,6 +43,15 @@ GIVES = {
     "rmb-polar": ("4", [("four", "5")]),
     "rmb-bon": ("", [("4", "5"), ("4", "22")]),
     "judgebench": ("", [("4", "5")]),
+    "tulu": ("", [("4", "5")]),
+    "llama-factory-alpaca": ("", [("4", "5")]),
+    "llama-factory-sharegpt": ("", [("4", "5")]),
+    "llama-factory-v1": ("", [("4", "5")]),
+    "ms-swift": ("", [("4", "5")]),
+    "openai": ("", [("4", "5")]),
+    "openrlhf": ("", [("4", "5")]),
+    "trl": ("", [("4", "5")]),
+    "trl-unpaired": ("", [("4", "5")]),
 }
 
 
@@ -145,14 +156,26 @@ REQUIRED = {
     "rmb-polar": ["pair_uid", "conversation_input", "chosen", "reject", "category_path"],
     "rmb-bon": ["bon_uid", "conversation_input", "bon_best", "loser_list", "category_path"],
     "judgebench": ["pair_id", "source", "question", "response_A", "response_B", "label"],
+    "tulu": ["chosen", "rejected"],
+    "llama-factory-alpaca": ["instruction", "chosen", "rejected"],
+    "llama-factory-sharegpt": ["conversations", "chosen", "rejected"],
+    "llama-factory-v1": ["chosen_messages", "rejected_messages"],
+    "ms-swift": ["messages"],
+    "openai": ["input", "preferred_output", "non_preferred_output"],
+    "openrlhf": ["chosen", "rejected"],
+    "trl": ["chosen", "rejected"],
+    "trl-unpaired": ["prompt", "completion", "label"],
 }
+# Formats with the layout of another one.
+SAME_LAYOUT = dict.fromkeys(("ultrafeedback-binarized", "tulu", "openrlhf", "trl"), "chat-pairs")
+SAME_LAYOUT["rmb-polar"] = "rmb"
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in LAYOUTS for field in REQUIRED[name]])
 def test_a_missing_or_changed_field_is_named(
     name: str, field: str, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    layout = {"rmb-polar": "rmb", "ultrafeedback-binarized": "chat-pairs"}.get(name, name)
+    layout = SAME_LAYOUT.get(name, name)
     renamed = published(name)
     renamed["renamed_field"] = renamed.pop(field)
     changed = published(name, **{field: 3.5})
@@ -219,7 +242,11 @@ def test_what_is_wrong_deep_in_a_row_is_named(
         ("rmb", "rmb-bon", "this looks like rmb-bon"),
         ("rmb-bon", "rmb", "this looks like rmb or rmb-polar"),
         ("judgebench", "hh-rlhf", "this looks like hh-rlhf"),
-        ("ultrafeedback", "ultrafeedback-binarized", "this looks like chat-pairs or ultrafeedback-binarized"),
+        (
+            "ultrafeedback",
+            "ultrafeedback-binarized",
+            "this looks like chat-pairs or ultrafeedback-binarized or tulu or openrlhf or trl",
+        ),
     ],
 )
 def test_data_of_another_format_is_recognised(
