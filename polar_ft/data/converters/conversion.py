@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polar_ft.data.converters.arena import arena
 from polar_ft.data.converters.benchmarks import (
     domain_of,
     judgebench,
@@ -18,8 +19,10 @@ from polar_ft.data.converters.benchmarks import (
 from polar_ft.data.converters.dialogues import chat_pairs, hh_rlhf
 from polar_ft.data.converters.format import Format
 from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer3
+from polar_ft.data.converters.nectar import nectar
 from polar_ft.data.converters.ranked import ranked
 from polar_ft.data.converters.rmb import rmb, rmb_bon, rmb_polar, same_prompt
+from polar_ft.data.converters.saferlhf import pku_saferlhf
 from polar_ft.data.converters.ultrafeedback import ultrafeedback
 from polar_ft.data.reading import (
     MAX_LINE_MB,
@@ -46,6 +49,9 @@ CONVERTERS: dict[str, Format] = {
     ),
     "helpsteer2": Format(helpsteer2, "HelpSteer2, preference/preference.jsonl.gz"),
     "helpsteer3": Format(helpsteer3, "HelpSteer3, preferences", "nvidia/HelpSteer3:preference"),
+    "nectar": Format(nectar, "Nectar, seven ranked answers", "berkeley-nest/Nectar"),
+    "pku-saferlhf": Format(pku_saferlhf, "PKU-SafeRLHF, pairs", "PKU-Alignment/PKU-SafeRLHF"),
+    "arena": Format(arena, "Chatbot Arena, votes", "lmsys/chatbot_arena_conversations"),
     "rewardbench": Format(rewardbench, "RewardBench", "allenai/reward-bench", "filtered"),
     "rewardbench-2": Format(rewardbench_2, "RewardBench 2", "allenai/reward-bench-2", "test", "all"),
     "rm-bench": Format(

@@ -26,8 +26,8 @@ def hh_rlhf(row: Mapping[str, Any]) -> Converted:
     >>> pair["prompt"], pair["chosen"]
     ([{'role': 'user', 'content': 'Hi'}], [{'role': 'assistant', 'content': 'Hello!'}])
     """
-    chosen = _parse_dialogue(row, "chosen")
-    rejected = _parse_dialogue(row, "rejected")
+    chosen = parse_dialogue(row, "chosen")
+    rejected = parse_dialogue(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise _other_prompt(_first_difference(chosen, rejected))
     rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
@@ -161,7 +161,15 @@ def _other_prompt(at: int) -> RowError:
     )
 
 
-def _parse_dialogue(row: Mapping[str, Any], key: str) -> Turns:
+def parse_dialogue(row: Mapping[str, Any], key: str) -> Turns:
+    r"""The turns of a dialogue in one string, which ends with a turn of the assistant (it may be empty).
+
+    Raises:
+        RowError: It is no such dialogue.
+
+    >>> parse_dialogue({"prompt": "\n\nHuman: Hi\n\nAssistant:"}, "prompt")
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': ''}]
+    """
     text = row.get(key)
     if not isinstance(text, str):
         raise RowError(

@@ -35,6 +35,9 @@ GIVES = {
     "ultrafeedback-binarized": ("", [("4", "5")]),
     "helpsteer2": ("", [("4", "5")]),
     "helpsteer3": ("", [("4", "5")]),
+    "nectar": ("4", [("four", "5")]),
+    "pku-saferlhf": ("", [("4", "5")]),
+    "arena": ("", [("4", "5")]),
     "rewardbench": ("", [("4", "5")]),
     "rewardbench-2": ("", [("4", "3"), ("4", "5"), ("4", "22")]),
     "rmb": ("4", [("four", "5")]),
@@ -138,6 +141,9 @@ REQUIRED = {
     "ultrafeedback-binarized": ["chosen", "rejected"],
     "helpsteer2": ["prompt", "response_1", "response_2", "preference_strength"],
     "helpsteer3": ["context", "response1", "response2", "overall_preference"],
+    "nectar": ["prompt", "answers"],
+    "pku-saferlhf": ["prompt", "response_0", "response_1", "better_response_id"],
+    "arena": ["conversation_a", "conversation_b", "winner"],
     "rewardbench": ["prompt", "chosen", "rejected", "subset"],
     "rewardbench-2": ["id", "prompt", "chosen", "rejected", "subset"],
     "rm-bench": ["id", "prompt", "chosen", "rejected"],
@@ -153,7 +159,7 @@ def test_a_missing_or_changed_field_is_named(
     name: str, field: str, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     layout = {"rmb-polar": "rmb", "ultrafeedback-binarized": "chat-pairs"}.get(name, name)
-    renamed = published(name)
+    renamed = {"renamed_field": None} | published(name)  # first: of many fields the message has twelve
     renamed["renamed_field"] = renamed.pop(field)
     changed = published(name, **{field: 3.5})
     if field in ("preference_strength", "overall_preference"):
