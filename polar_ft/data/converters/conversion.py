@@ -18,7 +18,7 @@ from polar_ft.data.converters.benchmarks import (
 )
 from polar_ft.data.converters.dialogues import chat_pairs, hh_rlhf
 from polar_ft.data.converters.format import Format
-from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer3
+from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer2_ratings, helpsteer3, same_question
 from polar_ft.data.converters.nectar import nectar
 from polar_ft.data.converters.ranked import ranked
 from polar_ft.data.converters.rmb import rmb, rmb_bon, rmb_polar, same_prompt
@@ -48,6 +48,9 @@ CONVERTERS: dict[str, Format] = {
         chat_pairs, "UltraFeedback, pairs", "HuggingFaceH4/ultrafeedback_binarized", "train_prefs"
     ),
     "helpsteer2": Format(helpsteer2, "HelpSteer2, preference/preference.jsonl.gz"),
+    "helpsteer2-ratings": Format(
+        helpsteer2_ratings, "HelpSteer2, rated answers", "nvidia/HelpSteer2", gather=same_question
+    ),
     "helpsteer3": Format(helpsteer3, "HelpSteer3, preferences", "nvidia/HelpSteer3:preference"),
     "nectar": Format(nectar, "Nectar, seven ranked answers", "berkeley-nest/Nectar"),
     "pku-saferlhf": Format(pku_saferlhf, "PKU-SafeRLHF, pairs", "PKU-Alignment/PKU-SafeRLHF"),

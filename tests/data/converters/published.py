@@ -70,6 +70,15 @@ _ROWS: dict[str, dict[str, Any]] = {
         "three_most_similar_preferences": [],
         "all_preferences_unprocessed": [],
     },
+    "helpsteer2-ratings": {
+        "prompt": "2 + 2?",
+        "response": "4",
+        "helpfulness": 4,
+        "correctness": 4,
+        "coherence": 4,
+        "complexity": 0,
+        "verbosity": 0,
+    },
     "helpsteer3": {
         "domain": "stem",
         "language": "english",

@@ -19,6 +19,8 @@ from tests.data.rows import WriteRows
 def source_rows(name: str) -> list[dict[str, Any]]:
     if name.startswith("rmb") and name != "rmb-bon":  # a reference and a pair need three answers
         return rmb_pairs([("4", "5"), ("four", "5")], {"4": 4.5, "four": 4.0, "5": 2.0})
+    if name == "helpsteer2-ratings":  # one answer a row
+        return [published(name), published(name, response="5", helpfulness=1)]
     return [published(name)]
 
 
@@ -34,6 +36,7 @@ GIVES = {
     "ultrafeedback": ("4", [("four", "5")]),
     "ultrafeedback-binarized": ("", [("4", "5")]),
     "helpsteer2": ("", [("4", "5")]),
+    "helpsteer2-ratings": ("", [("4", "5")]),
     "helpsteer3": ("", [("4", "5")]),
     "nectar": ("4", [("four", "5")]),
     "pku-saferlhf": ("", [("4", "5")]),
@@ -140,6 +143,7 @@ REQUIRED = {
     "ultrafeedback": ["instruction", "completions"],
     "ultrafeedback-binarized": ["chosen", "rejected"],
     "helpsteer2": ["prompt", "response_1", "response_2", "preference_strength"],
+    "helpsteer2-ratings": ["prompt", "response", "helpfulness"],
     "helpsteer3": ["context", "response1", "response2", "overall_preference"],
     "nectar": ["prompt", "answers"],
     "pku-saferlhf": ["prompt", "response_0", "response_1", "better_response_id"],
@@ -162,7 +166,7 @@ def test_a_missing_or_changed_field_is_named(
     renamed = {"renamed_field": None} | published(name)  # first: of many fields the message has twelve
     renamed["renamed_field"] = renamed.pop(field)
     changed = published(name, **{field: 3.5})
-    if field in ("preference_strength", "overall_preference"):
+    if field in ("preference_strength", "overall_preference", "helpfulness"):
         changed = published(name, **{field: "much better"})
     for row, message in (
         (

@@ -9,7 +9,7 @@ import pytest
 from polar_ft.data.converters.arena import OTHER_HISTORY, arena
 from polar_ft.data.converters.dialogues import chat_pairs
 from polar_ft.data.converters.format import TIED
-from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer3
+from polar_ft.data.converters.helpsteer import ONE_ANSWER, helpsteer2, helpsteer2_ratings, helpsteer3
 from polar_ft.data.converters.nectar import nectar
 from polar_ft.data.converters.saferlhf import pku_saferlhf
 from polar_ft.data.converters.ultrafeedback import ultrafeedback
@@ -78,6 +78,23 @@ def test_helpsteer_strengths_say_which_is_better(strength: int, gives: tuple[str
             (pair,) = done.rows
             assert (pair["chosen"], pair["rejected"], pair["margin"]) == (*gives, abs(strength))
             assert not any("Right" in str(value) or "It is right" in str(value) for value in pair.values())
+
+
+def test_helpsteer2_ratings_by_hand() -> None:
+    rows = [
+        published("helpsteer2-ratings", response=text, helpfulness=good, responses="own")
+        for text, good in (("4", 4), ("5", 1), ("four", 4))
+    ]
+    (row,) = helpsteer2_ratings(rows).rows
+    assert [(r["content"], r["score"], r["correctness"]) for r in row["responses"]] == [
+        ("4", 4.0, 4),
+        ("5", 1.0, 4),
+        ("four", 4.0, 4),
+    ]
+    assert row["source_responses"] == "own"
+    assert (row["prompt"], row["reference"]) == ([{"role": "user", "content": "2 + 2?"}], "")
+    assert helpsteer2_ratings(rows[::2]).left_out == {TIED: 1}
+    assert helpsteer2_ratings(rows[:1]).left_out == {ONE_ANSWER: 1}
 
 
 def test_nectar_by_hand() -> None:
