@@ -207,6 +207,7 @@ def test_chat_pairs_by_hand() -> None:
         {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
         {"prompt": " Hi ", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
         {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": [OTHER]},
+        {"prompt": "Hi ", "chosen": [USER, ANSWER], "rejected": "B"},
     ],
 )
 def test_chat_pairs_reads_the_forms_that_trl_documents(row: dict[str, Any]) -> None:
