@@ -143,12 +143,15 @@ def convert_command(
         typer.Option(
             help="Where the data has no reference: the best response becomes it (pairs, for rmb and "
             "rmb-polar: the one that the pairs alone say is best), or it is empty. (default: best for "
-            "ranked, ultrafeedback, rmb and rmb-polar, none for rewardbench-2 and rm-bench)"
+            "ranked, ultrafeedback, nectar, rmb and rmb-polar, none for rewardbench-2 and rm-bench)"
         ),
     ] = None,
     score: Annotated[
-        Literal["overall", "fine-grained"] | None,
-        typer.Option(help="ultrafeedback: the score that orders the answers. (default: overall)"),
+        Literal["overall", "fine-grained", "better", "safer"] | None,
+        typer.Option(
+            help="What orders the answers. ultrafeedback: overall or fine-grained (default: overall); "
+            "pku-saferlhf: better or safer (default: better)"
+        ),
     ] = None,
     domain: Annotated[
         Literal["chat", "code", "math", "safety-refuse", "safety-response"] | None,

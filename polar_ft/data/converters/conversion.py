@@ -1,4 +1,4 @@
-"""The formats, and the conversion of a file."""
+"""The conversion of a file."""
 
 from __future__ import annotations
 
@@ -8,41 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polar_ft.data.converters.benchmarks import (
-    JudgeBenchRow,
-    RewardBench2Row,
-    RewardBenchRow,
-    RMBenchRow,
-    domain_of,
-    judgebench,
-    rewardbench,
-    rewardbench_2,
-    rm_bench,
-)
-from polar_ft.data.converters.dialogues import ChatPair, chat_pairs, hh_rlhf
-from polar_ft.data.converters.format import Format
-from polar_ft.data.converters.frameworks import (
-    AlpacaPair,
-    FactoryPair,
-    OpenaiPair,
-    SharegptPair,
-    SwiftPair,
-    UnpairedAnswer,
-    alpaca_pair,
-    factory_pair,
-    openai_pair,
-    preference,
-    sharegpt_pair,
-    swift_pair,
-    unpaired,
-    unpaired_prompt,
-)
-from polar_ft.data.converters.helpsteer import HelpSteer2Row, HelpSteer3Row, helpsteer2, helpsteer3
+from polar_ft.data.converters.catalogue import CONVERTERS
 from polar_ft.data.converters.mapping import mapped
-from polar_ft.data.converters.ranked import ranked
 from polar_ft.data.converters.recognise import reads, recognise
-from polar_ft.data.converters.rmb import RMBBestOfN, RMBPair, rmb, rmb_bon, rmb_polar, same_prompt
-from polar_ft.data.converters.ultrafeedback import UltraFeedbackRow, ultrafeedback
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     OnBytes,
@@ -51,94 +19,10 @@ from polar_ft.data.reading import (
     raise_problems,
     read_rows,
 )
-from polar_ft.data.records import PairRow, RankedRow, RowError, parse_row
+from polar_ft.data.records import RowError, parse_row
 from polar_ft.data.report import many
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError
-
-# Special formats before general ones: of two that fit equally well, `recognise` takes the first.
-CONVERTERS: dict[str, Format] = {
-    "ranked": Format(
-        ranked, "ranked rows of polar-ft, as pair rows; pair rows as they are", layouts=(PairRow, RankedRow)
-    ),
-    "hh-rlhf": Format(
-        hh_rlhf,
-        "Anthropic's hh-rlhf: two dialogues as strings",
-        "Anthropic/hh-rlhf",
-        layouts=(ChatPair,),  # which names the same two fields
-    ),
-    "chat-pairs": Format(
-        chat_pairs,
-        "two dialogues as lists of messages",
-        "Skywork/Skywork-Reward-Preference-80K-v0.2",
-        layouts=(ChatPair,),
-    ),
-    "ultrafeedback": Format(
-        ultrafeedback, "UltraFeedback, scored answers", "openbmb/UltraFeedback", layouts=(UltraFeedbackRow,)
-    ),
-    "ultrafeedback-binarized": Format(
-        chat_pairs,
-        "UltraFeedback, pairs",
-        "HuggingFaceH4/ultrafeedback_binarized",
-        "train_prefs",
-        layouts=(ChatPair,),
-    ),
-    "helpsteer2": Format(helpsteer2, "HelpSteer2, preference/preference.jsonl.gz", layouts=(HelpSteer2Row,)),
-    "helpsteer3": Format(
-        helpsteer3, "HelpSteer3, preferences", "nvidia/HelpSteer3:preference", layouts=(HelpSteer3Row,)
-    ),
-    "rewardbench": Format(
-        rewardbench, "RewardBench", "allenai/reward-bench", "filtered", layouts=(RewardBenchRow,)
-    ),
-    "rewardbench-2": Format(
-        rewardbench_2, "RewardBench 2", "allenai/reward-bench-2", "test", "all", layouts=(RewardBench2Row,)
-    ),
-    "rm-bench": Format(
-        rm_bench,
-        "RM-Bench, three styles a side",
-        "THU-KEG/RM-Bench",
-        pairing="all",
-        of_file=domain_of,
-        layouts=(RMBenchRow,),
-    ),
-    "rmb": Format(rmb, "RMB, the folder Pairwise_set, its pairs", gather=same_prompt, layouts=(RMBPair,)),
-    "rmb-polar": Format(
-        rmb_polar,
-        "RMB, the folder Pairwise_set, the POLAR paper's protocol",
-        gather=same_prompt,
-        layouts=(RMBPair,),
-    ),
-    "rmb-bon": Format(rmb_bon, "RMB, the folder BoN_set", pairing="all", layouts=(RMBBestOfN,)),
-    "judgebench": Format(judgebench, "JudgeBench", "ScalerLab/JudgeBench", "gpt", layouts=(JudgeBenchRow,)),
-    "tulu": Format(
-        chat_pairs,
-        "Tülu 3's preference mixtures",
-        "allenai/llama-3.1-tulu-3-8b-preference-mixture",
-        layouts=(ChatPair,),
-    ),
-    "llama-factory-alpaca": Format(
-        alpaca_pair, "LLaMA-Factory's ranking data, alpaca", layouts=(AlpacaPair,)
-    ),
-    "llama-factory-sharegpt": Format(
-        sharegpt_pair, "LLaMA-Factory's ranking data, sharegpt", layouts=(SharegptPair,)
-    ),
-    "llama-factory-v1": Format(
-        factory_pair, "LLaMA-Factory's v1 layout, chosen_messages", layouts=(FactoryPair,)
-    ),
-    "ms-swift": Format(
-        swift_pair, "ms-swift, messages with rejected_response or rejected_messages", layouts=(SwiftPair,)
-    ),
-    "openai": Format(openai_pair, "OpenAI's preference fine-tuning", layouts=(OpenaiPair,)),
-    "openrlhf": Format(preference, "OpenRLHF, in all forms that it reads", layouts=(ChatPair,)),
-    "trl": Format(preference, "TRL's preferences, also with an implicit prompt", layouts=(ChatPair,)),
-    "trl-unpaired": Format(
-        unpaired,
-        "TRL's unpaired preferences, as ranked rows",
-        pairing="all",
-        gather=unpaired_prompt,
-        layouts=(UnpairedAnswer,),
-    ),
-}
 
 
 @dataclass

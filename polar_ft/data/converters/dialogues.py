@@ -26,8 +26,8 @@ def hh_rlhf(row: Mapping[str, Any]) -> Converted:
     >>> pair["prompt"], pair["chosen"]
     ([{'role': 'user', 'content': 'Hi'}], [{'role': 'assistant', 'content': 'Hello!'}])
     """
-    chosen = _parse_dialogue(row, "chosen")
-    rejected = _parse_dialogue(row, "rejected")
+    chosen = parse_dialogue(row, "chosen")
+    rejected = parse_dialogue(row, "rejected")
     if chosen[:-1] != rejected[:-1]:
         raise _other_prompt(_first_difference(chosen, rejected))
     rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
@@ -128,8 +128,7 @@ def _after_prompt(given: str | list[Turn], turns: Turns, key: str) -> Turns:
         return turns
     if system and _begins_with(turns, prompt[1:]):
         return [*system, *turns]
-    own = turns[0]["role"] != "assistant"
-    if own and isinstance(given, str) and any(_begins_with([turn], prompt) for turn in turns):
+    if isinstance(given, str) and turns[0]["role"] != "assistant" and any(_same(t, prompt[0]) for t in turns):
         return turns  # a text can be a later question of the dialogue
     # A prompt of only a system message, or one that ends with an answer, is followed by a question.
     if turns[0]["role"] == "system" or (turns[0]["role"] == "user" and prompt[-1]["role"] == "user"):
@@ -142,17 +141,19 @@ def _after_prompt(given: str | list[Turn], turns: Turns, key: str) -> Turns:
 
 
 def _begins_with(turns: Turns, prompt: Turns) -> bool:
-    """Whether the first turns are the prompt; white space around a turn does not matter."""
-    return 0 < len(prompt) <= len(turns) and all(
-        turn["role"] == asked["role"] and turn["content"].strip() == asked["content"].strip()
-        for turn, asked in zip(turns, prompt, strict=False)
-    )
+    """Whether the first turns are the prompt."""
+    return 0 < len(prompt) <= len(turns) and all(map(_same, turns, prompt))
+
+
+def _same(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether two turns say the same; white space around them does not matter."""
+    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
 
 
 def _first_difference(chosen: Turns, rejected: Turns) -> int:
     """Number of turns that two dialogues share, at most all but the last of each."""
     shared = min(len(chosen), len(rejected)) - 1
-    return next((i for i in range(shared) if chosen[i] != rejected[i]), shared)
+    return next((i for i in range(shared) if not _same(chosen[i], rejected[i])), shared)
 
 
 def _other_prompt(at: int) -> RowError:
@@ -161,7 +162,15 @@ def _other_prompt(at: int) -> RowError:
     )
 
 
-def _parse_dialogue(row: Mapping[str, Any], key: str) -> Turns:
+def parse_dialogue(row: Mapping[str, Any], key: str) -> Turns:
+    r"""The turns of a dialogue in one string, which ends with a turn of the assistant (it may be empty).
+
+    Raises:
+        RowError: It is no such dialogue.
+
+    >>> parse_dialogue({"prompt": "\n\nHuman: Hi\n\nAssistant:"}, "prompt")
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': ''}]
+    """
     text = row.get(key)
     if not isinstance(text, str):
         raise RowError(

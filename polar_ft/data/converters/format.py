@@ -46,7 +46,7 @@ class Format:
         of_file: Options that the path of a file gives to its rows; those that the user gives come first.
         gather: Key of a row; rows with the same key, anywhere in the data, are converted together. All rows
             of such a format are held in memory.
-        layouts: The layouts of its rows, whose fields tell formats apart.
+        layout: Format whose layout it has; empty for one of its own.
     """
 
     convert: Callable[..., Converted]
@@ -56,17 +56,12 @@ class Format:
     pairing: Pairing = "adjacent"
     of_file: Callable[[str], Mapping[str, Any]] = lambda path: {}
     gather: Callable[[Mapping[str, Any]], Hashable] | None = None
-    layouts: tuple[type[BaseModel], ...] = ()
+    layout: str = ""
 
     @property
     def options(self) -> list[str]:
         """Names of the options."""
         return list(inspect.signature(self.convert).parameters)[1:]
-
-    @property
-    def fields(self) -> set[str]:
-        """Names of the fields that its layouts name."""
-        return {field.alias or name for layout in self.layouts for name, field in layout.model_fields.items()}
 
     def options_at(self, place: str) -> Mapping[str, Any]:
         """Options that the file of a row gives, by the row's place "file:line"."""

@@ -185,7 +185,7 @@ class OpenaiPair(Layout):
 
 
 class _Prompt(Layout):
-    LAYOUT = "openai"
+    LAYOUT = "the input of openai"
     READ = OpenaiPair.READ
 
     messages: list[Turn] = described("a list of messages")

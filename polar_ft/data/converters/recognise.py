@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
-from polar_ft.data.converters.format import Converted, Format
+from polar_ft.data.converters.format import Converted, Format, Layout
 from polar_ft.data.converters.mapping import mapped, proposal
 from polar_ft.data.reading import MAX_LINE_MB, RowProblem, expand, read_rows
-from polar_ft.data.records import RowError, parse_row
+from polar_ft.data.records import PairRow, RankedRow, RowError, parse_row
 from polar_ft.errors import PolarError
 
 _READ_AT_LEAST = 0.5
@@ -173,5 +173,13 @@ def _convert(fmt: Format, place: str, row: Mapping[str, Any]) -> Converted | Non
 def _try(name: str, fmt: Format, rows: Sample, fields: Sequence[str]) -> _Reading:
     made = [_convert(fmt, place, row) for place, row in rows]
     converted = [row for result in made if result is not None for row in result.rows]
-    known = tuple(field for field in fields if field in fmt.fields)
+    named = _fields_of(fmt.layout or name)
+    known = tuple(field for field in fields if field in named)
     return _Reading(name, fmt, sum(result is not None for result in made), known, converted)
+
+
+def _fields_of(layout: str) -> set[str]:
+    """The fields that a layout names, as they are called in files."""
+    classes = [cls for cls in Layout.__subclasses__() if layout == cls.LAYOUT]
+    models = (PairRow, RankedRow) if layout == "ranked" else classes
+    return {field.alias or name for model in models for name, field in model.model_fields.items()}

@@ -21,6 +21,8 @@ def source_rows(name: str) -> list[dict[str, Any]]:
         return rmb_pairs([("4", "5"), ("four", "5")], {"4": 4.5, "four": 4.0, "5": 2.0})
     if name == "trl-unpaired":
         return [published(name), published(name, completion="5", label=False)]
+    if name == "helpsteer2-ratings":  # one answer a row
+        return [published(name), published(name, response="5", helpfulness=1)]
     return [published(name)]
 
 
@@ -36,7 +38,11 @@ GIVES = {
     "ultrafeedback": ("4", [("four", "5")]),
     "ultrafeedback-binarized": ("", [("4", "5")]),
     "helpsteer2": ("", [("4", "5")]),
+    "helpsteer2-ratings": ("", [("4", "5")]),
     "helpsteer3": ("", [("4", "5")]),
+    "nectar": ("4", [("four", "5")]),
+    "pku-saferlhf": ("", [("4", "5")]),
+    "arena": ("", [("4", "5")]),
     "rewardbench": ("", [("4", "5")]),
     "rewardbench-2": ("", [("4", "3"), ("4", "5"), ("4", "22")]),
     "rmb": ("4", [("four", "5")]),
@@ -148,7 +154,11 @@ REQUIRED = {
     "ultrafeedback": ["instruction", "completions"],
     "ultrafeedback-binarized": ["chosen", "rejected"],
     "helpsteer2": ["prompt", "response_1", "response_2", "preference_strength"],
+    "helpsteer2-ratings": ["prompt", "response", "helpfulness"],
     "helpsteer3": ["context", "response1", "response2", "overall_preference"],
+    "nectar": ["prompt", "answers"],
+    "pku-saferlhf": ["prompt", "response_0", "response_1", "better_response_id"],
+    "arena": ["conversation_a", "conversation_b", "winner"],
     "rewardbench": ["prompt", "chosen", "rejected", "subset"],
     "rewardbench-2": ["id", "prompt", "chosen", "rejected", "subset"],
     "rm-bench": ["id", "prompt", "chosen", "rejected"],
@@ -176,10 +186,10 @@ def test_a_missing_or_changed_field_is_named(
     name: str, field: str, write_rows: WriteRows, tmp_path: Path
 ) -> None:
     layout = SAME_LAYOUT.get(name, name)
-    renamed = published(name)
+    renamed = {"renamed_field": None} | published(name)  # first: of many fields the message has twelve
     renamed["renamed_field"] = renamed.pop(field)
     changed = published(name, **{field: 3.5})
-    if field in ("preference_strength", "overall_preference"):
+    if field in ("preference_strength", "overall_preference", "helpfulness"):
         changed = published(name, **{field: "much better"})
     for row, message in (
         (
