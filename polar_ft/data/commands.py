@@ -148,6 +148,10 @@ def convert_command(
         typer.Option(help="ultrafeedback: the score that orders the answers. (default: overall)"),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail and write nothing if a row is bad.")] = False,
+    keep_readable: Annotated[
+        bool,
+        typer.Option("--keep-readable", help="Convert what can be read of damaged files instead of failing."),
+    ] = False,
     force: Force = False,
     split: Annotated[
         str | None,
@@ -156,6 +160,8 @@ def convert_command(
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
     """Convert other data to rows of polar-ft; rows that cannot be used are dropped, counted and named.
+
+    If a file cannot be read to its end, nothing is written, unless --keep-readable is given.
 
     The formats are listed below the options. If IN is a folder, its sub-folders are read too.
     """
@@ -171,6 +177,7 @@ def convert_command(
             max_line_mb=max_line_mb,
             options=options,
             strict=strict,
+            keep_readable=keep_readable,
             on_bytes=on_bytes,
         )
     console = _console()
@@ -183,10 +190,10 @@ def convert_command(
     )
     if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
-    if done.problems:
-        console.print(
-            f"[yellow]left out {many(len(done.problems), 'row')} that cannot be used (named above)[/]"
-        )
+    if bad := len(done.problems) - len(done.damaged):
+        console.print(f"[yellow]left out {many(bad, 'row')} that cannot be used (named above)[/]")
+    if done.damaged:
+        console.print(f"[red]{many(len(done.damaged), 'file')} could not be read to the end (named above)[/]")
     for reason, count in sorted(done.left_out.items()):
         console.print(f"left out {many(count, 'pair')} {reason}")
     if done.without_pairs:

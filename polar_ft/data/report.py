@@ -9,20 +9,32 @@ from rich.markup import escape
 from rich.table import Table
 
 from polar_ft.data.lint import FIELDS, DataReport, Lengths
-from polar_ft.data.reading import RowProblem
+from polar_ft.data.problems import PROBLEMS_SHOWN, FileProblem, RowProblem
 
 SUBSETS_SHOWN = 20
 
 
-def show_problems(console: Console, problems: Sequence[RowProblem]) -> None:
-    """Prints every bad row on one line, however long, so that the output can be searched."""
-    for problem in problems:
+def show_problems(console: Console, problems: Sequence[RowProblem], more: str = "") -> None:
+    """Prints the first bad rows, and all damaged files, each on one line, however long.
+
+    Args:
+        console: Where to print.
+        problems: The bad rows and files.
+        more: Where the others are found; follows their number.
+    """
+    rows = [problem for problem in problems if not isinstance(problem, FileProblem)]
+    for problem in rows[:PROBLEMS_SHOWN]:
         console.print(f"[red]bad row[/] {escape(str(problem))}", soft_wrap=True)
+    if len(rows) > PROBLEMS_SHOWN:
+        console.print(f"… and {many(len(rows) - PROBLEMS_SHOWN, 'bad row')} more{more}")
+    for problem in problems:
+        if isinstance(problem, FileProblem):
+            console.print(f"[red]bad file[/] {escape(str(problem))}", soft_wrap=True)
 
 
 def show_report(console: Console, report: DataReport) -> None:
     """Prints the bad rows, then the counts of the report."""
-    show_problems(console, report.problems)
+    show_problems(console, report.problems, " (--json lists them all)")
     if report.problems:
         console.print()
     bad = f", [red]{many(report.bad_rows, 'bad row')}[/]" if report.bad_rows else ""

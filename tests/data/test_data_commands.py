@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +41,14 @@ def test_check_of_good_rows(write_rows: WriteRows, tokenizer_folder: Path) -> No
     assert max(map(len, done.stdout.splitlines()[1:])) <= 100
 
 
-def test_check_names_every_bad_row_and_fails(write_rows: WriteRows) -> None:
+def test_check_names_twenty_bad_rows_and_fails(write_rows: WriteRows) -> None:
     path = write_rows("bad.jsonl", [pair(), *[pair(chosen=[{"role": 1, "content": ""}])] * 30])
     done = polar_ft("check", path)
     assert done.returncode == 1
-    for line in range(2, 32):
+    for line in range(2, 22):
         assert f"bad row {path}:{line}: chosen[0].role: is the number 1 — must be a string" in done.stdout
+    assert "bad.jsonl:22:" not in done.stdout
+    assert "… and 10 bad rows more (--json lists them all)" in done.stdout
     assert "1 row, 1 pair, 1 prompt, 30 bad rows" in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -97,6 +101,29 @@ def test_convert_then_split_then_preview(
     assert (done.returncode, done.stderr) == (0, "")
     assert "⟦<|reward|>⟧" in done.stdout
     assert max(map(len, done.stdout.splitlines()[1:])) <= 100
+
+
+def test_a_file_that_was_cut_off_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    content = gzip.compress(json.dumps([pair(id=f"{random.random()}") for _ in range(2000)]).encode())
+    (tmp_path / "data" / "rows.json.gz").write_bytes(content[: len(content) * 2 // 3])
+    target = tmp_path / "out.jsonl"
+    target.write_text("earlier\n")
+
+    done = polar_ft("convert", "ranked", "data", target, "--force", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 file cannot be used:" in done.stderr
+    assert "data/rows.json.gz:13" in done.stderr
+    assert "nothing was written; 1,3" in done.stderr
+    assert target.read_text() == "earlier\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "out.jsonl"}
+
+    done = polar_ft("convert", "ranked", "data", target, "--force", "--keep-readable", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    count = len(target.read_text().splitlines())
+    assert 1300 < count < 1340
+    assert f"{count:,} pairs from {count:,} rows" in done.stdout
+    assert "1 file could not be read to the end (named above)" in done.stdout
 
 
 def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) -> None:

@@ -15,11 +15,13 @@ from polar_ft.data.converters.helpsteer import helpsteer2, helpsteer3
 from polar_ft.data.converters.ranked import ranked
 from polar_ft.data.converters.rmb import rmb, rmb_bon, rmb_polar, same_prompt
 from polar_ft.data.converters.ultrafeedback import ultrafeedback
+from polar_ft.data.problems import FileProblem
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     OnBytes,
     RowProblem,
     expand,
+    place_below,
     raise_problems,
     read_rows,
 )
@@ -62,7 +64,7 @@ class Conversion:
         left_out: Number of pairs that were dropped, by reason.
         without_pairs: Rows (prompts, if the format gathers the rows of a prompt) that gave nothing because
             all their pairs were dropped.
-        problems: Rows that could not be used.
+        problems: Rows and files that could not be used.
     """
 
     rows_in: int = 0
@@ -71,6 +73,11 @@ class Conversion:
     left_out: Counter[str] = field(default_factory=Counter)
     without_pairs: int = 0
     problems: list[RowProblem] = field(default_factory=list)
+
+    @property
+    def damaged(self) -> list[RowProblem]:
+        """The problems of files that cannot be read, or not to their end."""
+        return [problem for problem in self.problems if isinstance(problem, FileProblem)]
 
 
 def convert_file(
@@ -82,6 +89,7 @@ def convert_file(
     max_line_mb: float = MAX_LINE_MB,
     options: Mapping[str, Any] | None = None,
     strict: bool = False,
+    keep_readable: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> Conversion:
     """Converts a file; rows that cannot be used are dropped and named in the result.
@@ -96,10 +104,11 @@ def convert_file(
         max_line_mb: Longest line that is read, in 2**20 bytes.
         options: Keyword arguments of the converter.
         strict: Write nothing if a row cannot be used.
+        keep_readable: Write what can be read although a file is damaged.
         on_bytes: See `read_rows`.
 
     Raises:
-        DataError: A row cannot be used, and ``strict`` is set.
+        DataError: A row cannot be used, and ``strict`` is set; or a file cannot be read, or not to its end.
         PolarError: There is no such converter, option or file, or no row could be used; nothing is written.
     """
     if name not in CONVERTERS:
@@ -116,7 +125,7 @@ def convert_file(
         nonlocal first
         for file in expand(source, recursive=True):
             for place, row in read_rows(file, split or fmt.split, max_line_mb=max_line_mb, on_bytes=on_bytes):
-                done.rows_in += 1
+                done.rows_in += not isinstance(row, FileProblem)
                 if isinstance(row, RowProblem):
                     done.problems.append(row)
                 else:
@@ -130,7 +139,7 @@ def convert_file(
         for place, unit in units:
             try:
                 converted = fmt.convert(unit, **options)
-                rows = _named(place, converted.rows)
+                rows = _named(place_below(source, place), converted.rows)
                 for row in rows:
                     parse_row(row)
             except RowError as error:
@@ -144,6 +153,10 @@ def convert_file(
                 done.pairs += "responses" not in row
         if strict:
             raise_problems(done.problems)
+        if done.damaged and not keep_readable:
+            readable = f"{done.rows_in:,} row{'' if done.rows_in == 1 else 's'} could be read"
+            advice = f"nothing was written; {readable}, and --keep-readable converts them"
+            raise_problems(done.damaged, advice)
         if not out.count:
             raise PolarError(_why_nothing(name, source, done, first))
     return done
@@ -164,9 +177,8 @@ def _gathered(
     yield from groups.values()
 
 
-def _named(place: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sets the id of rows without one to their place in the source."""
-    at = Path(place).name
+def _named(at: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sets the id of rows without one to their place below the source."""
     named = []
     for number, row in enumerate(rows, start=1):
         if row.get("id") is None:
