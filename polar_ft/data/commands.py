@@ -33,10 +33,10 @@ from polar_ft.data.reading import (
     expand,
     size_in_bytes,
 )
-from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, show_problems, show_report
+from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, report_as_json, show_problems, show_report
 from polar_ft.data.split import Side, split_by_prompt
 from polar_ft.data.writing import refuse_to_overwrite
-from polar_ft.errors import PolarError
+from polar_ft.errors import PolarError, printable
 from polar_ft.options import (
     AllowTokenizerCode,
     Force,
@@ -109,7 +109,7 @@ def check_command(
     with _progress("checking", files) as on_bytes:
         report = check(sources, template, on_bytes=on_bytes)
     if as_json:
-        typer.echo(report.model_dump_json(indent=2))
+        typer.echo(report_as_json(report))
     else:
         show_report(_console(), report)
     if report.bad_rows:
@@ -259,12 +259,12 @@ def preview_command(
     about = [f"id {example.id}", f"wrapper {example.wrapper}"]
     about += [f"subset {example.subset}"] if example.subset else []
     about += [f"pairs (chosen > rejected): {', '.join(f'{a} > {b}' for a, b in example.pairs) or 'none'}"]
-    console.print(escape(" · ".join(about)), style="dim")
+    console.print(escape(printable(" · ".join(about))), style="dim")
     for run in shown:
         kept = sum(token.kind != "cut" for token in run.tokens)
         cut = len(run.tokens) - kept
         lost = f", [red]{cut:,} cut[/]" if cut else ""
-        console.print(f"\n[bold]{escape(run.title)}[/] — {kept:,} tokens{lost}")
+        console.print(f"\n[bold]{escape(printable(run.title))}[/] — {kept:,} tokens{lost}")
         console.print(run_text(run, width=console.width, everything=everything, ids=ids))
 
 
@@ -326,5 +326,5 @@ def _show_sides(sides: Sequence[Side]) -> None:
         table.add_row(escape(str(side.path)), share, f"{side.rows:,}", f"{side.pairs:,}")
         if set(side.subsets) != {None}:
             for name, rows in side.subsets.most_common(SUBSETS_SHOWN):
-                table.add_row(f"[dim]  {escape(name or '(none)')}[/]", "", f"[dim]{rows:,}[/]")
+                table.add_row(f"[dim]  {escape(printable(name or '(none)'))}[/]", "", f"[dim]{rows:,}[/]")
     _console().print(table)

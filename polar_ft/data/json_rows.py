@@ -54,13 +54,14 @@ def read_json(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Iterator[R
             stream = cast(BufferedIOBase, opened)
             head = stream.read1(_HEAD)
             stream.seek(0)
-            reason = (
-                "is empty, but a compressed file never is — copy it again" if is_gzip and not head else None
-            )
-            if reason := reason or no_json(head):
+            is_list = file.lower().removesuffix(".gz").endswith(".json") and _IS_LIST.match(head)
+            if is_gzip and not os.path.getsize(file):
+                reason: str | None = "is empty, but a compressed file never is — copy it again"
+            else:
+                reason = None if is_list else no_json(head)
+            if reason:
                 yield f"{name}:0", FileProblem(name, 0, "", reason)
                 return
-            is_list = file.lower().removesuffix(".gz").endswith(".json") and _IS_LIST.match(head)
             read = _read_list if is_list else _read_lines
             for number, row in read(name, stream, max_bytes):
                 if row is not None:
@@ -84,8 +85,8 @@ def _damage(file: str, error: Exception, position: int) -> str:
         )
     if os.path.islink(file) and not os.path.exists(file):
         return f"is a link to {os.readlink(file)}, which does not exist — mend the link"
-    if isinstance(error, PermissionError):
-        return "cannot be read: permission denied — change the permissions of the file (chmod)"
+    if isinstance(error, PermissionError) or os.path.isdir(file):
+        return "cannot be read: permission denied — change the permissions (chmod), or leave it out"
     size = os.path.getsize(file) if os.path.exists(file) else position
     return (
         f"cannot be read further ({error}): up to {size - position:,} of {size:,} bytes were not read — the "

@@ -125,7 +125,9 @@ _COLUMNS = {
     "rejected",
     "response",
 }
-_OPENS_LIST = re.compile(r'\{\s*"(\w+)"\s*:\s*\[\s*(\{?)\s*$')
+_LIST_IN_OBJECT = re.compile(
+    r'\{\s*"(?!prompt|reference|chosen|rejected|responses|messages|conversations)(\w+)"\s*:\s*\[\s*\{'
+)
 
 
 def no_json(head: bytes) -> str | None:
@@ -147,7 +149,7 @@ def no_json(head: bytes) -> str | None:
         if _COLUMNS & {cell.strip().strip('"').lower() for cell in first.split(comma)[:40]}:
             return f"looks like {kind} — its name must end in .{kind.lower()}"
     if ended and first.startswith("{") and first.endswith(("{", "[", ",")):
-        key = _OPENS_LIST.match(text[: len(first)])
-        jq = f".{key[1]}[]" if key and not key[2] else "."
+        rows = _LIST_IN_OBJECT.match(text)
+        jq = f".{rows[1]}[]" if rows else "."
         return f"is JSON over several lines — write one object a line (jq -c '{jq}' in.json > out.jsonl)"
     return None

@@ -121,8 +121,12 @@ def expand(path: str, *, recursive: bool = False) -> list[str]:
 
 
 def _files_below(folder: str, recursive: bool) -> list[str]:
-    files, known = [], {_identity(folder)}
-    for here, folders, names in os.walk(folder, followlinks=True):
+    files: list[str] = []
+    closed: list[str] = []  # what cannot be listed is in the list, so that it is reported where it is read
+    known = {_identity(folder)}
+    for here, folders, names in os.walk(
+        folder, onerror=lambda e: closed.append(e.filename), followlinks=True
+    ):
         folders[:] = [
             name
             for name in sorted(folders)
@@ -131,7 +135,7 @@ def _files_below(folder: str, recursive: bool) -> list[str]:
             and _is_new(os.path.join(here, name), known)
         ]
         files += [os.path.join(here, name) for name in names if _is_data(name) and not name.startswith(".")]
-    return [file for file in sorted(files) if _is_new(file, known)]
+    return sorted([*closed, *(file for file in sorted(files) if _is_new(file, known))])
 
 
 def _is_new(path: str, known: set[tuple[int, int] | str]) -> bool:

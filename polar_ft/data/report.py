@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.table import Table
 
 from polar_ft.data.lint import FIELDS, DataReport, Lengths
 from polar_ft.data.problems import PROBLEMS_SHOWN, FileProblem, RowProblem
+from polar_ft.errors import printable
 
 SUBSETS_SHOWN = 20
 
@@ -39,7 +42,7 @@ def show_report(console: Console, report: DataReport) -> None:
         console.print()
     bad = f", [red]{many(report.bad_rows, 'bad row')}[/]" if report.bad_rows else ""
     console.print(
-        f"[bold]{escape(', '.join(report.files))}[/]: "
+        f"[bold]{_plain(', '.join(report.files))}[/]: "
         f"{many(report.rows, 'row')}, {many(report.pairs, 'pair')}, {many(report.prompts, 'prompt')}{bad}",
         soft_wrap=True,
     )
@@ -64,7 +67,20 @@ def show_report(console: Console, report: DataReport) -> None:
         console.print(table)
     if report.extra_fields:
         names = ", ".join(f"{name} ({count:,})" for name, count in report.extra_fields.items())
-        console.print(f"\n[bold]extra fields[/] (kept, in so many rows): {escape(names)}")
+        console.print(f"\n[bold]extra fields[/] (kept, in so many rows): {_plain(names)}")
+
+
+def report_as_json(report: DataReport) -> str:
+    """The report as JSON that can be printed: it holds control characters as escapes only."""
+    text = json.dumps(report.model_dump(), indent=2, ensure_ascii=False)
+    return re.sub(
+        r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", lambda c: rf"\u{ord(c[0]):04x}", text
+    )
+
+
+def _plain(text: str) -> str:
+    """Text of the data for the terminal: without markup and control characters, on one line."""
+    return escape(printable(text).replace("\n", "\\n"))
 
 
 def many(count: int, thing: str) -> str:
@@ -172,7 +188,7 @@ def _subsets_table(report: DataReport) -> Table:
     table = number_table(["", "rows", "pairs"])
     ordered = sorted(report.subsets.items(), key=lambda item: -item[1].rows)
     for name, count in ordered[:SUBSETS_SHOWN]:
-        table.add_row(escape(name) or "[dim](none)[/]", f"{count.rows:,}", f"{count.pairs:,}")
+        table.add_row(_plain(name) or "[dim](none)[/]", f"{count.rows:,}", f"{count.pairs:,}")
     if len(ordered) > SUBSETS_SHOWN:
         table.add_row(f"[dim]… and {len(ordered) - SUBSETS_SHOWN:,} more (--json)[/]")
     return table
