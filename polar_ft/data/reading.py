@@ -249,22 +249,43 @@ def _read_examples(
     problems: list[RowProblem] = []
     report = problems.append if on_problem == "raise" else on_problem
     for source in sources:
-        for count, (place, row) in enumerate(source.rows(on_bytes)):
-            if count == source.max_samples:
-                break
-            if isinstance(row, RowProblem):
-                report(row)
-                continue
-            if source.subset is not None and row.get("subset") is None:
-                row["subset"] = source.subset
-            try:
-                checked = parse_row(row)
-            except RowError as error:
-                report(RowProblem.at(place, error))
-                continue
-            if not problems:
-                yield checked.to_example(place, pairing=pairing or source.pairing, weight=source.weight)
+        for _, example in parsed_rows(source, pairing=pairing, on_bytes=on_bytes):
+            if isinstance(example, RowProblem):
+                report(example)
+            elif not problems:
+                yield example
     raise_problems(problems)
+
+
+def parsed_rows(
+    source: DataSource, *, pairing: Pairing | None = None, on_bytes: OnBytes | None = None
+) -> Iterator[tuple[dict[str, Any], Example | RowProblem]]:
+    """Reads the rows of a source and checks them.
+
+    Args:
+        source: The data; its ``max_samples`` and ``subset`` are taken into account.
+        pairing: Overrides that of the source.
+        on_bytes: See `read_rows`.
+
+    Yields:
+        The row as it was read, and its `Example`, or what is wrong with it. Where it could not even be read,
+        the row is empty.
+    """
+    for count, (place, row) in enumerate(source.rows(on_bytes)):
+        if count == source.max_samples:
+            return
+        if isinstance(row, RowProblem):
+            yield {}, row
+            continue
+        named = row
+        if source.subset is not None and row.get("subset") is None:
+            named = row | {"subset": source.subset}
+        try:
+            checked = parse_row(named)
+        except RowError as error:
+            yield row, RowProblem.at(place, error)
+        else:
+            yield row, checked.to_example(place, pairing=pairing or source.pairing, weight=source.weight)
 
 
 def place_below(path: str, place: str) -> str:

@@ -10,11 +10,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polar_ft.data.lint import FIELDS, DataReport, Lengths
+from polar_ft.data.lint import FIELDS, NAMED, DataReport, Lengths
 from polar_ft.data.problems import PROBLEMS_SHOWN, FileProblem, RowProblem
 from polar_ft.errors import printable
 
 SUBSETS_SHOWN = 20
+
+_FINDINGS = {
+    "held_out_prompts": "prompt is held out",
+    "chosen_equals_rejected": "chosen = rejected",
+    "duplicate_pairs": "duplicates",
+    "contradictory_pairs": "contradictions",
+    "empty": "empty",
+    "repeated_ids": "repeated ids",
+}
 
 
 def show_problems(console: Console, problems: Sequence[RowProblem], more: str = "") -> None:
@@ -65,6 +74,14 @@ def show_report(console: Console, report: DataReport) -> None:
     for title, table in parts:
         console.print(f"\n{title}", soft_wrap=True)
         console.print(table)
+    if report.named:
+        console.print("\n[bold]rows[/]")
+    for finding, label in _FINDINGS.items():
+        if rows := report.named.get(finding):
+            more = ", …" if len(rows) == NAMED else ""
+            console.print(f"[yellow]{label}[/]: {_plain(', '.join(rows))}{more}", soft_wrap=True)
+    for warning in report.warnings:
+        console.print(f"\n[yellow]warning[/] {_plain(warning)}", soft_wrap=True)
     if report.extra_fields:
         names = ", ".join(f"{name} ({count:,})" for name, count in report.extra_fields.items())
         console.print(f"\n[bold]extra fields[/] (kept, in so many rows): {_plain(names)}")
@@ -173,6 +190,10 @@ def _findings_table(report: DataReport) -> Table:
         ("an earlier pair, chosen and rejected exchanged", report.contradictory_pairs),
     ):
         table.add_row(label, _flagged(count), share(count))
+    if report.held_out_prompts is not None:
+        table.add_row("prompts of the held-out data", _flagged(report.held_out_prompts), "rows")
+    if report.repeated_ids:
+        table.add_row("ids of an earlier row", _flagged(report.repeated_ids), "rows")
     if report.rows_with_several_references:
         several = f"{report.rows_with_several_references:,}"
         table.add_row("several references (training takes the first)", several, "rows")

@@ -67,6 +67,24 @@ def test_check_as_json_is_nothing_but_json(write_rows: WriteRows) -> None:
     }
 
 
+def test_check_writes_the_good_rows(write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = [pair(id=n, prompt=f"{n}") for n in range(5)]
+    path = write_rows("in.jsonl", [*rows, rows[0], pair(chosen=3), pair(prompt="again")])
+    held_out = write_rows("held_out.jsonl", [rows[1]])
+    done = polar_ft("check", path, "--held-out", held_out)
+    assert done.returncode == 1
+    assert f"prompt is held out: {path}:2\n" in done.stdout
+    assert f"duplicates: {path}:6 (as {path}:1)\n" in done.stdout
+    fixed = tmp_path / "fixed.jsonl"
+    done = polar_ft("check", path, "--held-out", held_out, "--fix", fixed)
+    assert (done.returncode, done.stderr) == (0, f"{fixed}: 5 good rows, 3 left out\n")
+    assert [json.loads(line) for line in fixed.read_text().splitlines()] == [
+        rows[0],
+        *rows[2:],
+        pair(prompt="again"),
+    ]
+
+
 def test_convert_then_split_then_preview(
     write_rows: WriteRows, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
