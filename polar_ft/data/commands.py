@@ -6,7 +6,7 @@ Results go to standard output and progress bars to standard error, so that outpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ from rich.progress import (
 from polar_ft.data.converters import CONVERTERS, Recognised, convert_file, parse_mapping, recognise_file
 from polar_ft.data.lint import check
 from polar_ft.data.preview import read_example, run_text, summary_table, token_runs
+from polar_ft.data.problems import FileProblem, raise_problems
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     DataSource,
@@ -33,10 +34,10 @@ from polar_ft.data.reading import (
     expand,
     size_in_bytes,
 )
-from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, show_problems, show_report
+from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, report_as_json, show_problems, show_report
 from polar_ft.data.split import Side, split_by_prompt
-from polar_ft.data.writing import refuse_to_overwrite
-from polar_ft.errors import PolarError
+from polar_ft.data.writing import open_rows, refuse_to_overwrite
+from polar_ft.errors import PolarError, printable
 from polar_ft.options import (
     AllowTokenizerCode,
     Force,
@@ -85,12 +86,22 @@ def check_command(
     separator: SeparatorToken = None,
     reward_token: RewardToken = None,
     add_reward_tokens: AddTokens = False,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Held-out data, whose prompts must not be among those of FILES; repeatable."),
+    ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write the good rows to a .jsonl or .jsonl.gz file."),
+    ] = None,
+    force: Force = False,
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Name every bad row, count what the data contains, and show what truncation removes.
+    """Name bad rows, count what the data contains, and show what truncation removes.
 
-    Exits with status 1 if a row is bad.
+    Exits with status 1 if a row is bad or its prompt held out, unless --fix leaves it out. Also left out are
+    pairs that are duplicates, contradict an earlier pair, are equal or have an empty text.
     """
     template = None
     if tokenizer is not None:
@@ -106,13 +117,33 @@ def check_command(
     elif max_length is not None or max_response_length is not None:
         raise PolarError("--max-length and --max-response-length count tokens; add --tokenizer FOLDER")
     sources = _sources(files, split=split, pairing=pairing, max_line_mb=max_line_mb)
-    with _progress("checking", files) as on_bytes:
-        report = check(sources, template, on_bytes=on_bytes)
-    if as_json:
-        typer.echo(report.model_dump_json(indent=2))
-    else:
-        show_report(_console(), report)
-    if report.bad_rows:
+    held_out_sources = _sources(held_out, split=split, max_line_mb=max_line_mb) if held_out else []
+    if fix is not None:
+        refuse_to_overwrite([fix], force=force)
+    with open_rows(fix) if fix is not None else nullcontext() as out:
+        with _progress("checking", files) as on_bytes:
+            report = check(
+                sources,
+                template,
+                held_out=held_out_sources,
+                write=out.write if out else None,
+                on_bytes=on_bytes,
+            )
+        if as_json:
+            typer.echo(report_as_json(report))
+        else:
+            show_report(_console(), report)
+        if out is not None:
+            damaged = [problem for problem in report.problems if isinstance(problem, FileProblem)]
+            raise_problems(damaged, f"{fix}: nothing was written")
+            if not out.count:
+                raise PolarError(f"{fix}: there is no good row to write")
+    if out is not None:
+        left_out = report.rows + report.bad_rows - out.count
+        Console(stderr=True).print(
+            f"{printable(str(fix))}: {many(out.count, 'good row')}, {left_out:,} left out", soft_wrap=True
+        )
+    elif report.bad_rows or report.held_out_prompts:
         raise typer.Exit(1)
 
 
@@ -166,6 +197,10 @@ def convert_command(
         ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail and write nothing if a row is bad.")] = False,
+    keep_readable: Annotated[
+        bool,
+        typer.Option("--keep-readable", help="Convert what can be read of damaged files instead of failing."),
+    ] = False,
     force: Force = False,
     split: Annotated[
         str | None,
@@ -176,7 +211,8 @@ def convert_command(
     """Convert other data to rows of polar-ft; rows that cannot be used are dropped, counted and named.
 
     The formats are listed below the options; auto finds the format by looking at the first rows. If IN is a
-    folder, its sub-folders are read too.
+    folder, its sub-folders are read too. If a file cannot be read to its end, nothing is written, unless
+    --keep-readable is given.
     """
     refuse_to_overwrite([target], force=force)
     console, mapping = _console(), parse_mapping(names or ())
@@ -198,6 +234,7 @@ def convert_command(
             options=options,
             mapping=mapping,
             strict=strict,
+            keep_readable=keep_readable,
             on_bytes=on_bytes,
         )
     show_problems(console, done.problems)
@@ -212,6 +249,8 @@ def convert_command(
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
     if done.unusable:
         console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used (named above)[/]")
+    if done.damaged:
+        console.print(f"[red]{many(len(done.damaged), 'file')} could not be read to the end (named above)[/]")
     for reason, count in sorted(done.left_out.items()):
         console.print(f"left out {many(count, 'pair')} {reason}")
     if done.without_pairs:
@@ -292,12 +331,12 @@ def preview_command(
     about = [f"id {example.id}", f"wrapper {example.wrapper}"]
     about += [f"subset {example.subset}"] if example.subset else []
     about += [f"pairs (chosen > rejected): {', '.join(f'{a} > {b}' for a, b in example.pairs) or 'none'}"]
-    console.print(escape(" · ".join(about)), style="dim")
+    console.print(escape(printable(" · ".join(about))), style="dim")
     for run in shown:
         kept = sum(token.kind != "cut" for token in run.tokens)
         cut = len(run.tokens) - kept
         lost = f", [red]{cut:,} cut[/]" if cut else ""
-        console.print(f"\n[bold]{escape(run.title)}[/] — {kept:,} tokens{lost}")
+        console.print(f"\n[bold]{escape(printable(run.title))}[/] — {kept:,} tokens{lost}")
         console.print(run_text(run, width=console.width, everything=everything, ids=ids))
 
 
@@ -359,5 +398,5 @@ def _show_sides(sides: Sequence[Side]) -> None:
         table.add_row(escape(str(side.path)), share, f"{side.rows:,}", f"{side.pairs:,}")
         if set(side.subsets) != {None}:
             for name, rows in side.subsets.most_common(SUBSETS_SHOWN):
-                table.add_row(f"[dim]  {escape(name or '(none)')}[/]", "", f"[dim]{rows:,}[/]")
+                table.add_row(f"[dim]  {escape(printable(name or '(none)'))}[/]", "", f"[dim]{rows:,}[/]")
     _console().print(table)

@@ -329,6 +329,11 @@ def parse_row(row: Any) -> PairRow | RankedRow:
     """
     if not isinstance(row, Mapping):
         raise RowError("", f"the row is {describe(row)} — write one JSON object a line")
+    for key in row:
+        try:
+            _whole_characters(key)
+        except ValueError as error:
+            raise RowError(key, str(error)) from None
     both = {"chosen", "rejected"} & row.keys() if "responses" in row else set()
     if both:
         others = " and ".join(sorted(both))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -39,12 +41,14 @@ def test_check_of_good_rows(write_rows: WriteRows, tokenizer_folder: Path) -> No
     assert max(map(len, done.stdout.splitlines()[1:])) <= 100
 
 
-def test_check_names_every_bad_row_and_fails(write_rows: WriteRows) -> None:
+def test_check_names_twenty_bad_rows_and_fails(write_rows: WriteRows) -> None:
     path = write_rows("bad.jsonl", [pair(), *[pair(chosen=[{"role": 1, "content": ""}])] * 30])
     done = polar_ft("check", path)
     assert done.returncode == 1
-    for line in range(2, 32):
+    for line in range(2, 22):
         assert f"bad row {path}:{line}: chosen[0].role: is the number 1 — must be a string" in done.stdout
+    assert "bad.jsonl:22:" not in done.stdout
+    assert "… and 10 bad rows more (--json lists them all)" in done.stdout
     assert "1 row, 1 pair, 1 prompt, 30 bad rows" in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -61,6 +65,24 @@ def test_check_as_json_is_nothing_but_json(write_rows: WriteRows) -> None:
         "field": "weight",
         "reason": "is the number 0 — must be greater than 0",
     }
+
+
+def test_check_writes_the_good_rows(write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = [pair(id=n, prompt=f"{n}") for n in range(5)]
+    path = write_rows("in.jsonl", [*rows, rows[0], pair(chosen=3), pair(prompt="again")])
+    held_out = write_rows("held_out.jsonl", [rows[1]])
+    done = polar_ft("check", path, "--held-out", held_out)
+    assert done.returncode == 1
+    assert f"prompt is held out: {path}:2\n" in done.stdout
+    assert f"duplicates: {path}:6 (as {path}:1)\n" in done.stdout
+    fixed = tmp_path / "fixed.jsonl"
+    done = polar_ft("check", path, "--held-out", held_out, "--fix", fixed)
+    assert (done.returncode, done.stderr) == (0, f"{fixed}: 5 good rows, 3 left out\n")
+    assert [json.loads(line) for line in fixed.read_text().splitlines()] == [
+        rows[0],
+        *rows[2:],
+        pair(prompt="again"),
+    ]
 
 
 def test_convert_then_split_then_preview(
@@ -99,6 +121,29 @@ def test_convert_then_split_then_preview(
     assert max(map(len, done.stdout.splitlines()[1:])) <= 100
 
 
+def test_a_file_that_was_cut_off_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    content = gzip.compress(json.dumps([pair(id=f"{random.random()}") for _ in range(2000)]).encode())
+    (tmp_path / "data" / "rows.json.gz").write_bytes(content[: len(content) * 2 // 3])
+    target = tmp_path / "out.jsonl"
+    target.write_text("earlier\n")
+
+    done = polar_ft("convert", "ranked", "data", target, "--force", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 file cannot be used:" in done.stderr
+    assert "data/rows.json.gz:13" in done.stderr
+    assert "nothing was written; 1,3" in done.stderr
+    assert target.read_text() == "earlier\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "out.jsonl"}
+
+    done = polar_ft("convert", "ranked", "data", target, "--force", "--keep-readable", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    count = len(target.read_text().splitlines())
+    assert 1300 < count < 1340
+    assert f"{count:,} pairs from {count:,} rows" in done.stdout
+    assert "1 file could not be read to the end (named above)" in done.stdout
+
+
 def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) -> None:
     source = write_rows("rmb.jsonl", [*rmb_pairs([("a", "b")], {"a": 2.0, "b": 1.0}, "One?"), *RMB_ROWS])
     done = polar_ft("convert", "rmb", source, tmp_path / "out.jsonl")
@@ -120,7 +165,7 @@ def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) ->
         (["check", "in.jsonl", "--max-length", 9], "count tokens; add --tokenizer FOLDER"),
         (["check", "in.jsonl", "--tokenizer", "no/such/folder"], "no such folder"),
         (["check", "in.jsonl", "--max-line-mb", 0], "max_line_mb"),
-        (["convert", "xml", "in.jsonl", "out.jsonl"], "xml: no such format; there are chat-pairs, "),
+        (["convert", "xml", "in.jsonl", "out.jsonl"], "xml: no such format; there are auto, arena, chat-pairs, "),
         (["convert", "ranked", "in.jsonl", "out.csv"], "the name must end in .jsonl or .jsonl.gz"),
         (["convert", "hh-rlhf", "in.jsonl", "out.jsonl", "--pairing", "all"], "is no option of the format"),
         (["convert", "ranked", "in.jsonl", "in.jsonl/out.jsonl"], "cannot be written"),

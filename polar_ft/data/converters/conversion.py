@@ -11,11 +11,13 @@ from typing import Any
 from polar_ft.data.converters.catalogue import CONVERTERS
 from polar_ft.data.converters.mapping import mapped
 from polar_ft.data.converters.recognise import reads, recognise
+from polar_ft.data.problems import FileProblem
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     OnBytes,
     RowProblem,
     expand,
+    place_below,
     raise_problems,
     read_rows,
 )
@@ -37,7 +39,7 @@ class Conversion:
         left_out: Number of pairs that were dropped, by reason.
         without_pairs: Rows (prompts, if the format gathers the rows of a prompt) that gave nothing because
             all their pairs were dropped.
-        problems: Rows that could not be used; of a prompt that could not be used, its first row.
+        problems: Rows and files that could not be used; of a prompt that could not be used, its first row.
         unusable: Rows that could not be used, all rows of such a prompt among them.
     """
 
@@ -50,6 +52,11 @@ class Conversion:
     problems: list[RowProblem] = field(default_factory=list)
     unusable: int = 0
 
+    @property
+    def damaged(self) -> list[RowProblem]:
+        """The problems of files that cannot be read, or not to their end."""
+        return [problem for problem in self.problems if isinstance(problem, FileProblem)]
+
 
 def convert_file(
     name: str,
@@ -61,6 +68,7 @@ def convert_file(
     options: Mapping[str, Any] | None = None,
     mapping: Mapping[str, str] | None = None,
     strict: bool = False,
+    keep_readable: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> Conversion:
     """Converts a file; rows that cannot be used are dropped and named in the result.
@@ -76,14 +84,15 @@ def convert_file(
         options: Keyword arguments of the converter.
         mapping: Names of fields, as the converter expects them and as the source has them; see `mapped`.
         strict: Write nothing if a row cannot be used.
+        keep_readable: Write what can be read although a file is damaged.
         on_bytes: See `read_rows`.
 
     Raises:
-        DataError: A row cannot be used, and ``strict`` is set.
+        DataError: A row cannot be used, and ``strict`` is set; or a file cannot be read, or not to its end.
         PolarError: There is no such converter, option or file, or no row could be used; nothing is written.
     """
     if name not in CONVERTERS:
-        raise PolarError(f"{name}: no such format; there are {', '.join(sorted(CONVERTERS))}")
+        raise PolarError(f"{name}: no such format; there are auto, {', '.join(sorted(CONVERTERS))}")
     fmt, options = CONVERTERS[name], options or {}
     for option, value in options.items():
         if option not in fmt.options:
@@ -99,7 +108,7 @@ def convert_file(
         nonlocal first
         for file in expand(source, recursive=True):
             for place, row in read_rows(file, split or fmt.split, max_line_mb=max_line_mb, on_bytes=on_bytes):
-                done.rows_in += 1
+                done.rows_in += not isinstance(row, FileProblem)
                 try:
                     if mapping and not isinstance(row, RowProblem):
                         row = mapped(row, mapping)
@@ -107,7 +116,7 @@ def convert_file(
                     row = RowProblem.at(place, error)
                 if isinstance(row, RowProblem):
                     done.problems.append(row)
-                    done.unusable += 1
+                    done.unusable += not isinstance(row, FileProblem)
                 else:
                     first = first or (place, row)
                     yield place, row
@@ -119,7 +128,7 @@ def convert_file(
         for place, unit in units:
             try:
                 converted = fmt.convert(unit, **{**fmt.options_at(place), **options})
-                rows = _named(place, converted.rows)
+                rows = _named(place_below(source, place), converted.rows)
                 for row in rows:
                     parse_row(row)
             except RowError as error:
@@ -134,6 +143,10 @@ def convert_file(
                 done.pairs += "responses" not in row
         if strict:
             raise_problems(done.problems)
+        if done.damaged and not keep_readable:
+            readable = f"{done.rows_in:,} row{'' if done.rows_in == 1 else 's'} could be read"
+            advice = f"nothing was written; {readable}, and --keep-readable converts them"
+            raise_problems(done.damaged, advice)
         if not out.count:
             raise PolarError(_why_nothing(name, source, done, first))
     return done
@@ -156,9 +169,8 @@ def _gathered(
     yield from groups.values()
 
 
-def _named(place: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sets the id of rows without one to their place in the source."""
-    at = Path(place).name
+def _named(at: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sets the id of rows without one to their place below the source."""
     named = []
     for number, row in enumerate(rows, start=1):
         if row.get("id") is None:
