@@ -7,14 +7,13 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
 
 from polar_ft.data.reading import DataSource, OnBytes, RowProblem, expand, parsed_rows, read_examples
-from polar_ft.data.records import Example, RowError
+from polar_ft.data.records import Example, RowError, batches
 from polar_ft.data.split import prompt_key
 from polar_ft.groups import TokenGroup
 from polar_ft.template import EncodeError, PolarTemplate
@@ -405,12 +404,12 @@ def _encode(
     if template is None:
         yield from ((example, None) for example in examples)
         return
-    examples = iter(examples)
+    iterator = batches(examples, BATCH)
     workers = min(8, os.cpu_count() or 1)
     pending: deque[Future[Measured]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         while True:
-            while len(pending) < 2 * workers and (batch := list(islice(examples, BATCH))):
+            while len(pending) < 2 * workers and (batch := next(iterator, None)):
                 pending.append(pool.submit(_encode_batch, batch, template))
             if not pending:
                 return

@@ -14,7 +14,7 @@ candidates, and the pairs of them. Unknown fields are kept for reports.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -31,6 +31,11 @@ from pydantic import (
 
 from polar_ft.errors import PolarError
 from polar_ft.groups import Pairing, TextGroup, Wrapper
+
+# Tokenizing takes up to a kilobyte of memory for a character. A million characters are 16 times what a POLAR
+# model reads, at four characters a token.
+MAX_CHARS = 2**20
+BATCH_CHARS = 2**21
 
 
 class RowError(PolarError):
@@ -349,9 +354,46 @@ def parse_row(row: Any) -> PairRow | RankedRow:
         fields["reference"] = ""
     model: type[PairRow | RankedRow] = RankedRow if "responses" in row else PairRow
     try:
-        return model.model_validate(fields)
+        checked = model.model_validate(fields)
     except ValidationError as error:
         raise _row_error(error, row) from None
+    for name, text in _texts(checked):
+        chars = len(text) if isinstance(text, str) else sum(len(message.content) for message in text)
+        if chars > MAX_CHARS:
+            reason = f"has {chars:,} characters, and no model reads so many; cut it to {MAX_CHARS:,} at most"
+            raise RowError(name, reason)
+    return checked
+
+
+def _texts(row: PairRow | RankedRow) -> Iterator[tuple[str, str | Sequence[Message]]]:
+    """The texts of a row with their places."""
+    yield "prompt", row.prompt
+    if row.reference is not None:
+        yield "reference", row.reference
+    for number, reference in enumerate(row.references or ()):
+        yield f"references[{number}]", reference
+    if isinstance(row, PairRow):
+        yield from (("chosen", row.chosen), ("rejected", row.rejected))
+    else:
+        yield from (
+            (f"responses[{number}]", response.messages or response.content or "")
+            for number, response in enumerate(row.responses)
+        )
+
+
+def batches(examples: Iterable[Example], rows: int) -> Iterator[list[Example]]:
+    """Batches of at most so many examples and (but for a single one) `BATCH_CHARS` characters."""
+    batch: list[Example] = []
+    chars = 0
+    for example in examples:
+        more = sum(map(len, (example.prompt, *example.references, *example.candidates)))
+        if batch and (len(batch) == rows or chars + more > BATCH_CHARS):
+            yield batch
+            batch, chars = [], 0
+        batch.append(example)
+        chars += more
+    if batch:
+        yield batch
 
 
 _HAVE_DEFAULTS = ("weight", "wrapper")
