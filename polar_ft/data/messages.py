@@ -28,6 +28,7 @@ _ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
+_KNOWN = frozenset(("system", "user", "assistant", "tool"))
 
 
 def plain_message(message: Any) -> Any:
@@ -47,6 +48,12 @@ def plain_message(message: Any) -> Any:
     """
     if not isinstance(message, Mapping):
         return message
+    if (
+        message.get("role") in _KNOWN
+        and type(message.get("content")) is str
+        and not message.get("tool_calls")
+    ):
+        return message  # nearly all are of this kind
     if "from" in message and "value" in message and "role" not in message:
         rest = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": message["from"], "content": message["value"], **rest}

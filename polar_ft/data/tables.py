@@ -208,8 +208,8 @@ def _read_csv(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Iterator[R
                     yield f"{name}:{start}", RowProblem(name, start, "", row) if isinstance(row, str) else row
     except _TooLongError:
         reason = (
-            f"the row is over the limit of {max_bytes / 2**20:.3g} MB — a quote in it may not be closed; else "
-            "raise max_line_mb (--max-line-mb). The rest of the file was not read"
+            f"the row is over the limit of {max_bytes / 2**20:.3g} MB — a quote in it may not be closed; "
+            "else raise max_line_mb (--max-line-mb). The rest of the file was not read"
         )
         yield f"{name}:{start}", FileProblem(name, start, "", reason)
     except csv.Error as error:
