@@ -28,7 +28,7 @@ _ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-_KNOWN = frozenset(("system", "user", "assistant", "tool"))
+_KNOWN = ("system", "user", "assistant", "tool")
 
 
 def plain_message(message: Any) -> Any:

@@ -82,7 +82,7 @@ def test_roles_of_sharegpt() -> None:
         assert plain_message({"from": theirs, "value": "A"}) == {"role": ours, "content": "A"}
 
 
-@pytest.mark.parametrize("value", [None, 3, "text", [], {"text": "A"}])
+@pytest.mark.parametrize("value", [None, 3, "text", [], {"text": "A"}, {"role": [1], "content": "A"}])
 def test_what_is_no_message_stays_as_it_is(value: Any) -> None:
     assert plain_message(value) == value
 
