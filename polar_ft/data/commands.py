@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from polar_ft.data.converters import CONVERTERS, convert_file
+from polar_ft.data.converters import CONVERTERS, Recognised, convert_file, parse_mapping, recognise_file
 from polar_ft.data.lint import check
 from polar_ft.data.preview import read_example, run_text, summary_table, token_runs
 from polar_ft.data.problems import FileProblem, raise_problems
@@ -158,7 +158,9 @@ def _formats() -> str:
 
 @data_app.command("convert", epilog=_formats())
 def convert_command(
-    data_format: Annotated[str, typer.Argument(metavar="FORMAT", help="One of the formats listed below.")],
+    data_format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="One of the formats listed below, or auto.")
+    ],
     source: Input,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A .jsonl or .jsonl.gz file.")],
     pairing: Annotated[
@@ -168,15 +170,31 @@ def convert_command(
         ),
     ] = None,
     reference: Annotated[
-        Literal["best", "none"] | None,
+        Literal["best", "pairs", "none"] | None,
         typer.Option(
-            help="Where the data has no reference: the best response becomes it, or it is empty. (default: "
-            "best for ranked, ultrafeedback and rmb, none for rewardbench-2 and rm-bench)"
+            help="Where the data has no reference: the best response becomes it (pairs, for rmb and "
+            "rmb-polar: the one that the pairs alone say is best), or it is empty. (default: best for "
+            "ranked, ultrafeedback, nectar, rmb and rmb-polar, none for rewardbench-2 and rm-bench)"
         ),
     ] = None,
     score: Annotated[
-        Literal["overall", "fine-grained"] | None,
-        typer.Option(help="ultrafeedback: the score that orders the answers. (default: overall)"),
+        Literal["overall", "fine-grained", "better", "safer"] | None,
+        typer.Option(
+            help="What orders the answers. ultrafeedback: overall or fine-grained (default: overall); "
+            "pku-saferlhf: better or safer (default: better)"
+        ),
+    ] = None,
+    domain: Annotated[
+        Literal["chat", "code", "math", "safety-refuse", "safety-response"] | None,
+        typer.Option(help="rm-bench: domain of rows without one. (default: from the name of the file)"),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="OURS=THEIRS",
+            help="Read the field THEIRS as OURS, e.g. prompt=question,chosen=answers.0 (repeatable).",
+        ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail and write nothing if a row is bad.")] = False,
     keep_readable: Annotated[
@@ -192,12 +210,19 @@ def convert_command(
 ) -> None:
     """Convert other data to rows of polar-ft; rows that cannot be used are dropped, counted and named.
 
-    If a file cannot be read to its end, nothing is written, unless --keep-readable is given.
-
-    The formats are listed below the options. If IN is a folder, its sub-folders are read too.
+    The formats are listed below the options; auto finds the format by looking at the first rows. If IN is a
+    folder, its sub-folders are read too. If a file cannot be read to its end, nothing is written, unless
+    --keep-readable is given.
     """
     refuse_to_overwrite([target], force=force)
-    given = {"pairing": pairing, "reference": reference, "score": score}
+    console, mapping = _console(), parse_mapping(names or ())
+    if data_format == "auto":
+        found = recognise_file(
+            CONVERTERS, source, split=split or "train", max_line_mb=max_line_mb, mapping=mapping
+        )
+        data_format = found.name
+        _show_recognised(console, source, found)
+    given = {"pairing": pairing, "reference": reference, "score": score, "domain": domain}
     options = {name: value for name, value in given.items() if value is not None}
     with _progress("converting", expand(source, recursive=True)) as on_bytes:
         done = convert_file(
@@ -207,22 +232,23 @@ def convert_command(
             split=split,
             max_line_mb=max_line_mb,
             options=options,
+            mapping=mapping,
             strict=strict,
             keep_readable=keep_readable,
             on_bytes=on_bytes,
         )
-    console = _console()
     show_problems(console, done.problems)
     written = [(done.pairs, "pair"), (done.ranked, "ranked row")]
     counts = " and ".join(many(count, thing) for count, thing in written if count)
+    prompts = "" if done.prompts_in is None else f" of {many(done.prompts_in, 'prompt')}"
     console.print(
-        f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}",
+        f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}{prompts}",
         soft_wrap=True,  # so that a path stays on one line
     )
     if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
-    if bad := len(done.problems) - len(done.damaged):
-        console.print(f"[yellow]left out {many(bad, 'row')} that cannot be used (named above)[/]")
+    if done.unusable:
+        console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used (named above)[/]")
     if done.damaged:
         console.print(f"[red]{many(len(done.damaged), 'file')} could not be read to the end (named above)[/]")
     for reason, count in sorted(done.left_out.items()):
@@ -230,6 +256,21 @@ def convert_command(
     if done.without_pairs:
         unit = "prompt" if CONVERTERS[data_format].gather else "row"
         console.print(f"left out {many(done.without_pairs, unit)} of which no pair was left")
+
+
+def _show_recognised(console: Console, source: str, found: Recognised) -> None:
+    """Says which format was recognised, how sure that is, and why."""
+    rows = f"{found.read:,} of the {many(found.looked_at, 'row')} looked at"
+    console.print(
+        f"[bold]{escape(source)}[/]: {found.name} ({found.certainty}): it reads {rows}", soft_wrap=True
+    )
+    if found.same:
+        console.print(f"  the same as {', '.join(found.same)}")
+    if found.rivals:
+        console.print(f"  {', '.join(found.rivals)} would read them too, and would convert them differently")
+    known = f"  it reads the fields {', '.join(found.known)}"
+    kept = f"; it keeps {', '.join(found.unknown)} as they are" if found.unknown else ""
+    console.print(escape(known + kept), soft_wrap=True)
 
 
 @data_app.command("split")

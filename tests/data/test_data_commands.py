@@ -149,7 +149,7 @@ def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) ->
     done = polar_ft("convert", "rmb", source, tmp_path / "out.jsonl")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        f"{tmp_path}/out.jsonl: 1 pair from 3 rows",
+        f"{tmp_path}/out.jsonl: 1 pair from 3 rows of 2 prompts",
         "left out 2 pairs with the answer that became the reference",
         "left out 1 prompt of which no pair was left",
     ]
@@ -165,7 +165,7 @@ def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) ->
         (["check", "in.jsonl", "--max-length", 9], "count tokens; add --tokenizer FOLDER"),
         (["check", "in.jsonl", "--tokenizer", "no/such/folder"], "no such folder"),
         (["check", "in.jsonl", "--max-line-mb", 0], "max_line_mb"),
-        (["convert", "xml", "in.jsonl", "out.jsonl"], "xml: no such format; there are chat-pairs, "),
+        (["convert", "xml", "in.jsonl", "out.jsonl"], "xml: no such format; there are auto, arena, chat-pairs, "),
         (["convert", "ranked", "in.jsonl", "out.csv"], "the name must end in .jsonl or .jsonl.gz"),
         (["convert", "hh-rlhf", "in.jsonl", "out.jsonl", "--pairing", "all"], "is no option of the format"),
         (["convert", "ranked", "in.jsonl", "in.jsonl/out.jsonl"], "cannot be written"),
