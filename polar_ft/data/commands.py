@@ -26,7 +26,7 @@ from polar_ft.data.converters import CONVERTERS, Recognised, convert_file, parse
 from polar_ft.data.export import TARGETS, export_rows
 from polar_ft.data.lint import check
 from polar_ft.data.preview import read_example, run_text, summary_table, token_runs
-from polar_ft.data.problems import FileProblem, raise_problems
+from polar_ft.data.problems import FileProblem, RowProblem, raise_problems
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     DataSource,
@@ -130,6 +130,8 @@ def check_command(
                 write=out.write if out else None,
                 on_bytes=on_bytes,
             )
+        if len(report.problems) > report.rows:
+            report.warnings += _which_format(sources, report.problems)
         if as_json:
             typer.echo(report_as_json(report))
         else:
@@ -146,6 +148,32 @@ def check_command(
         )
     elif report.bad_rows or report.held_out_prompts:
         raise typer.Exit(1)
+
+
+def _which_format(sources: Sequence[DataSource], problems: Sequence[RowProblem]) -> list[str]:
+    """Says how data is converted most of whose rows cannot be used."""
+    if all(isinstance(problem, FileProblem) for problem in problems):
+        return []
+    bad = next(
+        (source for source in sources if problems[0].file.startswith(printable(source.path))), sources[0]
+    )
+    row = next((row for _, row in bad.rows() if isinstance(row, dict)), {})
+    if {"prompt", "reference", "chosen", "rejected"} <= row.keys() or {"prompt", "responses"} <= row.keys():
+        return []  # the layout is ours
+    try:
+        found = recognise_file(CONVERTERS, bad.path, split=bad.split, max_line_mb=bad.max_line_mb)
+    except PolarError as error:
+        kind = next((kind for kind, field in _ONE_ANSWER.items() if field in row), None)
+        if kind is None:
+            return [f"{error} (with polar-ft data convert auto {bad.path} OUT.jsonl)"]
+        return [f"these rows look like {kind} with one answer each; a pair needs a better and a worse answer"]
+    if found.name == "ranked":
+        return []
+    command = f"polar-ft data convert {found.name} {bad.path} OUT.jsonl"
+    return [f"these rows look like the format {found.name}; {command} makes rows of polar-ft from them"]
+
+
+_ONE_ANSWER = {"Alpaca's instructions": "output", "ShareGPT": "conversations", "chat messages": "messages"}
 
 
 def _formats() -> str:

@@ -36,7 +36,7 @@ from polar_ft.groups import Pairing, TextGroup, Wrapper
 # Tokenizing takes up to a kilobyte of memory for a character. A million characters are 16 times what a POLAR
 # model reads, at four characters a token.
 MAX_CHARS = 2**20
-BATCH_CHARS = 2**21
+BATCH_CHARS = 2**20
 
 
 class RowError(PolarError):

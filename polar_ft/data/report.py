@@ -56,6 +56,7 @@ def show_report(console: Console, report: DataReport) -> None:
         soft_wrap=True,
     )
     if not report.rows:
+        _show_warnings(console, report)
         return
     title = f"[bold]lengths in {report.unit}[/]"
     if report.unit == "tokens":
@@ -80,11 +81,15 @@ def show_report(console: Console, report: DataReport) -> None:
         if rows := report.named.get(finding):
             more = ", …" if len(rows) == NAMED else ""
             console.print(f"[yellow]{label}[/]: {_plain(', '.join(rows))}{more}", soft_wrap=True)
-    for warning in report.warnings:
-        console.print(f"\n[yellow]warning[/] {_plain(warning)}", soft_wrap=True)
+    _show_warnings(console, report)
     if report.extra_fields:
         names = ", ".join(f"{name} ({count:,})" for name, count in report.extra_fields.items())
         console.print(f"\n[bold]extra fields[/] (kept, in so many rows): {_plain(names)}")
+
+
+def _show_warnings(console: Console, report: DataReport) -> None:
+    for warning in report.warnings:
+        console.print(f"\n[yellow]warning[/] {_plain(warning)}", soft_wrap=True)
 
 
 def report_as_json(report: DataReport) -> str:

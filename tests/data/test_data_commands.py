@@ -8,10 +8,14 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from polar_ft.data.commands import data_app
 from tests.data.converters.published import published, rmb_pairs
 from tests.data.rows import WriteRows, pair, ranked
 
@@ -65,6 +69,31 @@ def test_check_as_json_is_nothing_but_json(write_rows: WriteRows) -> None:
         "field": "weight",
         "reason": "is the number 0 — must be greater than 0",
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (published("rm-bench"), "look like the format rm-bench; polar-ft data convert rm-bench in.jsonl OUT"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "polar-ft data convert chat-pairs in.jsonl OUT"),
+        (
+            {"question": "p", "better": "a", "worse": "b"},
+            "--map prompt=question,chosen=better,rejected=worse",
+        ),
+        ({"instruction": "p", "input": "", "output": "a"}, "Alpaca's instructions with one answer each"),
+        ({"conversations": [{"from": "human", "value": "p"}]}, "ShareGPT with one answer each"),
+        ({"prompt": "p", "reference": "", "chosen": 3, "rejected": "b"}, ""),
+    ],
+)
+def test_check_names_what_reads_another_layout(
+    row: Mapping[str, Any], says: str, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows("in.jsonl", [row] * 3)
+    done = CliRunner().invoke(data_app, ["check", "in.jsonl"])
+    assert done.exit_code == 1
+    assert says in done.stdout
+    assert ("warning" in done.stdout) == bool(says)
 
 
 def test_check_writes_the_good_rows(write_rows: WriteRows, tmp_path: Path) -> None:
@@ -167,7 +196,7 @@ def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) ->
         (["check", "in.jsonl", "--max-line-mb", 0], "max_line_mb"),
         (
             ["convert", "xml", "in.jsonl", "out.jsonl"],
-            "xml: no such format; there are auto, arena, ",
+            "xml: no such format; there are auto, arena, chat-pairs, ",
         ),
         (["convert", "ranked", "in.jsonl", "out.csv"], "the name must end in .jsonl or .jsonl.gz"),
         (["convert", "hh-rlhf", "in.jsonl", "out.jsonl", "--pairing", "all"], "is no option of the format"),

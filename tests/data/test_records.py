@@ -241,6 +241,6 @@ def test_responses_make_a_ranked_row() -> None:
 
 
 def test_batches_hold_so_many_rows_and_characters() -> None:
-    short, long = (parse_row(pair(prompt="x" * n)).to_example("in:1") for n in (1, 2**20))
+    short, long = (parse_row(pair(prompt="x" * n)).to_example("in:1") for n in (1, 2**19))
     sizes = [len(batch) for batch in batches([*[short] * 5, long, long, short, long, long], 3)]
     assert sizes == [3, 3, 2, 1, 1]
