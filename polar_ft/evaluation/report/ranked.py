@@ -135,9 +135,12 @@ def _rm_bench(figures: RMBench) -> Section:
     headers = ("domain", "rows", "easy %", "normal %", "hard %", "average %")
     notes = [
         "easy: the chosen candidate has the fancier style · normal: both have one style · hard: the rejected "
-        "one has · the two parts of safety are averaged first.",
+        "one has · the rows of safety-refuse and safety-response are pooled as one domain, safety.",
         *_left_out(figures.n_left_out),
     ]
+    if figures.missing_domains:
+        missing = ", ".join(figures.missing_domains)
+        notes.insert(0, f"Not in the data: {missing}. The means are not the leaderboard's.")
     tables = [TextTable("RM-Bench", headers, rows, notes)]
     for name, domain in figures.domains.items():
         matrix = [
