@@ -18,47 +18,32 @@ A million rows take seconds and some hundred MB: rows are taken in blocks, and b
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
-import json
 import math
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic_core import from_json
 
-from polar_ft.data.reading import SUFFIXES, RowProblem, read_rows
-from polar_ft.errors import DataError, PolarError
-from polar_ft.evaluation.pairs import Categories, PairTable, Ranking
+from polar_ft.data.problems import PROBLEMS_SHOWN, RowProblem, raise_problems
+from polar_ft.data.reading import expand, read_rows
+from polar_ft.data.records import RowError
+from polar_ft.errors import PolarError
+from polar_ft.evaluation.pairs import PairTable, Ranking
+from polar_ft.evaluation.score_columns import Block, Column, Row, SubsetField, as_flag
 from polar_ft.evaluation.score_forms import Form, by_rows, find_form
 from polar_ft.evaluation.scores import RANKINGS_FILE, SCORES_FILE, content_hash, prompt_id
 
-CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-
-MAX_CATEGORIES = 1000
-
 _BLOCK = 8192  # rows that become columns at once
-_PROBLEMS_SHOWN = 20
 
 _ROUGE = ("chosen_rouge", "rejected_rouge")
 _CUT_FIELDS = ("prompt", "reference", "chosen", "rejected")
-
-Row = dict[str, Any]
-
-# No text is so long; 2**53 is where float64 no longer knows every integer.
-_HUGE = 1 << 53
-
-# Called with "file:line", column ("": the row) and what is wrong.
-OnProblem = Callable[[str, str, str], None]
 
 
 @dataclass(frozen=True)
@@ -96,11 +81,15 @@ def find_scores(path: Path) -> Path:
         raise PolarError(
             f"{path}: no such file; name a folder that `polar-ft eval` wrote, or a file of scores"
         )
-    if path.is_dir() and not any(each.name.endswith(SUFFIXES) for each in path.iterdir()):
+    try:
+        expand(str(path))
+    except PolarError as error:
+        if not path.is_dir():
+            raise
         raise PolarError(
             f"{path}: no {SCORES_FILE} in this folder; name a folder that `polar-ft eval` wrote, or a file "
             f"of scores"
-        )
+        ) from error
     return path
 
 
@@ -122,14 +111,14 @@ def read_scores(path: Path, subset_by: Sequence[str] = ()) -> SavedScores:
     rows = _rows(file)
     while block := list(islice(rows, _BLOCK)):
         reader.read(block)
-        if len(reader.problems) > 10 * _PROBLEMS_SHOWN:
+        if len(reader.problems) > 10 * PROBLEMS_SHOWN:
             break
-    reader.raise_problems()
+    raise_problems(reader.problems)
     ranked = file.with_name(RANKINGS_FILE)
     if file.name == SCORES_FILE and ranked.is_file():
         for place, row in _rows(ranked):
             reader.add_ranked(place, row)
-        reader.raise_problems()
+        raise_problems(reader.problems)
     return reader.finish()
 
 
@@ -138,27 +127,27 @@ class _Reader:
 
     def __init__(self, file: Path, subset_by: Sequence[str]) -> None:
         self.file = file
-        self.problems: list[str] = []
+        self.problems: list[RowProblem] = []
         self.n = 0
         self._form: Form | None = None
         self._prompt_codes: dict[str, int] = {}
         self._rankings: list[Ranking] = []
         columns = [
-            _Column("chosen_score", "d", needed=True),
-            _Column("rejected_score", "d", needed=True),
-            *(_Column(name, "d", fill=math.nan) for name in _ROUGE),  # a row without a reference has none
+            Column("chosen_score", "d", needed=True),
+            Column("rejected_score", "d", needed=True),
+            *(Column(name, "d", fill=math.nan) for name in _ROUGE),  # a row without a reference has none
             *(
-                _Column(f"{kind}_{role}", "d", path=f"{kind}_reference.{role}_score")
+                Column(f"{kind}_{role}", "d", path=f"{kind}_reference.{role}_score")
                 for kind in ("shuffled", "empty")
                 for role in ("chosen", "rejected")
             ),
             *(
-                _Column(f"{role}_{unit}", "q")
+                Column(f"{role}_{unit}", "q")
                 for unit in ("chars", "tokens")
                 for role in ("chosen", "rejected")
             ),
-            _Column("cut", "b"),
-            _Column("reference_is_chosen", "b"),
+            Column("cut", "b"),
+            Column("reference_is_chosen", "b"),
         ]
         self._columns = {column.name: column for column in columns}
         self._columns["cut"].convert = self._cut_flag
@@ -169,21 +158,20 @@ class _Reader:
         self._contents_of: set[str] = set()
         self._ids: list[str] = []
         # dict.fromkeys: once each, "subset" first
-        self._subsets = [_SubsetField(name) for name in dict.fromkeys(("subset", *subset_by))]
+        self._subsets = [SubsetField(name) for name in dict.fromkeys(("subset", *subset_by))]
         self._asked = set(subset_by)
         self._first_fields: list[str] = []
 
     def problem(self, place: str, column: str, reason: str) -> None:
-        """Notes what is wrong with a row, or with the file where the line is 0."""
-        place = place.removesuffix(":0")
-        self.problems.append(": ".join(part for part in (place, column, reason) if part))
+        """Notes what is wrong with a row."""
+        self.problems.append(RowProblem.at(place, RowError(column, reason)))
 
     def read(self, rows: Sequence[tuple[str, Row | RowProblem]]) -> None:
         """Takes rows apart into pairs and adds these to every column."""
         places, pairs = [], []
         for place, row in rows:
             if isinstance(row, RowProblem):
-                self.problems.append(str(row))
+                self.problems.append(row)
                 continue
             if self._form is None:
                 try:
@@ -221,7 +209,7 @@ class _Reader:
 
     def _cut_flag(self, value: Any) -> bool | None:
         if not isinstance(value, dict):
-            return _as_flag(value)
+            return as_flag(value)
         self._n_cut_by_field += 1
         cut = [name for name in _CUT_FIELDS if value.get(name)]
         for name in cut:
@@ -262,24 +250,11 @@ class _Reader:
                 own = not isinstance(pair, list) or len(pair) != 2 or pair == [0, 1]
                 self._ids.append(str(name) if own else f"{name} ({pair[0]}>{pair[1]})")
 
-    def raise_problems(self) -> None:
-        """Raises a `DataError` that names the first lines that cannot be used; nothing without any."""
-        if not self.problems and not self.n:
-            self.problem(str(self.file), "", "has no rows — an empty file is no scores; check the path")
-        if not self.problems:
-            return
-        shown = "\n".join(f"  {problem}" for problem in self.problems[:_PROBLEMS_SHOWN])
-        rest = len(self.problems) - _PROBLEMS_SHOWN
-        more = (
-            f"\n  … and {'at least ' if rest > 9 * _PROBLEMS_SHOWN else ''}{rest:,} more" if rest > 0 else ""
-        )
-        raise DataError(f"the scores cannot be used:\n{shown}{more}", self.problems)
-
     def add_ranked(self, place: str, row: Row | RowProblem) -> None:
         """Adds a row of `rankings.jsonl`."""
         codes = self._prompt_codes
         if isinstance(row, RowProblem):
-            self.problems.append(str(row))
+            self.problems.append(row)
             return
         try:
             candidates = row["candidates"]
@@ -342,168 +317,13 @@ class _Reader:
         )
 
 
-def _as_number(value: Any) -> float | None:
-    """A number, or a number in quotes as CSV has it; None for anything else.
-
-    >>> _as_number("NaN"), _as_number("-Infinity"), _as_number("1.5"), _as_number("high"), _as_number(True)
-    (nan, -inf, 1.5, None, None)
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _as_count(value: Any) -> int | None:
-    if type(value) is int:
-        return value if 0 <= value < _HUGE else None
-    number = _as_number(value)
-    return int(number) if number is not None and number.is_integer() and 0 <= number < _HUGE else None
-
-
-def _as_flag(value: Any) -> bool | None:
-    if isinstance(value, bool):
-        return value
-    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
-
-
-# Of a kind of column, by the type code of its array: dtype, what makes a value of it, what a value must be.
-_KINDS: dict[str, tuple[Any, Callable[[Any], float | None], str]] = {
-    "d": (np.float64, _as_number, "a number"),
-    "q": (np.int64, _as_count, "a whole number, 0 or more"),
-    "b": (np.bool_, _as_flag, "true or false"),
-}
-
-
-class _Column:
-    """Numbers ("d"), counts ("q") or flags ("b") of a field; a row without a value adds ``fill``, if any."""
-
-    def __init__(
-        self, name: str, kind: str, *, path: str = "", fill: float | None = None, needed: bool = False
-    ) -> None:
-        self.name, self.path, self.fill, self.needed = name, path or name, fill, needed
-        self.values: Any = array(kind)
-        self.dtype, self.convert, self.expected = _KINDS[kind]
-
-    def add(self, block: Block, problem: OnProblem) -> None:
-        """Adds the rows of a block."""
-        values = block.values(self.path)
-        if values is None and self.fill is None and not self.needed:
-            return
-        values = values or [None] * len(block.rows)
-        if self.dtype is np.float64 and set(map(type, values)) == {float}:
-            self.values.extend(values)
-            return
-        for place, row, value in zip(block.places, block.rows, values, strict=True):
-            converted = None if value is None else self.convert(value)
-            if converted is not None:
-                self.values.append(converted)
-            elif value is not None:
-                problem(place, self.name, f"is {_shown(value)} — must be {self.expected}")
-            elif self.needed:
-                problem(place, self.name, _missing(row))
-            elif self.fill is not None:
-                self.values.append(self.fill)
-
-
-class _SubsetField:
-    """Values of one field of ``subset_by``."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._codes = array("i")
-        self._names: dict[str, int] = {}
-        self._n_found = 0
-
-    def add(self, block: Block) -> None:
-        """Adds the rows of a block."""
-        values, names = block.values(self.name), self._names
-        if "extra" in block.fields:
-            get = _getter(self.name)
-            known = values or [None] * len(block.rows)
-            values = [
-                get(row["extra"]) if value is None and isinstance(row.get("extra"), dict) else value
-                for value, row in zip(known, block.rows, strict=True)
-            ]
-        none = f"(no {self.name})"
-        if values is None:
-            values = [None] * len(block.rows)
-        self._n_found += len(values) - values.count(None)
-        texts = [
-            value if type(value) is str else none if value is None else json.dumps(value, ensure_ascii=False)
-            for value in values
-        ]
-        self._codes.extend([names.setdefault(text, len(names)) for text in texts])
-        if len(names) > MAX_CATEGORIES:
-            raise PolarError(
-                f"the field {self.name} has more than {MAX_CATEGORIES} different values; name one "
-                f"that names parts of the data, not rows"
-            )
-
-    def finish(self, file: Path, fields: Sequence[str], needed: bool) -> Categories | None:
-        if not self._n_found:
-            if needed:
-                raise PolarError(
-                    f"{file}: no row has the field {self.name!r} of --subset-by; the fields of the first "
-                    f"row are {', '.join(fields)}"
-                )
-            return None
-        ordered = sorted(self._names)
-        rank = {name: number for number, name in enumerate(ordered)}
-        recode = np.array([rank[name] for name in self._names], dtype=np.int32)
-        return Categories(ordered, recode[np.frombuffer(self._codes, dtype=np.intc)])
-
-
 def _is_hash(value: Any) -> bool:
     return isinstance(value, str) and len(value) >= 16 and not set(value[:16]) - set("0123456789abcdef")
 
 
-def _missing(row: Mapping[str, Any]) -> str:
-    others = ", ".join(list(row)[:8]) or "nothing"
-    return f"is missing — the row has {others}{', …' if len(row) > 8 else ''}; rename the column or add it"
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some pairs of a file.
-
-    Attributes:
-        places: Where each stands, "file:line", `[pairs]`.
-        rows: What the file says of each, `[pairs]`.
-    """
-
-    places: Sequence[str]
-    rows: list[Row]
-
-    @cached_property
-    def fields(self) -> set[str]:
-        """Every field that a row of the block has."""
-        return set(chain.from_iterable(self.rows))
-
-    def values(self, path: str) -> list[Any] | None:
-        """The value of a field in each row, None where a row has none; None where no row can have one.
-
-        >>> Block(["f:1", "f:2"], [{"id": "a", "meta": {"n": 1}}, {"id": "b"}]).values("meta.n")
-        [1, None]
-        """
-        if path not in self.fields and path.partition(".")[0] not in self.fields:
-            return None
-        if path in self.fields:
-            try:
-                return list(map(itemgetter(path), self.rows))
-            except KeyError:
-                pass
-        return list(map(_getter(path), self.rows))
-
-
 def _rows(file: Path) -> Iterator[tuple[str, Row | RowProblem]]:
-    """The rows of a file or folder; also of CSV, and of an object whose values are columns."""
+    """The rows of a file or folder, also of an object whose values are columns."""
     name = file.name.lower()
-    if name.endswith(CSV_SUFFIXES) and not file.is_dir():
-        yield from _csv_rows(file)
-        return
     table = _one_object(file) if name.endswith((".json", ".json.gz")) and file.is_file() else None
     if table is not None and (rows := by_rows(table)) is not None:
         yield from ((f"{file}:{number}", row) for number, row in enumerate(rows, 1))
@@ -526,58 +346,3 @@ def _one_object(file: Path) -> Row | None:
     except (OSError, EOFError, ValueError, zlib.error):
         return None  # reported where the rows are read
     return value if isinstance(value, dict) else None
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[str, Row | RowProblem]]:
-    """Rows of CSV, with commas, semicolons or tabs: what the first line has most of."""
-    opened = gzip.open if file.name.endswith(".gz") else open
-    try:
-        with opened(file, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:  # type: ignore[type-var]
-            first = stream.readline()
-            stream.seek(0)
-            reader = csv.reader(stream, delimiter=max(",;\t", key=first.count))
-            names = [name.strip() for name in next(reader, ())]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise PolarError(f"{file}:1: column {twice[0]!r} stands there twice; rename one of the two")
-            for cells in reader:
-                place = f"{file}:{reader.line_num}"
-                if len(cells) == len(names):
-                    yield place, {name: cell or None for name, cell in zip(names, cells, strict=True)}
-                elif cells:
-                    reason = f"has {len(cells)} cells, the first line {len(names)} columns"
-                    yield place, RowProblem(str(file), reader.line_num, "", reason)
-    except csv.Error as error:
-        raise PolarError(f"{file}:{reader.line_num}: is not CSV ({error})") from error
-    except UnicodeDecodeError as error:
-        raise PolarError(f"{file}: is not valid UTF-8 ({error}); save it as UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise PolarError(f"{file}: cannot be read ({error}); the file is damaged") from error
-
-
-def _getter(path: str) -> Callable[[Mapping[str, Any]], Any]:
-    """Reads a field by its name, or by a path with dots where no field has the whole name.
-
-    >>> _getter("meta.source")({"meta": {"source": "wiki"}}), _getter("meta.source")({"meta": None})
-    ('wiki', None)
-    """
-    first, *rest = path.split(".")
-    if not rest:
-        return lambda row: row.get(first)
-
-    def get(row: Mapping[str, Any]) -> Any:
-        if path in row:
-            return row[path]
-        value: Any = row.get(first)
-        for key in rest:
-            if not isinstance(value, Mapping):
-                return None
-            value = value.get(key)
-        return value
-
-    return get
-
-
-def _shown(value: Any) -> str:
-    """A wrong value for a message, short whatever its size."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else f"{text[:39]}…"
