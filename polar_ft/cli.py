@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 import polar_ft
 from polar_ft.client.commands import score
@@ -22,6 +23,7 @@ from polar_ft.doctor.commands import doctor, plan
 from polar_ft.errors import PolarError, printable
 from polar_ft.evaluation.commands import eval_app
 from polar_ft.evaluation.scale import calibrate
+from polar_ft.options import APP_SETTINGS
 from polar_ft.parity.commands import parity
 from polar_ft.serving.commands import serve
 
@@ -44,21 +46,30 @@ EXTRAS = {
     },
 }
 
+# The help lists them in the order of the work.
+COMMANDS = ("data", "doctor", "plan", "train", "convert", "eval", "serve", "score", "parity", "calibrate")
+
+
+class _InOrder(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(self.commands, key=COMMANDS.index)
+
+
 app = typer.Typer(
+    cls=_InOrder,
     help="Fine-tune, check, convert, evaluate and serve POLAR reward models.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    **APP_SETTINGS,
 )
 app.add_typer(data_app, name="data")
-app.add_typer(eval_app, name="eval")
-app.command("convert")(convert)
 app.command("doctor")(doctor)
 app.command("plan")(plan)
-app.command("calibrate")(calibrate)
-app.command("parity")(parity)
+app.command("convert")(convert)
+app.add_typer(eval_app, name="eval")
 app.command("serve")(serve)
 app.command("score")(score)
+app.command("parity")(parity)
+app.command("calibrate")(calibrate)
 
 
 @app.callback(invoke_without_command=True)
@@ -70,13 +81,28 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    help="Train like `xtuner train CONFIG …`, but exit with the status of the run.",
-    epilog="Options after CONFIG go to xtuner: --deepspeed deepspeed_zero2, --work-dir DIR, --resume PATH, "
-    "--cfg-options KEY=VALUE …; --resume auto resumes from the newest complete checkpoint, if any. "
-    "Processes: NPROC_PER_NODE in the environment; for several machines also NNODES, NODE_RANK, ADDR, PORT.",
+    options_metavar="",
+    epilog="""Options after CONFIG are those of `xtuner train`:
+
+\b
+  --deepspeed NAME         deepspeed_zero1, deepspeed_zero2, deepspeed_zero3,
+                           deepspeed_zero3_offload, or a JSON file
+  --work-dir DIR           Where checkpoints and logs go.
+                           [default: work_dirs/CONFIG]
+  --resume CHECKPOINT      Resume a run; auto takes the newest complete
+                           checkpoint, and starts anew if there is none.
+  --cfg-options KEY=VALUE  Other settings than the config's; several in a row.
+  --seed N                 Random seed.
+
+Processes: NPROC_PER_NODE in the environment; for several machines also NNODES, NODE_RANK, ADDR, PORT.""",
 )
-def train(context: typer.Context, config: Annotated[Path, typer.Argument(help="A config file.")]) -> None:
-    """Passes everything after CONFIG to xtuner."""
+def train(
+    context: typer.Context, config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A config file.")]
+) -> None:
+    """Train as `xtuner train` does, and exit with the run's status.
+
+    `xtuner train` itself exits with 0 even if training failed.
+    """
     from polar_ft.training.launch import launch
 
     raise typer.Exit(launch(str(config), context.args))
@@ -100,7 +126,7 @@ def run(command: typer.Typer) -> None:
             raise
         _fail(
             f"this command needs {error.name}, which the base install leaves out: "
-            f"pip install 'polar-ft[{extra}]'"
+            f"in the clone of polar_ft, pip install '.[{extra}]'"
         )
 
 

@@ -179,7 +179,7 @@ def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: It
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
     except ImportError as error:
         raise PolarError(
-            "running a tokenizer's own code needs transformers: pip install polar-ft[train]"
+            "running a tokenizer's own code needs transformers: pip install '.[train]'"
         ) from error
     tokenizer = get_class_from_dynamic_module(fast[-1], str(path)).from_pretrained(str(path))
     if not hasattr(tokenizer, "backend_tokenizer"):

@@ -298,7 +298,7 @@ def _shipped_code() -> Path:
     """The folder of xtuner 0.2.0 with the published model code; found without importing xtuner."""
     package = find_spec("xtuner")
     if package is None or not package.submodule_search_locations:
-        raise PolarError("xtuner 0.2.0 is needed for its InternLM2 model code: pip install polar-ft[train]")
+        raise PolarError("xtuner 0.2.0 is needed for its InternLM2 model code: pip install '.[train]'")
     root = Path(package.submodule_search_locations[0])
     return root / "tools" / "model_converters" / "modeling_internlm2_reward"
 

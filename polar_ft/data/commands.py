@@ -40,6 +40,7 @@ from polar_ft.data.split import Side, split_by_prompt
 from polar_ft.data.writing import open_rows, refuse_to_overwrite
 from polar_ft.errors import PolarError, printable
 from polar_ft.options import (
+    APP_SETTINGS,
     AllowTokenizerCode,
     Force,
     MaxLength,
@@ -52,23 +53,34 @@ from polar_ft.options import (
 from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate
 
 data_app = typer.Typer(
-    help="Check, convert, split and preview preference data.", no_args_is_help=True, add_completion=False
+    help="Check, convert, split and preview preference data.", no_args_is_help=True, **APP_SETTINGS
 )
 
 Files = Annotated[
-    list[str], typer.Argument(help="JSON lines (.jsonl, .jsonl.gz), Parquet, folders, or HuggingFace ids.")
+    list[str],
+    typer.Argument(
+        metavar="FILE", help="JSON lines (.jsonl, .jsonl.gz), Parquet, folders, or HuggingFace ids."
+    ),
 ]
 Input = Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or a HuggingFace id.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer counts tokens.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder of the model whose tokenizer counts tokens.")
+]
 SeparatorToken = Annotated[
     str | None,
     typer.Option(
-        help=f"Token between reference and candidate. (default: the model's own, else {SEPARATOR_TOKEN})"
+        metavar="TOKEN",
+        help="Token between reference and candidate.",
+        show_default=f"the model's own, else {SEPARATOR_TOKEN}",
     ),
 ]
 RewardToken = Annotated[
     str | None,
-    typer.Option(help=f"Token at the end, which is scored. (default: the model's own, else {REWARD_TOKEN})"),
+    typer.Option(
+        metavar="TOKEN",
+        help="Token at the end, which is scored.",
+        show_default=f"the model's own, else {REWARD_TOKEN}",
+    ),
 ]
 AddTokens = Annotated[
     bool, typer.Option("--add-reward-tokens", help="Add the two tokens if the tokenizer lacks them.")
@@ -99,7 +111,7 @@ def check_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Name bad rows, count what the data contains, and show what truncation removes.
+    """Name bad rows, count what there is, and show what truncation cuts.
 
     Exits with status 1 if a row is bad or its prompt held out, unless --fix leaves it out. Also left out are
     pairs that are duplicates, contradict an earlier pair, are equal or have an empty text.
@@ -195,27 +207,29 @@ def convert_command(
     pairing: Annotated[
         PairingName | None,
         typer.Option(
-            help="ranked: pair with the next worse response, or all worse ones. (default: adjacent)"
+            help="ranked: pair with the next worse response, or all worse ones.", show_default="adjacent"
         ),
     ] = None,
     reference: Annotated[
         Literal["best", "pairs", "none"] | None,
         typer.Option(
             help="Where the data has no reference: the best response becomes it (pairs, for rmb and "
-            "rmb-polar: the one that the pairs alone say is best), or it is empty. (default: best for "
-            "ranked, ultrafeedback, nectar, rmb and rmb-polar, none for rewardbench-2 and rm-bench)"
+            "rmb-polar: the one that the pairs alone say is best), or it is empty.",
+            show_default="best for ranked, ultrafeedback, nectar, rmb and rmb-polar, none for rewardbench-2 "
+            "and rm-bench",
         ),
     ] = None,
     score: Annotated[
         Literal["overall", "fine-grained", "better", "safer"] | None,
         typer.Option(
-            help="What orders the answers. ultrafeedback: overall or fine-grained (default: overall); "
-            "pku-saferlhf: better or safer (default: better)"
+            help="What orders the answers: overall or fine-grained for ultrafeedback, better or safer for "
+            "pku-saferlhf.",
+            show_default="overall; better",
         ),
     ] = None,
     domain: Annotated[
         Literal["chat", "code", "math", "safety-refuse", "safety-response"] | None,
-        typer.Option(help="rm-bench: domain of rows without one. (default: from the name of the file)"),
+        typer.Option(help="rm-bench: domain of rows without one.", show_default="from the name of the file"),
     ] = None,
     names: Annotated[
         list[str] | None,
@@ -233,11 +247,15 @@ def convert_command(
     force: Force = False,
     split: Annotated[
         str | None,
-        typer.Option(help="Split of a HuggingFace data set. (default: the format's, listed below)"),
+        typer.Option(
+            metavar="NAME", help="Split of a HuggingFace data set.", show_default="the format's, listed below"
+        ),
     ] = None,
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Convert other data to rows of polar-ft; rows that cannot be used are dropped, counted and named.
+    """Convert data in other formats to rows of polar-ft.
+
+    Rows that cannot be used are dropped, counted and named.
 
     The formats are listed below the options; auto finds the format by looking at the first rows. If IN is a
     folder, its sub-folders are read too. If a file cannot be read to its end, nothing is written, unless
@@ -307,9 +325,9 @@ def export_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Write pairs as TRL, OpenRLHF or LLaMA-Factory read them, and count what has no place there.
+    """Write pairs as TRL, OpenRLHF or LLaMA-Factory read them.
 
-    A row that cannot be used is an error, and nothing is written.
+    What has no place there is counted. A row that cannot be used is an error, and nothing is written.
     """
     refuse_to_overwrite([out], force=force)
     with _progress("exporting", files) as on_bytes:
@@ -357,16 +375,19 @@ def _show_recognised(console: Console, source: str, found: Recognised) -> None:
 @data_app.command("split")
 def split_command(
     files: Files,
-    out_dir: Annotated[Path, typer.Option(help="Folder for train.jsonl and held_out.jsonl.")],
-    fraction: Annotated[float, typer.Option(help="Share of the prompts that is held out.")] = 0.1,
+    out_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder for train.jsonl and held_out.jsonl.")],
+    fraction: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the prompts that is held out.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Another seed holds out other prompts.")] = 0,
     force: Force = False,
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Split rows into training and held-out ones, so that no prompt is on both sides.
+    """Split rows into training and held-out ones, by prompt.
 
-    The side of a prompt depends only on its text and the seed, not on the order of rows.
+    No prompt is on both sides. The side of a prompt depends only on its text and the seed, not on the order
+    of rows.
     """
     paths = out_dir / "train.jsonl", out_dir / "held_out.jsonl"
     refuse_to_overwrite(paths, force=force)
@@ -379,7 +400,9 @@ def split_command(
 @data_app.command("preview")
 def preview_command(
     source: Input,
-    tokenizer: Annotated[str, typer.Option(help="Folder of the model that reads the example.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder of the model that reads the example.")
+    ],
     index: Annotated[int, typer.Option(help="Number of the row, from 0.")] = 0,
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
@@ -393,7 +416,7 @@ def preview_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Show one example as the model reads it, token by token, with what was cut."""
+    """Show one example token by token, with what was cut."""
     template = _template(
         tokenizer,
         max_length,

@@ -106,11 +106,28 @@ def split_by_prompt(
                 side.pairs += len(example.pairs)
                 side.subsets[example.subset] += 1
         raise_problems(problems)
-        for side, name in ((train, "training"), (held_out, "held-out")):
+        for side, name, share in ((train, "training", 1 - fraction), (held_out, "held-out", fraction)):
             if not side.rows:
-                raise PolarError(
-                    f"the {name} side is empty: {len(seen):,} prompts are too few for fraction {fraction:g}, "
-                    f"or are one side of an earlier split with the same seed; choose another --seed or "
-                    f"fraction"
-                )
+                raise PolarError(f"the {name} side is empty: {_why_empty(len(seen), share, seed)}")
     return train, held_out
+
+
+def _why_empty(prompts: int, share: float, seed: int) -> str:
+    """Why not one of so many prompts is on a side that gets this share of them.
+
+    >>> _why_empty(1, 0.1, seed=0)
+    '1 prompt is too few to hold some out; add rows with other prompts'
+    >>> _why_empty(20, 0.1, seed=0)
+    '20 prompts are too few for this share; choose another --fraction or --seed, or add rows'
+    >>> _why_empty(276, 0.1, seed=3)[:63]  # by chance in 2 of 10 trillion cases
+    'these 276 prompts are one side of an earlier split with seed 3;'
+    """
+    if prompts == 1:
+        return "1 prompt is too few to hold some out; add rows with other prompts"
+    if (1 - share) ** prompts > 1e-4:
+        other = "choose another --fraction or --seed, or add rows"
+        return f"{prompts:,} prompts are too few for this share; {other}"
+    return (
+        f"these {prompts:,} prompts are one side of an earlier split with seed {seed}; its other file has "
+        f"the rest, and another --seed splits them again"
+    )

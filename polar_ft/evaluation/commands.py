@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from polar_ft.data.reading import DataSource
 from polar_ft.errors import PolarError
@@ -16,6 +17,7 @@ from polar_ft.evaluation.references import Aggregation, ReferenceSettings
 from polar_ft.evaluation.scores import DEFAULT_OUT
 from polar_ft.groups import Pairing as PairingName
 from polar_ft.options import (
+    APP_SETTINGS,
     AllowTokenizerCode,
     Device,
     Dtype,
@@ -34,19 +36,28 @@ class _RunUnlessNamed(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:
+            close = difflib.get_close_matches(args[0], self.commands) if args else []
+            if close and not Path(args[0]).exists():
+                ctx.fail(f"No such folder or command {args[0]!r}. Did you mean {close[0]!r}?")
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
 
+class _CalledAsTheGroup(TyperCommand):
+    """A command that help and errors call by the name of its group."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return super().make_context(parent.info_name, args, parent.parent, **extra)
+
+
 eval_app = typer.Typer(
     cls=_RunUnlessNamed,
-    help="Preference accuracy of a reward model on held-out pairs; `eval compare A B` compares runs.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    help="Score held-out pairs, or compare two runs (eval compare A B).",
+    **APP_SETTINGS,
 )
 
 
-@eval_app.command("run")
+@eval_app.command("run", cls=_CalledAsTheGroup, context_settings=APP_SETTINGS["context_settings"])
 def run(
     model: Annotated[
         str | None, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")
@@ -54,7 +65,7 @@ def run(
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="DATA…",
+            metavar="DATA",
             help="Held-out pairs or ranked rows: .jsonl, .jsonl.gz, .parquet, a folder of those, or a "
             "HuggingFace data-set id. With several, rows without a subset count to a subset of their file.",
         ),
@@ -62,8 +73,10 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            help=f"Where the scores, figures and the report of this one evaluation go. (default: a folder in "
-            f"{DEFAULT_OUT} named after model and data) An interrupted run resumes with the same command."
+            metavar="DIR",
+            help="Where the scores, figures and the report of this one evaluation go. An interrupted run "
+            "resumes with the same command.",
+            show_default=f"{DEFAULT_OUT}/MODEL-DATA-HASH",
         ),
     ] = None,
     from_scores: Annotated[
@@ -76,7 +89,10 @@ def run(
         ),
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens in one forward pass; lower it when memory runs out.")
+        int | None,
+        typer.Option(
+            metavar="TOKENS", min=1, help="Tokens in one forward pass; lower it when memory runs out."
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -112,7 +128,7 @@ def run(
         bool, typer.Option("--no-cache", help="Compute every score again, and keep none for later runs.")
     ] = False,
     cache_dir: Annotated[
-        Path, typer.Option(envvar="POLAR_FT_CACHE", help="Where scores are cached.")
+        Path, typer.Option(metavar="DIR", envvar="POLAR_FT_CACHE", help="Where scores are cached.")
     ] = DEFAULT_CACHE,
     allow_tokenizer_code: AllowTokenizerCode = None,
     force: Annotated[
@@ -121,8 +137,10 @@ def run(
 ) -> None:
     """Preference accuracy of a reward model on held-out pairs, with 95 % intervals, and a report.
 
-    polar-ft eval HF_DIR DATA…: score and report. polar-ft eval --from-scores FILE --out DIR: report alone.
-    polar-ft eval compare A B: which of two runs is better.
+    \b
+    polar-ft eval HF_DIR DATA...                   score and report
+    polar-ft eval --from-scores FILE --out DIR     report alone
+    polar-ft eval compare A B                      which of two runs is better
     """
     # Imported here: `--help` needs none of it.
     from polar_ft.evaluation import evaluate
@@ -171,16 +189,22 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="A B…", help="Folders of runs, or files of scores. A is what the others are held against."
+            metavar="RUN",
+            help="Folders of runs, or files of scores. The first is what the others are held against.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder in which compare.json goes.")] = DEFAULT_OUT,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder in which compare.json goes.")
+    ] = DEFAULT_OUT,
     subset_by: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD", help="Also by the values of this field of A's rows; may be repeated."),
     ] = None,
 ) -> None:
-    """Which of two runs is better on the same pairs? Difference of accuracy with interval and p-value."""
+    """Which of two runs is better on the same pairs?
+
+    Difference of accuracy with interval and p-value.
+    """
     from polar_ft.evaluation.comparing import compare_runs
 
     compare_runs(runs, out, tuple(subset_by or ()))

@@ -105,6 +105,8 @@ def _save_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> None:
         "unk_token": "<unk>",
         "pad_token": "</s>",
         "clean_up_tokenization_spaces": False,
+        # Not token_type_ids, which transformers would add, and InternLM2's code does not take.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 1_000_000_000,
     }
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -176,5 +178,5 @@ def _code_folder() -> Path:
     """Where xtuner keeps InternLM2's code; found without importing xtuner, which takes seconds."""
     spec = find_spec("xtuner")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("xtuner is not installed: pip install polar-ft[train]")
+        raise ModuleNotFoundError("xtuner is not installed: pip install '.[train]'")
     return Path(spec.origin).parent / "tools" / "model_converters" / "modeling_internlm2_reward"

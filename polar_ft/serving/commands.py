@@ -19,11 +19,13 @@ KEY_VARIABLE = "POLAR_API_KEY"
 
 def serve(
     model: ModelFolder,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 30000,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0 takes a free one.")] = 30000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help=f"File with the API key that clients must send; or set {KEY_VARIABLE}."),
+        typer.Option(
+            metavar="FILE", help=f"File with the API key that clients must send; or set {KEY_VARIABLE}."
+        ),
     ] = None,
     allow_unauthenticated: Annotated[
         bool,
@@ -32,25 +34,38 @@ def serve(
         ),
     ] = False,
     name: Annotated[
-        str | None, typer.Option(help="The model's name for clients; default: its folder's.")
+        str | None,
+        typer.Option(metavar="NAME", help="The model's name for clients.", show_default="its folder's"),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     batch_tokens: Annotated[
         int,
-        typer.Option(min=1, help="Most tokens in one forward pass; with fewer, short requests wait less."),
+        typer.Option(
+            metavar="TOKENS",
+            min=1,
+            help="Most tokens in one forward pass; with fewer, short requests wait less.",
+        ),
     ] = 16384,
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
     max_requests: Annotated[
-        int, typer.Option(min=1, help="Most requests at a time; more get status 429.")
+        int, typer.Option(metavar="N", min=1, help="Most requests at a time; more get status 429.")
     ] = 1024,
     max_queue_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens that wait; more get status 429, or 413 in one request.")
+        int,
+        typer.Option(
+            metavar="TOKENS", min=1, help="Most tokens that wait; more get status 429, or 413 in one request."
+        ),
     ] = 2**22,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body of a request, in MB.")] = 64,
+    max_body_mb: Annotated[
+        float, typer.Option(metavar="MB", min=0.001, help="Largest body of a request, in MB.")
+    ] = 64,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds until a request that is not answered gets status 504.")
+        float,
+        typer.Option(
+            metavar="S", min=0.1, help="Seconds until a request that is not answered gets status 504."
+        ),
     ] = 600,
     pooling_format: Annotated[
         Literal["vllm", "lmdeploy"],
@@ -58,7 +73,10 @@ def serve(
     ] = "vllm",
     allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
-    """Serve a reward model over HTTP in the formats of SGLang, vLLM and LMDeploy, with a page to try it."""
+    """Serve a reward model over HTTP, with a page to try it.
+
+    In the formats of SGLang, vLLM and LMDeploy, and as POST /v1/rewards for plain texts.
+    """
     # Otherwise OpenMP's threads spin between forward passes, on the cores that answer clients.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, below
     key = _api_key(api_key_file)
@@ -73,7 +91,9 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
-        raise PolarError(f"serving needs {error.name}: pip install 'polar-ft[train,serve]'") from error
+        raise PolarError(
+            f"serving needs {error.name}; in the clone of polar_ft: pip install '.[train,serve]'"
+        ) from error
 
     scorer = RewardScorer.from_pretrained(
         model,

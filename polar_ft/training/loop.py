@@ -30,6 +30,7 @@ from polar_ft.training.engines import DeepSpeedEngine, Engine, PlainEngine
 from polar_ft.training.log import TrainingLog, report_bad_step
 from polar_ft.training.ranks import STOPPED, StopSignals, beat, report_ending
 from polar_ft.training.step import StepBatch, take_step, unwrapped
+from polar_ft.training.threads import set_threads
 from polar_ft.training.validation import Validation
 
 
@@ -127,6 +128,7 @@ class TrainingLoop(BaseLoop):
         runner, steps, first = self.runner, self._max_iters, self._iter
         engine = self._engine()
         model = unwrapped(engine.model)
+        set_threads(runner, model.llm.config, resumed=first > 0)
         self._show_plan(engine)
         if first:
             restore_run_state(runner, self.dataset)
