@@ -20,7 +20,7 @@ from polar_ft.client.commands import score
 from polar_ft.conversion.commands import convert
 from polar_ft.data.commands import data_app
 from polar_ft.doctor.commands import doctor, plan
-from polar_ft.errors import PolarError
+from polar_ft.errors import PolarError, printable
 from polar_ft.evaluation.commands import eval_app
 from polar_ft.evaluation.scale import calibrate
 from polar_ft.options import APP_SETTINGS
@@ -134,7 +134,7 @@ def run(command: typer.Typer) -> None:
 
 def _fail(message: str) -> NoReturn:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[red]error:[/red] {escape(message)}")
+    console.print(f"[red]error:[/red] {escape(printable(message))}")
     sys.exit(1)
 
 

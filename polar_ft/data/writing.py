@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -38,15 +39,31 @@ class RowWriter:
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:
-    r"""Makes one line of JSON without escaping readable text; what JSON lacks (dates) becomes a string.
+    r"""Makes one line of JSON without escaping readable text.
 
-    >>> to_line({"prompt": "¿Qué?"}).decode()
-    '{"prompt": "¿Qué?"}\n'
+    What JSON lacks becomes a string (dates) or null (NaN and infinity).
+
+    >>> to_line({"prompt": "¿Qué?", "score": float("nan")}).decode()
+    '{"prompt": "¿Qué?", "score": null}\n'
     """
     try:
-        return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        row = _finite(row)
+        text = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        return text.encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, in a field that is not checked
         return json.dumps(row, default=str).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
