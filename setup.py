@@ -48,6 +48,8 @@ EXTRAS = {
         "rapidfuzz>=3",
         "scipy>=1.11",
     ],
+    # For Excel workbooks as data; CSV needs nothing. xtuner brings openpyxl too.
+    "tables": ["openpyxl>=3.1,<4"],
     # For fused_kernels=True on a GPU.
     "fused": ["liger-kernel>=0.5"],
     "serve": [
@@ -58,6 +60,7 @@ EXTRAS = {
     "dev": [
         "hypothesis>=6.100",
         "mypy>=1.10",
+        "openpyxl>=3.1,<4",
         "playwright>=1.44",
         "pytest>=8",
         "pytest-timeout>=2.3",

@@ -47,9 +47,13 @@ def converting(file: str, target: str) -> dict[str, float]:
     """Converts a file."""
     from polar_ft.data.converters import convert_file
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     done = convert_file("chat-pairs", file, Path(target))
-    return {"seconds": time.perf_counter() - started, "pairs": done.pairs}
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
+        "pairs": done.pairs,
+    }
 
 
 def main() -> None:
@@ -69,16 +73,18 @@ def main() -> None:
             measured(converting, str(file), str(args.work_dir / "converted.jsonl"))
             for _ in range(args.repeats)
         ]
-        seconds = [run["seconds"] for run in runs]
+        seconds, cpu = ([run[key] for run in runs] for key in ("seconds", "cpu_seconds"))
         report[name] = {
             "pairs": pairs,
             "megabytes": file.stat().st_size / 1e6,
             "seconds": seconds,
+            "cpu_seconds": cpu,
             "peak_private_mib": max(run["peak_private_mib"] for run in runs),
         }
         print(
             f"{pairs:8,} pairs, {report[name]['megabytes']:5.0f} MB: median {np.median(seconds):5.2f} s "
-            f"({min(seconds):.2f} to {max(seconds):.2f}), private {report[name]['peak_private_mib']:.0f} MiB",
+            f"({min(seconds):.2f} to {max(seconds):.2f}), CPU {np.median(cpu):.2f} s, "
+            f"private {report[name]['peak_private_mib']:.0f} MiB",
             flush=True,
         )
     if args.json:

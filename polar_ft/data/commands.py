@@ -1,4 +1,4 @@
-"""The commands ``polar-ft data check``, ``convert``, ``split`` and ``preview``.
+"""The commands ``polar-ft data check``, ``convert``, ``export``, ``split`` and ``preview``.
 
 Results go to standard output and progress bars to standard error, so that output of ``--json`` can be piped.
 """
@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from polar_ft.data.converters import CONVERTERS, Recognised, convert_file, parse_mapping, recognise_file
+from polar_ft.data.export import TARGETS, export_rows
 from polar_ft.data.lint import check
 from polar_ft.data.preview import read_example, run_text, summary_table, token_runs
 from polar_ft.data.problems import FileProblem, RowProblem, raise_problems
@@ -284,6 +285,58 @@ def convert_command(
     if done.without_pairs:
         unit = "prompt" if CONVERTERS[data_format].gather else "row"
         console.print(f"left out {many(done.without_pairs, unit)} of which no pair was left")
+
+
+@data_app.command("export")
+def export_command(
+    framework: Annotated[str, typer.Argument(metavar="FRAMEWORK", help=" | ".join(TARGETS))],
+    files: Files,
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    pairing: Pairing = "adjacent",
+    reference: Annotated[
+        Literal["best", "none"],
+        typer.Option(
+            help="Of ranked rows without a reference: the best response is left out, as in training, or all "
+            "are paired."
+        ),
+    ] = "best",
+    margins: Annotated[
+        bool, typer.Option("--margins", help="Write margins, which TRL and OpenRLHF subtract in the loss.")
+    ] = False,
+    force: Force = False,
+    split: Split = "train",
+    max_line_mb: MaxLineMb = MAX_LINE_MB,
+) -> None:
+    """Write pairs as TRL, OpenRLHF or LLaMA-Factory read them, and count what has no place there.
+
+    A row that cannot be used is an error, and nothing is written.
+    """
+    refuse_to_overwrite([out], force=force)
+    with _progress("exporting", files) as on_bytes:
+        done = export_rows(
+            framework,
+            files,
+            out,
+            pairing=pairing,
+            reference=reference,
+            margins=margins,
+            split=split,
+            max_line_mb=max_line_mb,
+            on_bytes=on_bytes,
+        )
+    console = _console()
+    console.print(
+        f"[bold]{escape(str(out))}[/]: {many(done.pairs, 'pair')} from {many(done.rows_in, 'row')}",
+        soft_wrap=True,
+    )
+    for what, count in done.lost.items():
+        console.print(f"[yellow]{many(count, 'pair')} had {what}: not written[/]")
+    for reason, count in done.left_out.items():
+        console.print(f"[yellow]left out {many(count, 'pair')} {reason}[/]")
+    if done.ties:
+        console.print(f"left out {many(done.ties, 'pair')} of responses that are ranked the same")
+    usage = TARGETS[framework].usage.format(path=out, file=out.name, name=out.stem)
+    console.print(escape(usage), soft_wrap=True)
 
 
 def _show_recognised(console: Console, source: str, found: Recognised) -> None:

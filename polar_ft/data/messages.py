@@ -28,6 +28,7 @@ _ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
+_KNOWN = ("system", "user", "assistant", "tool")
 
 
 def plain_message(message: Any) -> Any:
@@ -47,6 +48,12 @@ def plain_message(message: Any) -> Any:
     """
     if not isinstance(message, Mapping):
         return message
+    if (
+        message.get("role") in _KNOWN
+        and type(message.get("content")) is str
+        and not message.get("tool_calls")
+    ):
+        return message  # nearly all are of this kind
     if "from" in message and "value" in message and "role" not in message:
         rest = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": message["from"], "content": message["value"], **rest}
@@ -58,6 +65,8 @@ def plain_message(message: Any) -> Any:
         return message
     texts = []
     if isinstance(content, list):
+        if not all(isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in content):
+            return message
         texts = [_part(part) for part in content]
     elif content:
         if not isinstance(content, str):
@@ -71,20 +80,22 @@ def plain_message(message: Any) -> Any:
     return {"role": known, "content": "\n".join(texts), **rest}
 
 
-def _part(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    text = part.get(_TEXTS[kind]) if isinstance(part, Mapping) and kind in _TEXTS else None
+def _part(part: Mapping[str, Any]) -> str:
+    kind = part["type"]
+    text = part.get(_TEXTS[kind]) if kind in _TEXTS else None
     if text is None and kind == "text":
         text = part.get("value")  # LLaMA-Factory's v1
     if isinstance(text, str):
         return text
     if kind == "tool_use":
         return _as_json(part.get("name"), part.get("input"))
-    if kind == "tool_result" and isinstance(part.get("content"), (str, list)):
-        content = part["content"]
-        return content if isinstance(content, str) else "\n".join(map(_part, content))
-    what = f"a part of the type {kind!r}" if kind else "a part without a type"
-    raise ValueError(f"has {what} in its content, but only text can be read — leave the row out")
+    if kind == "tool_result":
+        result = plain_message({"role": "tool", "content": part.get("content")})["content"]
+        if isinstance(result, str):
+            return result
+    raise ValueError(
+        f"has a part of the type {kind!r} in its content, but only text can be read — leave the row out"
+    )
 
 
 def _call(call: Any) -> str:

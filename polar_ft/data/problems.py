@@ -130,6 +130,17 @@ _LIST_IN_OBJECT = re.compile(
 )
 
 
+def no_text(head: bytes) -> str | None:
+    """Says what a file is that is no text of rows, from its first bytes; None if it may be."""
+    for magic, reason in _MAGIC:
+        if head.startswith(magic):
+            return reason
+    text = head.decode(errors="replace").lstrip("\ufeff \t\r\n")
+    if text[:14].lower().startswith(("<!doctype html", "<html")):
+        return "is a web page (HTML), not the data — download the file again, logged in if that is needed"
+    return None
+
+
 def no_json(head: bytes) -> str | None:
     r"""Says what a file is that cannot be JSON lines, from its first bytes; None if it may be.
 
@@ -137,12 +148,9 @@ def no_json(head: bytes) -> str | None:
     'looks like CSV — its name must end in .csv'
     >>> no_json(b'{"prompt": "Hi"}\n')
     """
-    for magic, reason in _MAGIC:
-        if head.startswith(magic):
-            return reason
+    if reason := no_text(head):
+        return reason
     text = head.decode(errors="replace").lstrip("\ufeff \t\r\n")
-    if text[:14].lower().startswith(("<!doctype html", "<html")):
-        return "is a web page (HTML), not the data — download the file again, logged in if that is needed"
     first, ended, _ = text.partition("\n")
     first = first.rstrip()
     for comma, kind in ((",", "CSV"), ("\t", "TSV"), (";", "CSV")) if first[:1] not in "{[" else ():

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 
+from polar_ft.data import tables
 from polar_ft.data.json_rows import OnBytes, Row, read_json
 from polar_ft.data.problems import FileProblem, RowProblem, raise_problems
 from polar_ft.data.records import Example, Pairing, RowError, parse_row
@@ -21,7 +22,7 @@ from polar_ft.errors import PolarError, printable, validation_sentences
 from polar_ft.files import first_line
 
 # In small letters; a name may be written in any.
-SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet", *tables.SUFFIXES)
 MAX_LINE_MB = 32.0
 
 
@@ -200,6 +201,8 @@ def read_rows(
             rows = _read_dataset(file, split)
         elif file.lower().endswith(".parquet"):
             rows = _read_parquet(file, on_bytes)
+        elif file.lower().endswith(tables.SUFFIXES):
+            rows = tables.read_table(file, int(max_line_mb * 2**20), on_bytes)
         else:
             rows = read_json(file, int(max_line_mb * 2**20), on_bytes)
         empty = True

@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from polar_ft.data.messages import plain_message
 from polar_ft.errors import PolarError
 from polar_ft.groups import Pairing, TextGroup, Wrapper
 
@@ -73,10 +74,12 @@ PlainText = Annotated[str, AfterValidator(_whole_characters)]
 
 
 class Message(_Strict):
-    """One turn of a dialogue. The model reads the content; the role is kept for reports."""
+    """One turn of a dialogue, as `plain_message` reads it. The model reads the content; the role is kept."""
 
     role: PlainText
     content: PlainText
+
+    _plain = model_validator(mode="before")(plain_message)
 
 
 def _text_form(value: Any) -> str | None:

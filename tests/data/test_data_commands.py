@@ -216,3 +216,24 @@ def test_errors_are_one_message_and_status_1(
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_table_of_ones_own_is_recognised_mapped_and_exported(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("question;better;worse;note [x]\n2 + 2?;4;5;a\n2 + 3?;;6;b\n")
+    done = polar_ft("convert", "auto", "own.csv", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "--map prompt=question,chosen=better,rejected=worse" in " ".join(done.stderr.split())
+
+    names = ["--map", "prompt=question", "--map", "chosen=better,rejected=worse"]
+    done = polar_ft("convert", "auto", "own.csv", "out.jsonl", *names, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "own.csv: chat-pairs (doubtful): it reads 1 of the 2 rows looked at" in done.stdout
+    assert "it keeps note [x] as they are" in done.stdout
+    assert "bad row own.csv:3: better: is missing, but --map chosen=better names it" in done.stdout
+    assert "out.jsonl: 1 pair from 2 rows" in done.stdout
+
+    done = polar_ft("export", "llama-factory", "out.jsonl", "--out", "dpo.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "dpo.jsonl: 1 pair from 1 row" in done.stdout
+    assert "1 pair had other fields: not written" in done.stdout
+    assert '"dpo": {"file_name": "dpo.jsonl", "formatting": "sharegpt", "ranking": true' in done.stdout

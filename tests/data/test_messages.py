@@ -8,7 +8,7 @@ import pytest
 
 from polar_ft.data.converters.dialogues import chat_pairs
 from polar_ft.data.messages import plain_message
-from polar_ft.data.records import RowError
+from polar_ft.data.records import RowError, parse_row
 
 USER = {"role": "user", "content": "Hi"}
 CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": '{"a": 2}'}}
@@ -53,7 +53,9 @@ def test_what_becomes_text(message: dict[str, Any], text: str) -> None:
     [
         ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "a part of the type 'image_url'"),
         ({"content": [{"type": "text", "text": "A"}, {"type": "input_audio"}]}, "the type 'input_audio'"),
-        ({"content": ["A"]}, "a part without a type"),
+        ({"content": ["A"]}, r"chosen\[1\].content: is a list of 1"),
+        ({"content": [{"text": "A"}]}, r"chosen\[1\].content: is a list of 1"),
+        ({"content": [{"type": "tool_result", "content": None}]}, "a part of the type 'tool_result'"),
         ({"content": [{"type": "text", "text": None}]}, "a part of the type 'text'"),
         ({"content": None, "tool_calls": [{"id": 1}]}, 'a call in tool_calls without "name"'),
         ({"content": None}, r"chosen\[1\].content: is null"),
@@ -80,6 +82,14 @@ def test_roles_of_sharegpt() -> None:
         assert plain_message({"from": theirs, "value": "A"}) == {"role": ours, "content": "A"}
 
 
-@pytest.mark.parametrize("value", [None, 3, "text", [], {"text": "A"}])
+@pytest.mark.parametrize("value", [None, 3, "text", [], {"text": "A"}, {"role": [1], "content": "A"}])
 def test_what_is_no_message_stays_as_it_is(value: Any) -> None:
     assert plain_message(value) == value
+
+
+def test_the_reader_itself_reads_them() -> None:
+    row = parse_row({"prompt": [USER], "reference": "", **pair(content=None, tool_calls=[CALL])})
+    example = row.to_example("a.jsonl:1")
+    assert example.candidates == ('Hi\n{"name": "add", "arguments": {"a": 2}}', "Hi\nB")
+    with pytest.raises(RowError, match=r"chosen\[1\]: has a part of the type 'image_url' in its content"):
+        parse_row({"prompt": "Hi", "reference": "", **pair(content=[{"type": "image_url"}])})

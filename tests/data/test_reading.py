@@ -94,9 +94,9 @@ def test_a_name_in_a_folder_that_exists_is_no_dataset(
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(PolarError, match=r"rows.csv: cannot read this kind of file; it must end in \.jsonl"):
-        read_examples(tmp_path / "rows.csv")
+    (tmp_path / "rows.txt").write_text("a,b")
+    with pytest.raises(PolarError, match=r"rows.txt: cannot read this kind of file; it must end in \.jsonl"):
+        read_examples(tmp_path / "rows.txt")
     with pytest.raises(PolarError, match=r"no data in this folder"):
         read_examples(tmp_path)
 

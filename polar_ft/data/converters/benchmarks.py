@@ -214,7 +214,7 @@ class JudgeBenchRow(Layout):
     """A row of JudgeBench."""
 
     LAYOUT = "judgebench"
-    READ = "README and data of github.com/ScalerLab/JudgeBench, 2026-11-21"
+    READ = "README and data of github.com/ScalerLab/JudgeBench at e2c52c2, 2026-11-24"
 
     pair_id: str = described("a string")
     source: str = described("a string")
@@ -229,8 +229,7 @@ class JudgeBenchRow(Layout):
 def judgebench(row: Mapping[str, Any]) -> Converted:
     """Converts a pair of JudgeBench: the answer that the label prefers is chosen; the reference is empty.
 
-    ``subset`` is the source of the question, ``category`` one of the four that the paper reports. Two rows of
-    the real files were read; no complete file was converted.
+    ``subset`` is the source of the question, ``category`` one of the four that the paper reports.
 
     Raises:
         RowError: The row has another layout.

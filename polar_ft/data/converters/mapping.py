@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polar_ft.data.records import RowError, describe
+from polar_ft.data.tables import cell_value
 from polar_ft.errors import PolarError
 
 # What others call these fields, for a proposal where no format fits.
@@ -17,6 +18,9 @@ _OTHER_NAMES = {
     "rejected_response",
     "reference": "gold ground_truth solution target reference_answer ideal",
 }
+
+
+_NUMBERS = {"margin", "weight", "score_chosen", "score_rejected"}
 
 
 def parse_mapping(entries: Sequence[str]) -> dict[str, str]:
@@ -51,9 +55,10 @@ def mapped(row: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]
     >>> mapped(row, {"prompt": "question", "chosen": "answers.0"})
     {'prompt': '2 + 2?', 'chosen': '4', 'answers': ['4', '5']}
     """
-    if not mapping:
-        return dict(row)
     taken = {ours: _at(row, ours, theirs) for ours, theirs in mapping.items()}
+    for ours in _NUMBERS & taken.keys():
+        if isinstance(taken[ours], str):  # of a table, whose own column does not say that it is a number
+            taken[ours] = cell_value(ours, taken[ours])
     moved = set(mapping.values())
     rest = {key: value for key, value in row.items() if key not in moved}
     return taken | {f"source_{key}" if key in taken else key: value for key, value in rest.items()}

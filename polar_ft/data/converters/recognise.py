@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -82,19 +82,19 @@ def recognise_file(
     """
     files = expand(source, recursive=True)
     sample: list[tuple[str, dict[str, Any]]] = []
-    problem: RowProblem | None = None
+    problems: list[RowProblem] = []
     for file in files[:: max(1, len(files) // _FILES)]:
         rows = read_rows(file, split, max_line_mb=max_line_mb)
         for place, row in islice(rows, _ROWS_OF_A_FILE):
             try:
                 if isinstance(row, RowProblem):
-                    problem = problem or row
+                    problems.append(row)
                 else:
                     sample.append((place, mapped(row, mapping or {})))
             except RowError as error:
-                problem = problem or RowProblem.at(place, error)
+                problems.append(RowProblem.at(place, error))
     if not sample:
-        raise PolarError(f"{source}: has no row that can be read; the first: {problem}")
+        raise PolarError(f"{source}: has no row that can be read; the first: {problems[0]}")
     found = recognise(formats, sample)
     fields = _fields(sample)
     if found is None:
@@ -111,7 +111,7 @@ def recognise_file(
             f"{source}: this layout is read in several ways, which give other pairs; name one of them "
             f"instead of auto: {names}"
         )
-    return found
+    return replace(found, looked_at=found.looked_at + len(problems))
 
 
 def recognise(formats: Mapping[str, Format], rows: Sample) -> Recognised | None:
