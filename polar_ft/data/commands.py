@@ -278,6 +278,11 @@ def convert_command(
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
     if done.unusable:
         console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used (named above)[/]")
+    if done.guessed:
+        console.print(
+            f"[yellow]the prompt of {many(done.guessed, 'row')} is what chosen and rejected begin with: "
+            "look at some of them[/]"
+        )
     if done.damaged:
         console.print(f"[red]{many(len(done.damaged), 'file')} could not be read to the end (named above)[/]")
     for reason, count in sorted(done.left_out.items()):

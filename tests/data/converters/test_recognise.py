@@ -49,6 +49,9 @@ def test_how_sure_it_is(write_rows: WriteRows) -> None:
     assert look(own)[0] == "chat-pairs"
     assert look(own | {"subset": "math-prm"}) == ("rewardbench", "likely")
     assert look(pair()) == ("ranked", "likely")
+    # Where a prompt ends within two texts is a guess.
+    assert look({"chosen": "The sky is blue.", "rejected": "The sky is grey."}) == ("trl", "doubtful")
+    assert look(published("hh-rlhf")) == ("hh-rlhf", "likely")
 
 
 def test_unknown_rows_are_answered_with_a_proposal(write_rows: WriteRows) -> None:
@@ -80,6 +83,18 @@ def test_a_mapping_reaches_into_fields_and_keeps_the_rest(write_rows: WriteRows,
     assert "in.jsonl:2: task.question: is missing, but --map prompt=task.question names it" in str(
         done.problems[0]
     )
+
+
+def test_rows_with_images_are_counted_where_nothing_reads_them(write_rows: WriteRows) -> None:
+    row = published("ms-swift", images=["cat.png"])
+    with pytest.raises(PolarError, match="1 have images, sounds or videos, which cannot be read"):
+        recognise_file(CONVERTERS, str(write_rows("in.jsonl", [row])))
+
+
+def test_guessed_prompts_are_counted(write_rows: WriteRows, tmp_path: Any) -> None:
+    rows = [{"chosen": "The sky is blue.", "rejected": "The sky is grey."}, published("trl")]
+    done = convert_file("trl", str(write_rows("in.jsonl", rows)), tmp_path / "out.jsonl")
+    assert (done.pairs, done.guessed) == (2, 1)
 
 
 @pytest.mark.parametrize("entries", [["prompt"], ["=question"], ["prompt="], ["prompt=a,prompt=b"], [""]])
