@@ -271,7 +271,7 @@ def convert_command(
     counts = " and ".join(many(count, thing) for count, thing in written if count)
     prompts = "" if done.prompts_in is None else f" of {many(done.prompts_in, 'prompt')}"
     console.print(
-        f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}{prompts}",
+        f"[bold]{escape(printable(str(target)))}[/]: {counts} from {many(done.rows_in, 'row')}{prompts}",
         soft_wrap=True,  # so that a path stays on one line
     )
     if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
@@ -348,7 +348,8 @@ def _show_recognised(console: Console, source: str, found: Recognised) -> None:
     """Says which format was recognised, how sure that is, and why."""
     rows = f"{found.read:,} of the {many(found.looked_at, 'row')} looked at"
     console.print(
-        f"[bold]{escape(source)}[/]: {found.name} ({found.certainty}): it reads {rows}", soft_wrap=True
+        f"[bold]{escape(printable(source))}[/]: {found.name} ({found.certainty}): it reads {rows}",
+        soft_wrap=True,
     )
     if found.same:
         console.print(f"  the same as {', '.join(found.same)}")
@@ -356,7 +357,7 @@ def _show_recognised(console: Console, source: str, found: Recognised) -> None:
         console.print(f"  {', '.join(found.rivals)} would read them too, and would convert them differently")
     known = f"  it reads the fields {', '.join(found.known)}"
     kept = f"; it keeps {', '.join(found.unknown)} as they are" if found.unknown else ""
-    console.print(escape(known + kept), soft_wrap=True)
+    console.print(escape(printable(known + kept)), soft_wrap=True)
 
 
 @data_app.command("split")
@@ -481,7 +482,7 @@ def _show_sides(sides: Sequence[Side]) -> None:
     prompts = sum(side.prompts for side in sides)
     for side in sides:
         share = f"{side.prompts:,} ({side.prompts / prompts:.1%})"
-        table.add_row(escape(str(side.path)), share, f"{side.rows:,}", f"{side.pairs:,}")
+        table.add_row(escape(printable(str(side.path))), share, f"{side.rows:,}", f"{side.pairs:,}")
         if set(side.subsets) != {None}:
             for name, rows in side.subsets.most_common(SUBSETS_SHOWN):
                 table.add_row(f"[dim]  {escape(printable(name or '(none)'))}[/]", "", f"[dim]{rows:,}[/]")

@@ -21,7 +21,7 @@ from polar_ft.data.split import split_by_prompt
 from polar_ft.errors import DataError, PolarError
 from polar_ft.evaluation.scale import read_groups
 from polar_ft.template import PolarTemplate
-from tests.data.malformed import LIMIT_MB, DataCase, all_cases
+from tests.data.malformed import END, GOOD, LIMIT_MB, DataCase, all_cases
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +136,13 @@ def _preview(source: DataSource, template: PolarTemplate, screen: _Screen) -> No
         for run in token_runs(example, template)[1]:
             screen.print(run.title, markup=False)
             screen.print(run_text(run))
+
+
+def test_ids_of_a_folder_can_be_found_again(tmp_path: Path) -> None:
+    for name in ("a/rows.jsonl", "b/rows.jsonl"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_bytes(GOOD + b"\n\n" + END)
+    convert_file("ranked", str(tmp_path / "in"), tmp_path / "out.jsonl")
+    ids = [row["id"] for _, row in read_rows(tmp_path / "out.jsonl") if isinstance(row, dict)]
+    assert ids == ["a/rows.jsonl:1", "a/rows.jsonl:3", "b/rows.jsonl:1", "b/rows.jsonl:3"]
+    assert check([DataSource(path=str(tmp_path / "out.jsonl"))]).repeated_ids == 0
