@@ -246,9 +246,8 @@ def convert_command(
     refuse_to_overwrite([target], force=force)
     console, mapping = _console(), parse_mapping(names or ())
     if data_format == "auto":
-        found = recognise_file(
-            CONVERTERS, source, split=split or "train", max_line_mb=max_line_mb, mapping=mapping
-        )
+        split = split or "train"  # what was looked at is what is converted, whatever the format's own split
+        found = recognise_file(CONVERTERS, source, split=split, max_line_mb=max_line_mb, mapping=mapping)
         data_format = found.name
         _show_recognised(console, source, found)
     given = {"pairing": pairing, "reference": reference, "score": score, "domain": domain}

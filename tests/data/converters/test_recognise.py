@@ -103,7 +103,11 @@ def test_mappings_that_say_nothing(entries: list[str]) -> None:
         parse_mapping(entries)
 
 
-def test_a_field_whose_name_has_a_dot_is_no_path() -> None:
+def test_names_with_commas_and_dots() -> None:
+    assert parse_mapping(["prompt=question, in full, chosen=a"]) == {
+        "prompt": "question, in full",
+        "chosen": "a",
+    }
     assert mapped({"a.b": 1, "a": {"b": 2}}, {"prompt": "a.b"}) == {"prompt": 1, "a": {"b": 2}}
     with pytest.raises(RowError, match="the row has a"):
         mapped({"a": 1}, {"prompt": "b"})
