@@ -246,9 +246,8 @@ def convert_command(
     refuse_to_overwrite([target], force=force)
     console, mapping = _console(), parse_mapping(names or ())
     if data_format == "auto":
-        found = recognise_file(
-            CONVERTERS, source, split=split or "train", max_line_mb=max_line_mb, mapping=mapping
-        )
+        split = split or "train"  # what was looked at is what is converted, whatever the format's own split
+        found = recognise_file(CONVERTERS, source, split=split, max_line_mb=max_line_mb, mapping=mapping)
         data_format = found.name
         _show_recognised(console, source, found)
     given = {"pairing": pairing, "reference": reference, "score": score, "domain": domain}
@@ -278,6 +277,11 @@ def convert_command(
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
     if done.unusable:
         console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used (named above)[/]")
+    if done.guessed:
+        console.print(
+            f"[yellow]the prompt of {many(done.guessed, 'row')} is what chosen and rejected begin with: "
+            "look at some of them[/]"
+        )
     if done.damaged:
         console.print(f"[red]{many(len(done.damaged), 'file')} could not be read to the end (named above)[/]")
     for reason, count in sorted(done.left_out.items()):
