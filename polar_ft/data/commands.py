@@ -26,7 +26,7 @@ from polar_ft.data.converters import CONVERTERS, Recognised, convert_file, parse
 from polar_ft.data.export import TARGETS, export_rows
 from polar_ft.data.lint import check
 from polar_ft.data.preview import read_example, run_text, summary_table, token_runs
-from polar_ft.data.problems import FileProblem, RowProblem, raise_problems
+from polar_ft.data.problems import PROBLEMS_SHOWN, FileProblem, RowProblem, raise_problems
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     DataSource,
@@ -264,9 +264,8 @@ def convert_command(
     refuse_to_overwrite([target], force=force)
     console, mapping = _console(), parse_mapping(names or ())
     if data_format == "auto":
-        found = recognise_file(
-            CONVERTERS, source, split=split or "train", max_line_mb=max_line_mb, mapping=mapping
-        )
+        split = split or "train"  # what was looked at is what is converted, whatever the format's own split
+        found = recognise_file(CONVERTERS, source, split=split, max_line_mb=max_line_mb, mapping=mapping)
         data_format = found.name
         _show_recognised(console, source, found)
     given = {"pairing": pairing, "reference": reference, "score": score, "domain": domain}
@@ -289,13 +288,19 @@ def convert_command(
     counts = " and ".join(many(count, thing) for count, thing in written if count)
     prompts = "" if done.prompts_in is None else f" of {many(done.prompts_in, 'prompt')}"
     console.print(
-        f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}{prompts}",
+        f"[bold]{escape(printable(str(target)))}[/]: {counts} from {many(done.rows_in, 'row')}{prompts}",
         soft_wrap=True,  # so that a path stays on one line
     )
     if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
     if done.unusable:
-        console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used (named above)[/]")
+        named = "named above" if done.unusable <= PROBLEMS_SHOWN else f"{PROBLEMS_SHOWN} of them named above"
+        console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used ({named})[/]")
+    if done.guessed:
+        console.print(
+            f"[yellow]the prompt of {many(done.guessed, 'row')} is what chosen and rejected begin with: "
+            "look at some of them[/]"
+        )
     if done.damaged:
         console.print(f"[red]{many(len(done.damaged), 'file')} could not be read to the end (named above)[/]")
     for reason, count in sorted(done.left_out.items()):
@@ -361,7 +366,8 @@ def _show_recognised(console: Console, source: str, found: Recognised) -> None:
     """Says which format was recognised, how sure that is, and why."""
     rows = f"{found.read:,} of the {many(found.looked_at, 'row')} looked at"
     console.print(
-        f"[bold]{escape(source)}[/]: {found.name} ({found.certainty}): it reads {rows}", soft_wrap=True
+        f"[bold]{escape(printable(source))}[/]: {found.name} ({found.certainty}): it reads {rows}",
+        soft_wrap=True,
     )
     if found.same:
         console.print(f"  the same as {', '.join(found.same)}")
@@ -369,7 +375,7 @@ def _show_recognised(console: Console, source: str, found: Recognised) -> None:
         console.print(f"  {', '.join(found.rivals)} would read them too, and would convert them differently")
     known = f"  it reads the fields {', '.join(found.known)}"
     kept = f"; it keeps {', '.join(found.unknown)} as they are" if found.unknown else ""
-    console.print(escape(known + kept), soft_wrap=True)
+    console.print(escape(printable(known + kept)), soft_wrap=True)
 
 
 @data_app.command("split")
@@ -499,7 +505,7 @@ def _show_sides(sides: Sequence[Side]) -> None:
     prompts = sum(side.prompts for side in sides)
     for side in sides:
         share = f"{side.prompts:,} ({side.prompts / prompts:.1%})"
-        table.add_row(escape(str(side.path)), share, f"{side.rows:,}", f"{side.pairs:,}")
+        table.add_row(escape(printable(str(side.path))), share, f"{side.rows:,}", f"{side.pairs:,}")
         if set(side.subsets) != {None}:
             for name, rows in side.subsets.most_common(SUBSETS_SHOWN):
                 table.add_row(f"[dim]  {escape(printable(name or '(none)'))}[/]", "", f"[dim]{rows:,}[/]")

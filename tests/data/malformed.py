@@ -1,4 +1,4 @@
-"""About 400 files of data, most of them damaged, with the rows that can be used and those that cannot.
+"""About 580 files of data, most of them damaged, with the rows that can be used and those that cannot.
 
 Row 1 and the last row of a file are good unless the case says otherwise, so that a damaged row must neither
 hide the ones around it nor shift their numbers.
@@ -183,7 +183,18 @@ def _list(*rows: bytes) -> bytes:
 
 def all_cases() -> list[DataCase]:
     """All files."""
-    makers = (_rows, _raw_lines, _raw_entries, _cut_off, _no_data, _layouts, _broken_lists, _parquet, _names)
+    makers = (
+        _rows,
+        _raw_lines,
+        _raw_entries,
+        _cut_off,
+        _no_data,
+        _layouts,
+        _broken_lists,
+        _parquet,
+        _tables,
+        _names,
+    )
     return [case for maker in makers for case in maker()]
 
 
@@ -389,6 +400,33 @@ def _parquet() -> Iterator[DataCase]:
     )
     empty = file({name: pa.array([], pa.string()) for name in texts})
     yield DataCase("Parquet without rows", "a.parquet", empty, [], [0], "has no rows")
+
+
+def _tables() -> Iterator[DataCase]:
+    columns, first, last = b"prompt,reference,chosen,rejected", b"What is 2 + 2?,4,four,five", b"Hi,,a,b"
+    for name, line, says in (
+        ("few cells", b"p,r", "has 2 cells, but there are 4 columns"),
+        ("many cells", b"p,r,a,b,c", "has 5 cells, but there are 4 columns"),
+        ("no chosen", b"p,r,,b", "chosen: is missing"),
+        ("Latin-1", b"caf\xe9,r,a,b", "0xe9 at byte 4 of the line"),
+        ("control characters", b"\x1b[2J,\x07", "has 2 cells"),
+    ):
+        content = _lines(columns, first, line, last)
+        yield DataCase(f"CSV: {name}", "a.csv", content, [2, 4], [3], says)
+        yield DataCase(f"CSV, gz: {name}", "a.CSV.gz", gzip.compress(content), [2, 4], [3], says)
+        yield DataCase(f"TSV: {name}", "a.tsv", content.replace(b",", b"\t"), [2, 4], [3])
+    content = _lines(columns, first, last)
+    yield DataCase("CSV of Windows", "a.csv", b"\xef\xbb\xbf" + content.replace(b"\n", b"\r\n"), [2, 3])
+    yield DataCase("CSV, semicolons", "a.csv", content.replace(b",", b";"), [2, 3])
+    quoted = _lines(columns, first, b'"a ""b""\nc",r,"x,y",z', last)
+    yield DataCase("CSV, quotes", "a.csv", quoted, [2, 3, 5])
+    broken = _lines(columns, first, b'"a,r,x,y', last)
+    yield DataCase("CSV, open quote", "a.csv", broken, [2], [3], "is not CSV", damaged=True)
+    twice = _lines(b"prompt,prompt,chosen,rejected", first)
+    yield DataCase("CSV, a column twice", "a.csv", twice, [], [1], "'prompt' twice", damaged=True)
+    cut = gzip.compress(_lines(columns, *[first + str(n * n * 7919).encode() for n in range(2000)]))[:-3000]
+    yield DataCase("CSV, gz, cut off", "a.csv.gz", cut, None, None, "cannot be read further", damaged=True)
+    yield DataCase("CSV without rows", "a.csv", columns + b"\n", [], [0], "has no rows")
 
 
 def _names() -> Iterator[DataCase]:

@@ -79,8 +79,8 @@ CONVERTERS: dict[str, Format] = {
     "llama-factory-v1": Format(factory_pair, "LLaMA-Factory's v1 layout, chosen_messages"),
     "ms-swift": Format(swift_pair, "ms-swift, messages with rejected_response or rejected_messages"),
     "openai": Format(openai_pair, "OpenAI's preference fine-tuning"),
-    "openrlhf": Format(preference, "OpenRLHF, in all forms that it reads", layout="chat-pairs"),
     "trl": Format(preference, "TRL's preferences, also with an implicit prompt", layout="chat-pairs"),
+    "openrlhf": Format(preference, "OpenRLHF, in all forms that it reads", layout="chat-pairs"),
     "trl-unpaired": Format(
         unpaired, "TRL's unpaired preferences, as ranked rows", pairing="all", gather=unpaired_prompt
     ),

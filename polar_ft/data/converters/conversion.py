@@ -39,6 +39,7 @@ class Conversion:
         left_out: Number of pairs that were dropped, by reason.
         without_pairs: Rows (prompts, if the format gathers the rows of a prompt) that gave nothing because
             all their pairs were dropped.
+        guessed: Rows that do not say where their prompt ends: it is what chosen and rejected begin with.
         problems: Rows and files that could not be used; of a prompt that could not be used, its first row.
         unusable: Rows that could not be used, all rows of such a prompt among them.
     """
@@ -49,6 +50,7 @@ class Conversion:
     ranked: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     without_pairs: int = 0
+    guessed: int = 0
     problems: list[RowProblem] = field(default_factory=list)
     unusable: int = 0
 
@@ -137,6 +139,7 @@ def convert_file(
                 continue
             done.left_out.update(converted.left_out)
             done.without_pairs += not rows
+            done.guessed += converted.guessed
             for row in rows:
                 out.write(row)
                 done.ranked += "responses" in row
@@ -145,7 +148,8 @@ def convert_file(
             raise_problems(done.problems)
         if done.damaged and not keep_readable:
             readable = f"{done.rows_in:,} row{'' if done.rows_in == 1 else 's'} could be read"
-            advice = f"nothing was written; {readable}, and --keep-readable converts them"
+            more = f"; {readable}, and --keep-readable converts them" if done.rows_in else ""
+            advice = f"nothing was written{more}"
             raise_problems(done.damaged, advice)
         if not out.count:
             raise PolarError(_why_nothing(name, source, done, first))

@@ -26,10 +26,12 @@ class Converted:
     Attributes:
         rows: Pair rows or ranked rows to write.
         left_out: Number of pairs of the row that are dropped, by reason.
+        guessed: Whether the row does not say where its prompt ends.
     """
 
     rows: list[dict[str, Any]]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Layout(BaseModel):
         Raises:
             RowError: The row has another layout, or holds images, videos or sounds.
         """
-        for column in _MEDIA:
+        for column in MEDIA:
             if row.get(column):
                 raise RowError(column, "is not empty, but only text can be read — leave the row out")
         try:
@@ -138,7 +140,7 @@ class Layout(BaseModel):
 
 
 # Columns of the files or addresses of what belongs to the texts, in LLaMA-Factory, ms-swift and TRL.
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 class Turn(BaseModel):

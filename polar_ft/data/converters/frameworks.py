@@ -235,7 +235,7 @@ def preference(row: Mapping[str, Any]) -> Converted:
         )
     result: dict[str, Any] = {"prompt": prompt.rstrip(), "reference": pair.reference or ""}
     result |= {"chosen": chosen.lstrip(), "rejected": rejected.lstrip()}
-    return Converted([with_extras(result, pair.rest())])
+    return Converted([with_extras(result, pair.rest())], guessed=True)
 
 
 def _end_of_prompt(chosen: str, rejected: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ def parse_mapping(entries: Sequence[str]) -> dict[str, str]:
     {'prompt': 'question', 'chosen': 'answers.0', 'rejected': 'answers.1'}
     """
     mapping: dict[str, str] = {}
-    for entry in (part for text in entries for part in text.split(",")):
+    # A name in the file may have a comma; what follows one begins an entry only if it is "ours=".
+    for entry in (part for text in entries for part in re.split(r",(?=\s*\w+\s*=)", text)):
         ours, equals, theirs = (part.strip() for part in entry.partition("="))
         if not (ours and equals and theirs):
             raise PolarError(f"--map {entry}: write the name that is wanted = the name in the file")

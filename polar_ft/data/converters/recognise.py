@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
-from polar_ft.data.converters.format import Converted, Format, Layout
+from polar_ft.data.converters.format import MEDIA, Converted, Format, Layout
 from polar_ft.data.converters.mapping import mapped, proposal
 from polar_ft.data.reading import MAX_LINE_MB, RowProblem, expand, read_rows
 from polar_ft.data.records import PairRow, RankedRow, RowError, parse_row
@@ -32,6 +32,7 @@ class Recognised:
         same: Other formats that convert these rows to the same.
         rivals: Other formats that read as many of the rows, and convert them to something else.
         undecided: The rivals that read the same fields, between which the rows do not decide.
+        guessed: Whether rows do not say where their prompt ends.
     """
 
     name: str
@@ -42,11 +43,12 @@ class Recognised:
     same: tuple[str, ...]
     rivals: tuple[str, ...]
     undecided: tuple[str, ...]
+    guessed: bool = False
 
     @property
     def certainty(self) -> Literal["certain", "likely", "doubtful"]:
-        """Certain if no other format reads all the rows; doubtful if this one does not read all of them."""
-        if self.read < self.looked_at or self.undecided:
+        """Certain if no other format reads all rows; doubtful if this one does not, or guesses prompts."""
+        if self.read < self.looked_at or self.undecided or self.guessed:
             return "doubtful"
         return "likely" if self.rivals else "certain"
 
@@ -58,6 +60,7 @@ class _Reading:
     read: int
     known: tuple[str, ...]
     rows: list[dict[str, Any]]
+    guessed: bool
 
 
 def recognise_file(
@@ -101,10 +104,15 @@ def recognise_file(
         hint = (
             proposal(fields) or "--map prompt=NAME,chosen=NAME,rejected=NAME, with the names of your fields"
         )
-        raise PolarError(
+        message = (
             f"{source}: no known format has these rows (their fields: {', '.join(fields)}). If they are "
             f"pairs, say which field is which: {hint}"
         )
+        if media := sum(any(row.get(column) for column in MEDIA) for _, row in sample):
+            message += (
+                f". Of the rows looked at, {media:,} have images, sounds or videos, which cannot be read"
+            )
+        raise PolarError(message)
     if found.undecided:
         names = " or ".join((found.name, *found.undecided))
         raise PolarError(
@@ -145,6 +153,7 @@ def recognise(formats: Mapping[str, Format], rows: Sample) -> Recognised | None:
         tuple(other.name for other in same),
         tuple(rival.name for rival in rivals),
         tuple(rival.name for rival in undecided),
+        best.guessed,
     )
 
 
@@ -171,11 +180,11 @@ def _convert(fmt: Format, place: str, row: Mapping[str, Any]) -> Converted | Non
 
 
 def _try(name: str, fmt: Format, rows: Sample, fields: Sequence[str]) -> _Reading:
-    made = [_convert(fmt, place, row) for place, row in rows]
-    converted = [row for result in made if result is not None for row in result.rows]
+    made = [converted for place, row in rows if (converted := _convert(fmt, place, row)) is not None]
     named = _fields_of(fmt.layout or name)
     known = tuple(field for field in fields if field in named)
-    return _Reading(name, fmt, sum(result is not None for result in made), known, converted)
+    guessed = any(converted.guessed for converted in made)
+    return _Reading(name, fmt, len(made), known, [row for one in made for row in one.rows], guessed)
 
 
 def _fields_of(layout: str) -> set[str]:

@@ -162,7 +162,7 @@ def test_nothing_is_written_where_no_row_converts(write_rows: WriteRows, tmp_pat
 def test_unknown_formats_and_options_are_refused(write_rows: WriteRows, tmp_path: Path) -> None:
     source = str(write_rows("in.jsonl", [rows.pair()]))
     with pytest.raises(
-        PolarError, match=r"alpaca: no such format; there are arena, chat-pairs, .*, ultrafeedback-binarized"
+        PolarError, match=r"alpaca: no such format; there are auto, arena, .*, ultrafeedback-binarized"
     ):
         convert_file("alpaca", source, tmp_path / "out.jsonl")
     with pytest.raises(PolarError, match="--pairing is no option of the format hh-rlhf; leave"):

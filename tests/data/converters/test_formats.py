@@ -255,7 +255,7 @@ def test_what_is_wrong_deep_in_a_row_is_named(
         (
             "ultrafeedback",
             "ultrafeedback-binarized",
-            "this looks like chat-pairs or ultrafeedback-binarized or tulu or openrlhf or trl",
+            "this looks like chat-pairs or ultrafeedback-binarized or tulu or trl or openrlhf",
         ),
     ],
 )

@@ -49,6 +49,9 @@ def test_how_sure_it_is(write_rows: WriteRows) -> None:
     assert look(own)[0] == "chat-pairs"
     assert look(own | {"subset": "math-prm"}) == ("rewardbench", "likely")
     assert look(pair()) == ("ranked", "likely")
+    # Where a prompt ends within two texts is a guess.
+    assert look({"chosen": "The sky is blue.", "rejected": "The sky is grey."}) == ("trl", "doubtful")
+    assert look(published("hh-rlhf")) == ("hh-rlhf", "likely")
 
 
 def test_unknown_rows_are_answered_with_a_proposal(write_rows: WriteRows) -> None:
@@ -82,13 +85,29 @@ def test_a_mapping_reaches_into_fields_and_keeps_the_rest(write_rows: WriteRows,
     )
 
 
+def test_rows_with_images_are_counted_where_nothing_reads_them(write_rows: WriteRows) -> None:
+    row = published("ms-swift", images=["cat.png"])
+    with pytest.raises(PolarError, match="1 have images, sounds or videos, which cannot be read"):
+        recognise_file(CONVERTERS, str(write_rows("in.jsonl", [row])))
+
+
+def test_guessed_prompts_are_counted(write_rows: WriteRows, tmp_path: Any) -> None:
+    rows = [{"chosen": "The sky is blue.", "rejected": "The sky is grey."}, published("trl")]
+    done = convert_file("trl", str(write_rows("in.jsonl", rows)), tmp_path / "out.jsonl")
+    assert (done.pairs, done.guessed) == (2, 1)
+
+
 @pytest.mark.parametrize("entries", [["prompt"], ["=question"], ["prompt="], ["prompt=a,prompt=b"], [""]])
 def test_mappings_that_say_nothing(entries: list[str]) -> None:
     with pytest.raises(PolarError, match="--map"):
         parse_mapping(entries)
 
 
-def test_a_field_whose_name_has_a_dot_is_no_path() -> None:
+def test_names_with_commas_and_dots() -> None:
+    assert parse_mapping(["prompt=question, in full, chosen=a"]) == {
+        "prompt": "question, in full",
+        "chosen": "a",
+    }
     assert mapped({"a.b": 1, "a": {"b": 2}}, {"prompt": "a.b"}) == {"prompt": 1, "a": {"b": 2}}
     with pytest.raises(RowError, match="the row has a"):
         mapped({"a": 1}, {"prompt": "b"})
