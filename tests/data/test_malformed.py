@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,8 @@ def test_file(case: DataCase, tmp_path: Path, template: PolarTemplate) -> None:
     assert any(isinstance(problem, FileProblem) for problem in problems) == case.damaged
 
     screen = _Screen()
-    _check(source, good, bad, screen)
+    # Drawing the tables takes most of the time; what could be wrong in them are characters of the data.
+    _check(source, good, bad, screen, tables="good" in case.name or not isinstance(case.file, str))
     _convert(path, tmp_path / "out", good, problems, screen)
     _split(source, tmp_path / "sides", good, bad)
     _preview(source, template, screen)
@@ -79,10 +79,13 @@ class _Screen:
         assert not [char for char in text if (char < " " and char not in "\n\t") or "\x7f" <= char < "\xa0"]
 
 
-def _check(source: DataSource, good: Iterable[int], bad: list[int], screen: _Screen) -> None:
+def _check(source: DataSource, good: list[int], bad: list[int], screen: _Screen, *, tables: bool) -> None:
     report = check([source])
-    assert (report.rows, [problem.line for problem in report.problems]) == (len(list(good)), bad)
-    show_report(screen.console, report)
+    assert (report.rows, [problem.line for problem in report.problems]) == (len(good), bad)
+    if tables:
+        show_report(screen.console, report)
+    else:
+        show_problems(screen.console, report.problems)
     report_as_json(report).encode()
 
 
