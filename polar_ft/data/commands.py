@@ -56,7 +56,10 @@ data_app = typer.Typer(
 )
 
 Files = Annotated[
-    list[str], typer.Argument(help="JSON lines (.jsonl, .jsonl.gz), Parquet, folders, or HuggingFace ids.")
+    list[str],
+    typer.Argument(
+        help="JSON lines, CSV, TSV, Excel (.xlsx), Parquet, folders of such files, or HuggingFace ids."
+    ),
 ]
 Input = Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or a HuggingFace id.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer counts tokens.")]
