@@ -26,7 +26,7 @@ from polar_ft.data.converters import CONVERTERS, Recognised, convert_file, parse
 from polar_ft.data.export import TARGETS, export_rows
 from polar_ft.data.lint import check
 from polar_ft.data.preview import read_example, run_text, summary_table, token_runs
-from polar_ft.data.problems import FileProblem, RowProblem, raise_problems
+from polar_ft.data.problems import PROBLEMS_SHOWN, FileProblem, RowProblem, raise_problems
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     DataSource,
@@ -279,7 +279,8 @@ def convert_command(
     if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
     if done.unusable:
-        console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used (named above)[/]")
+        named = "named above" if done.unusable <= PROBLEMS_SHOWN else f"{PROBLEMS_SHOWN} of them named above"
+        console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used ({named})[/]")
     if done.guessed:
         console.print(
             f"[yellow]the prompt of {many(done.guessed, 'row')} is what chosen and rejected begin with: "

@@ -77,7 +77,7 @@ class DataReport(BaseModel):
         max_length: Limit of a sequence in tokens; None without a tokenizer.
         max_response_length: Limit of a response in tokens; None without a tokenizer.
         rows: Rows that can be used.
-        bad_rows: Rows that cannot be used.
+        bad_rows: Rows that cannot be used, and files that cannot be read to the end.
         pairs: Pairs that the usable rows give.
         prompts: Distinct prompts.
         ties_left_out: Pairs of ranked rows that are dropped, as both responses are ranked the same.

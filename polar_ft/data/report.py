@@ -49,7 +49,9 @@ def show_report(console: Console, report: DataReport) -> None:
     show_problems(console, report.problems, " (--json lists them all)")
     if report.problems:
         console.print()
-    bad = f", [red]{many(report.bad_rows, 'bad row')}[/]" if report.bad_rows else ""
+    damaged = sum(isinstance(problem, FileProblem) for problem in report.problems)
+    counts = ((report.bad_rows - damaged, "bad row"), (damaged, "bad file"))
+    bad = "".join(f", [red]{many(count, thing)}[/]" for count, thing in counts if count)
     console.print(
         f"[bold]{_plain(', '.join(report.files))}[/]: "
         f"{many(report.rows, 'row')}, {many(report.pairs, 'pair')}, {many(report.prompts, 'prompt')}{bad}",

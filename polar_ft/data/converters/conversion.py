@@ -148,7 +148,8 @@ def convert_file(
             raise_problems(done.problems)
         if done.damaged and not keep_readable:
             readable = f"{done.rows_in:,} row{'' if done.rows_in == 1 else 's'} could be read"
-            advice = f"nothing was written; {readable}, and --keep-readable converts them"
+            more = f"; {readable}, and --keep-readable converts them" if done.rows_in else ""
+            advice = f"nothing was written{more}"
             raise_problems(done.damaged, advice)
         if not out.count:
             raise PolarError(_why_nothing(name, source, done, first))
