@@ -59,7 +59,7 @@ data_app = typer.Typer(
 Files = Annotated[
     list[str],
     typer.Argument(
-        metavar="FILE", help="JSON lines (.jsonl, .jsonl.gz), Parquet, folders, or HuggingFace ids."
+        metavar="FILE", help="JSON lines, CSV, TSV, Excel (.xlsx), Parquet, folders, or HuggingFace ids."
     ),
 ]
 Input = Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or a HuggingFace id.")]
