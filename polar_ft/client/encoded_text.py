@@ -107,12 +107,12 @@ def encode_elements(
         number, _ = merged[error.index].members[0]
         raise PolarError(f"data[{first + places[number]}]: {error}") from None
     for texts, group in zip(merged, encoded, strict=True):
-        sequences, cut = group.sequences, group.cut
+        sequences = group.sequences
         for number, (candidate,) in texts.members:
             placed[places[number]] = EncodedElement(
                 ids=sequences[candidate],
                 spell=partial(template.spell, texts.group, group, candidate),
-                is_cut=bool(cut.prompt or cut.reference or cut.candidates[candidate]),
+                is_cut=group.cut.of(candidate),
             )
     for place, element in enumerate(elements):
         if isinstance(element, str):

@@ -1,0 +1,47 @@
+"""What of a policy's output reaches the reward model: the answer, without the thoughts before it.
+
+POLAR compares an answer with a reference answer, so a chain of thought in front of it must not be scored. A
+policy in training leaves tags open, repeats them and nests them; the rules here are few, so that a policy
+cannot earn a reward for an answer that never came.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """How a policy marks its thoughts.
+
+    Everything up to the last closing tag is thought, however many tags there are and however they are
+    nested. An opening tag after that begins a thought that was never ended: no answer came. Without any tag
+    the whole output is the answer, except where the prompt has already opened the tag.
+
+    Attributes:
+        start: The opening tag.
+        end: The closing tag.
+        opened_by_prompt: The prompt template ends with the opening tag, as Qwen3's with thinking and
+            DeepSeek-R1's do: an output without a closing tag is a thought that was never ended.
+    """
+
+    start: str = "<think>"
+    end: str = "</think>"
+    opened_by_prompt: bool = False
+
+    def answer(self, output: str) -> str | None:
+        """The answer of an output, without white space around it; None if no answer came.
+
+        >>> thinking = Thinking()
+        >>> thinking.answer("<think>2 + 2 is 4.</think> Four."), thinking.answer("Four.")
+        ('Four.', 'Four.')
+        >>> thinking.answer("<think>a<think>b</think>c</think>Four."), thinking.answer("2 + 2</think>Four.")
+        ('Four.', 'Four.')
+        >>> [thinking.answer(output) for output in ("<think>It is", "<think>4</think>Four. <think>Or", " ")]
+        [None, None, None]
+        >>> Thinking(opened_by_prompt=True).answer("It is 4, since")
+        """
+        _, closed, answer = output.rpartition(self.end)
+        if self.start in answer or (self.opened_by_prompt and not closed):
+            return None
+        return answer.strip() or None

@@ -1,0 +1,66 @@
+"""What real frameworks are given are the rewards of `RewardScorer`, sample by sample."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from polar_ft.rft.answers import Thinking
+from polar_ft.rft.data import write_rl_data
+from polar_ft.scoring.scorer import RewardScorer
+from tests.frameworks.conftest import FLOOR
+
+
+@pytest.fixture(scope="session")
+def scored(model):
+    """Gives the rewards of outputs, computed in this process."""
+    scorer = RewardScorer.from_pretrained(model)
+
+    def rewards(calls):
+        answers = [Thinking().answer(call["output"]) for call in calls]
+        asked = [
+            {"prompt": call["prompt"], "reference": call["reference"], "output": answer}
+            for call, answer in zip(calls, answers, strict=True)
+            if answer is not None
+        ]
+        found = iter(scorer.score(asked))
+        return [FLOOR if answer is None else next(found) for answer in answers]
+
+    return rewards
+
+
+def same_as(rewards):
+    """To 1e-5, relative for rewards above 1: the server batches differently, and float32 has 7 digits."""
+    return pytest.approx(rewards, rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
+def test_trl_trains(run, rows, model, server, scored, trainer):
+    result = run(
+        "trl", "trl_run.py", rows=rows, model=str(model), server=server, floor=FLOOR, trainer=trainer
+    )
+    calls = result["calls"]
+    assert len(calls) == 3 * 16
+    for call in calls:
+        call["output"] = call["output"][0]["content"]
+    assert [call["reward"] for call in calls] == same_as(scored(calls))
+    for step, log in enumerate(result["logs"]):
+        mine = [call["reward"] for call in calls[16 * step : 16 * (step + 1)]]
+        assert log["rewards/polar/mean"] == pytest.approx(sum(mine) / 16, rel=1e-5)
+        assert math.isfinite(log["polar/unanswered"])
+
+
+@pytest.mark.parametrize("version", ["0.5", "0.7", "0.9"])
+def test_verl_gives_each_row_its_reward(run, rows, model, server, scored, version, tmp_path):
+    data, parquet = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+    data.write_text("".join(json.dumps({**row, "prompt": row["question"]}) + "\n" for row in rows))
+    write_rl_data(str(data), parquet, "verl")
+    given = {"rows": rows, "parquet": str(parquet), "model": str(model), "server": server, "floor": FLOOR}
+    result = run(f"verl-{version}", "verl_run.py", **given)
+    calls = [{**row, "prompt": row["question"]} for row in rows]
+    assert ".".join(map(str, result["version"])) == version
+    assert result["rewards"] == same_as(scored(calls))
+    assert result["extra"]["answered"] == [float(number != 5) for number in range(64)]
+    assert set(result["extra"]) >= {"score", "answered", "truncated", "length"}

@@ -1,0 +1,131 @@
+"""Each adapter, called as its framework calls it, gives the rewards of `PolarReward`."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from polar_ft.errors import PolarError
+from polar_ft.groups import TextGroup
+from polar_ft.rft import verl
+from polar_ft.rft.openrlhf import make_reward_func
+from polar_ft.rft.slime import make_custom_rm
+from polar_ft.rft.swift import make_orm
+from polar_ft.rft.trl import PolarRewardFunction
+from tests.rft.test_reward import expected
+
+QUESTION = [{"role": "user", "content": "2 + 2?"}]
+REFERENCE = [{"role": "assistant", "content": "4"}]
+OUTPUTS = ["It is 4.", "<think>Hm.</think>It is 5.", "<think>It is"]
+FLOOR = -20.0
+
+
+@pytest.fixture
+def settings(serve, tokenizer_dir):
+    return {"model": str(tokenizer_dir), "server_address": serve().address, "floor": FLOOR}
+
+
+@pytest.fixture
+def rewards(template):
+    """What the three outputs get."""
+    answers = ["It is 4.", "It is 5."]
+    scored = [expected(template, TextGroup("2 + 2?", ("4",), (answer,))) for answer in answers]
+    return pytest.approx([*scored, FLOOR])
+
+
+def test_verl_batch(settings, rewards):
+    rows = verl.compute_score_batch(
+        ["polar"] * 3, OUTPUTS, [REFERENCE, "4", REFERENCE], [{"prompt": QUESTION}] * 3, **settings
+    )
+    assert [row["score"] for row in rows] == rewards
+    assert {tuple(row) for row in rows} == {("score", "answered", "truncated", "length")}
+    assert [row["answered"] for row in rows] == [1.0, 1.0, 0.0]
+
+
+def test_verl_batch_with_several_references(settings, template):
+    info = {"prompt": QUESTION, "references": ["IV", "4"]}
+    (row,) = verl.compute_score_batch(["polar"], ["four"], [REFERENCE], [info], **settings)
+    sample = TextGroup("2 + 2?", ("IV", "4"), ("four",))
+    assert row["score"] == pytest.approx(max(expected(template, sample, i) for i in (0, 1)))
+
+
+def test_verl_per_sample(settings, rewards):
+    info = {"prompt": QUESTION}
+
+    async def chunk():
+        calls = [verl.compute_score("polar", output, REFERENCE, info, **settings) for output in OUTPUTS]
+        # As verl hands them over if it serves a reward model itself.
+        router = {"reward_router_address": "10.0.0.1:1", "reward_model_tokenizer": object()}
+        calls.append(verl.compute_score("polar", OUTPUTS[0], REFERENCE, info, **settings, **router))
+        return await asyncio.gather(*calls)
+
+    *three, again = asyncio.run(chunk())
+    assert [row["score"] for row in three] == rewards
+    assert again == three[0]
+    assert info == {"prompt": QUESTION}  # verl's own dictionary
+
+
+def test_verl_names_what_a_row_lacks(settings):
+    with pytest.raises(PolarError, match="prompt"):
+        verl.compute_score_batch(["polar"], ["a"], ["r"], [{}], **settings)
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_trl(settings, rewards, conversational):
+    logged = {}
+    completions = [[{"role": "assistant", "content": output}] for output in OUTPUTS]
+    found = PolarRewardFunction(**settings)(
+        [QUESTION if conversational else "2 + 2?"] * 3,
+        completions if conversational else OUTPUTS,
+        completion_ids=[[1]] * 3,
+        reference=["4"] * 3,
+        trainer_state=None,
+        log_extra=None,
+        log_metric=logged.__setitem__,
+    )
+    assert found == rewards
+    assert logged == {"polar/unanswered": pytest.approx(1 / 3), "polar/truncated": 0.0}
+
+
+def test_trl_with_the_question_in_a_column(settings, rewards):
+    function = PolarRewardFunction(**settings, prompt="question")
+    found = function(["4. 2 + 2?"] * 3, OUTPUTS, question=["2 + 2?"] * 3, references=[["4"]] * 3)
+    assert found == rewards
+    with pytest.raises(PolarError, match="no column 'question'"):
+        function(["2 + 2?"], ["4"], references=[["4"]])
+
+
+def test_openrlhf(settings, rewards):
+    prompt = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    reward_func = make_reward_func(**settings)
+    answers = [
+        reward_func([f"{prompt}{output}<|im_end|>\n"], [prompt], [{"prompt": QUESTION, "reference": "4"}])
+        for output in OUTPUTS
+    ]
+    assert [answer["rewards"][0] for answer in answers] == rewards
+    assert answers[2]["extra_logs"] == {"answered": 0.0, "truncated": 0.0, "length": 0.0}
+    with pytest.raises(PolarError, match="does not begin with its prompt"):
+        reward_func(["other"], [prompt], [{"prompt": QUESTION, "reference": "4"}])
+    with pytest.raises(PolarError, match="label"):
+        reward_func([prompt], [prompt], ["4"])
+
+
+def test_slime(settings, rewards):
+    custom_rm = make_custom_rm(**settings)
+    label = {"prompt": QUESTION, "reference": "4"}
+    samples = [SimpleNamespace(label=label, response=output) for output in OUTPUTS]
+
+    async def run():
+        return await custom_rm(None, samples), [await custom_rm(None, sample) for sample in samples]
+
+    group, single = asyncio.run(run())
+    assert group == rewards
+    assert single == group
+
+
+def test_swift(settings, rewards):
+    orm = make_orm(**settings)(args=None)
+    messages = [QUESTION, QUESTION, [*QUESTION, {"role": "assistant", "content": OUTPUTS[2]}]]
+    assert orm(OUTPUTS, messages=messages, reference=["4"] * 3, trainer_state=None) == rewards

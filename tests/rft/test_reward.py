@@ -1,0 +1,158 @@
+"""Every sample gets its own reward, however it is asked for, or an error that names it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from polar_ft.errors import PolarError
+from polar_ft.groups import TextGroup
+from polar_ft.reward_scale import RewardScale
+from polar_ft.rft.reward import PolarReward, Reward, measured_floor, sample_of, shared_reward
+from tests.client.fake_server import Answer, reward_of
+
+
+def samples(n: int) -> list[TextGroup]:
+    return [TextGroup(f"Question {i // 4}?", (f"Reference {i // 4}",), (f"Answer {i}",)) for i in range(n)]
+
+
+def expected(template, group: TextGroup, reference: int = 0) -> float:
+    group = TextGroup(group.prompt, (group.references[reference],), group.candidates)
+    return reward_of(template.encode([group])[0].sequences[0].tolist())
+
+
+def test_a_batch_in_its_order(serve, reward_from, template):
+    batch = samples(50)
+    rewards = reward_from(serve()).score(batch)
+    assert [r.score for r in rewards] == pytest.approx([expected(template, sample) for sample in batch])
+    assert {(r.answered, r.truncated) for r in rewards} == {(True, False)}
+    assert [r.length for r in rewards] == [len(f"Answer {i}") for i in range(50)]
+
+
+def test_single_samples_are_sent_together(serve, reward_from, template):
+    server, batch = serve(), samples(200)
+    reward = reward_from(server, gather_ms=50)
+
+    async def all_at_once() -> list[Reward]:
+        return await asyncio.gather(*map(reward.score_async, batch))
+
+    rewards = asyncio.run(all_at_once())
+    assert [r.score for r in rewards] == pytest.approx([expected(template, sample) for sample in batch])
+    assert server.n_requests <= 4  # of at most 128 inputs; 200 without gathering
+    assert len(server.scored) == 200
+
+
+def test_threads_get_their_own_rewards(serve, reward_from, template):
+    reward, batch = reward_from(serve()), samples(64)
+    found: dict[int, float] = {}
+
+    def ask(number: int) -> None:
+        found[number] = reward.submit(batch[number]).result().score
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(batch))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == pytest.approx({n: expected(template, sample) for n, sample in enumerate(batch)})
+
+
+def test_the_same_sample_is_scored_once(serve, reward_from):
+    server = serve()
+    first, second, _ = reward_from(server).score([samples(1)[0], samples(1)[0], samples(2)[1]])
+    assert first == second
+    assert len(server.scored) == 2
+
+
+def test_thoughts_are_not_scored_and_no_answer_gets_the_floor(serve, reward_from, template):
+    server = serve()
+    question = samples(1)[0]
+    with_thoughts, none_came = (
+        TextGroup(question.prompt, question.references, (text,))
+        for text in ("<think>Let me see.</think>\n\nAnswer 0", "<think>Let me see. Answer 0")
+    )
+    scored, floor = reward_from(server).score([with_thoughts, none_came])
+    assert scored.score == pytest.approx(expected(template, question))
+    assert floor == Reward(-20.0, answered=False, truncated=False, length=0)
+    assert len(server.scored) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "combine"), [("max", max), ("mean", lambda values: sum(values) / len(values))]
+)
+def test_several_references(serve, reward_from, template, how, combine):
+    sample = sample_of("2 + 2?", ["4", "IV", "four"], "It is 4.")
+    (reward,) = reward_from(serve(), references=how).score([sample])
+    assert reward.score == pytest.approx(combine([expected(template, sample, i) for i in range(3)]))
+
+
+def test_what_was_cut_is_said(serve, reward_from):
+    reward = reward_from(serve())
+    cut, fits = reward.score([TextGroup("Q?", ("r",), ("word " * 5000,)), TextGroup("Q?", ("r",), ("word",))])
+    assert (cut.truncated, fits.truncated) == (True, False)
+
+
+def test_a_sample_that_cannot_be_encoded_fails_alone(serve, reward_from, template):
+    reward = reward_from(serve())
+    good = samples(1)[0]
+    # The reference leaves no room for the prompt.
+    reward.client.template.max_length, reward.client.template.max_response_length = 600, 300
+    bad = TextGroup("Which one?", ("r" * 300,), ("a",))
+    futures = [reward.submit(sample) for sample in (good, bad)]
+    assert futures[0].result().score == pytest.approx(expected(template, good))
+    with pytest.raises(PolarError, match="prompt that begins 'Which one"):
+        futures[1].result()
+
+
+def test_a_server_that_comes_back_costs_time_only(serve, reward_from, template):
+    server = serve()
+    reward, batch = reward_from(server), samples(40)
+    assert len(reward.score(batch[:4])) == 4
+    server.stop()
+    futures = [reward.submit(sample) for sample in batch]
+    time.sleep(0.5)
+    assert not any(future.done() for future in futures)
+    serve(port=server.port)
+    found = [future.result(timeout=60).score for future in futures]
+    assert found == pytest.approx([expected(template, sample) for sample in batch])
+
+
+def test_a_server_that_stays_away_is_an_error_that_names_it(serve, reward_from):
+    server = serve()
+    server.stop()
+    future = reward_from(server, max_wait=0.3).submit(samples(1)[0])
+    with pytest.raises(PolarError, match=server.address):
+        future.result(timeout=30)
+
+
+def test_wrong_answers_are_never_a_reward(serve, reward_from):
+    server = serve(fault=lambda number, rewards: Answer(500))
+    with pytest.raises(PolarError, match="500"):
+        reward_from(server).score(samples(3))
+
+
+def test_the_floor_is_measured_or_given(tmp_path, tokenizer_dir):
+    with pytest.raises(PolarError, match="polar-ft calibrate"):
+        PolarReward(tokenizer_dir)
+    RewardScale(centre=-6, spread=2, quantiles={"p01": -11.0}).save(tmp_path)
+    assert measured_floor(tmp_path) == -13.0
+
+
+def test_settings_of_a_framework_make_one_reward(serve, tokenizer_dir):
+    server = serve()
+    settings = {"model": str(tokenizer_dir), "server_address": [server.address], "floor": -20.0}
+    assert shared_reward(settings) is shared_reward(dict(reversed(settings.items())))
+    with pytest.raises(PolarError, match="serverr is unknown"):
+        shared_reward(settings | {"serverr": "x"})
+    with pytest.raises(PolarError, match="model is missing"):
+        shared_reward({})
+
+
+def test_a_sample_without_reference_is_named():
+    with pytest.raises(PolarError, match="references"):
+        sample_of("Q?", [], "a")
+    with pytest.raises(PolarError, match="reference"):
+        sample_of("Q?", [None], "a")
