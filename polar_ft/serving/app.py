@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import polar_ft
 from polar_ft.errors import PolarError
-from polar_ft.reward_scale import FILE_NAME
+from polar_ft.reward_scale import FILE_NAME, RewardScale
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.serving.batching import Batcher, Job, QueueFullError, ScoringError, ShuttingDownError
 from polar_ft.serving.bodies import SMALL_BODY, read_body
@@ -46,6 +46,7 @@ from polar_ft.serving.wire import (
     RewardResponse,
     RewardsRequest,
     RewardsResponse,
+    ScaleCard,
     Status,
     Usage,
     VllmPooling,
@@ -220,11 +221,16 @@ class Server:
 
     def card(self) -> ModelCard:
         """Describes the model for /v1/models."""
-        template = self.scorer.template
+        template, folder = self.scorer.template, self.scorer.folder
+        has_scale = folder is not None and (folder / FILE_NAME).is_file()
+        scale = None
+        with suppress(PolarError):  # who asks for scaled rewards is told what is wrong with the file
+            if folder is not None and has_scale:
+                scale = ScaleCard(**RewardScale.load(folder).model_dump())
         return ModelCard(
             id=self.name,
             created=self.created,
-            root=None if self.scorer.folder is None else str(self.scorer.folder.resolve()),
+            root=None if folder is None else str(folder.resolve()),
             version=polar_ft.__version__,
             max_model_len=template.max_length,
             max_response_length=template.max_response_length,
@@ -232,7 +238,8 @@ class Server:
             dtype=str(self.scorer.dtype).removeprefix("torch."),
             device=self.scorer.device.type,
             template=template.fingerprint,
-            has_scale=self.scorer.folder is not None and (self.scorer.folder / FILE_NAME).is_file(),
+            has_scale=has_scale,
+            scale=scale,
         )
 
 

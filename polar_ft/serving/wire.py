@@ -280,6 +280,15 @@ class PoolingResponse(BaseModel):
 # ---- all
 
 
+class ScaleCard(BaseModel):
+    """The reward scale of the model, as polar-ft calibrate measured it; see `polar_ft.reward_scale`."""
+
+    centre: float
+    spread: float
+    temperature: float | None
+    quantiles: dict[str, float]
+
+
 class ModelCard(BaseModel):
     """The model that is served.
 
@@ -290,6 +299,7 @@ class ModelCard(BaseModel):
         max_response_length: Limit in tokens to which references and candidates of /v1/rewards are cut.
         template: Fingerprint of tokenizer, control tokens and limits.
         has_scale: Whether the model has a reward scale of polar-ft calibrate.
+        scale: That scale.
     """
 
     id: str
@@ -305,6 +315,7 @@ class ModelCard(BaseModel):
     device: str
     template: str
     has_scale: bool
+    scale: ScaleCard | None = None
 
 
 class ModelList(BaseModel):
