@@ -82,10 +82,10 @@ def check_number(candidates: int) -> None:
 
 
 def count_values(body: bytes) -> tuple[int, int]:
-    r"""Counts the values of a JSON text, and how many of them are lists or objects, without reading it.
+    r"""Counts the values of a JSON text, at most, and the lists and objects among them, without reading it.
 
     >>> count_values(b'{"text": ["a [, b", "c \\" ["], "n": [[1, 2], []]}')
-    (8, 5)
+    (10, 5)
     """
     # Without escaped quotes, what follows an odd number of quotes is inside a string.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")

@@ -182,7 +182,7 @@ def test_what_a_reward_means_is_said(page, address, model_folder):
         meaning = page.locator("#meaning").inner_text()
         assert "0 is the mean" in meaning
         assert "(1.00), and 1 is one standard deviation above it (4.00)" in meaning
-        assert "62 % is how often" in meaning  # 1 / (1 + exp(-1 / 2))
+        assert "preferred in 62 % of the cases" in meaning  # 1 / (1 + exp(-1 / 2))
         page.get_by_role("button", name="Score").click()
         page.wait_for_selector("#ranking li")
     finally:
@@ -191,7 +191,7 @@ def test_what_a_reward_means_is_said(page, address, model_folder):
         note = item.locator(".note").inner_text()
         scaled = (reward - 1) / 4
         assert note.startswith(
-            f"{'−' if scaled < 0 else '+'}{abs(scaled):.2f} on the calibrated scale, above "
+            f"{'−' if scaled < 0 else '+'}{abs(scaled):.2f} on the calibrated scale; above "
         )
         assert f"above {25 if reward >= -1 else 5} % of the measured rewards" in note
     assert "the first is preferred to it in" in page.locator("#ranking li").last.inner_text()
