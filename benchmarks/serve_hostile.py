@@ -13,14 +13,11 @@ import argparse
 import asyncio
 import itertools
 import json
-import multiprocessing
 import signal
-import socket
+import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ import httpx
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.hostile_clients import BODIES, CLIENTS
 from benchmarks.machine import describe_machine
 from benchmarks.serve_load import (
     Load,
@@ -40,100 +38,7 @@ from benchmarks.serve_load import (
 )
 from polar_ft.scoring.scorer import RewardScorer
 
-CLIENTS = 10  # of an attack
 HONEST = 4
-
-# Every attack ends after so many seconds, and each of its requests gets so many.
-ATTACK_SECONDS = 60.0
-REQUEST_SECONDS = 30.0
-
-MB = 10**6
-
-
-def large_prompt() -> bytes:
-    """A prompt of 60 MB."""
-    return b'{"prompt": "' + b"word " * (12 * MB) + b'", "reference": "", "candidates": ["a"]}'
-
-
-def long_prompt() -> bytes:
-    """A prompt of 7 MB, which the body limit allows."""
-    return b'{"prompt": "' + b"word " * (7 * MB // 5) + b'", "reference": "", "candidates": ["a"]}'
-
-
-def empty_objects() -> bytes:
-    """Inputs without any field, 7 MB."""
-    return b'{"inputs": [' + b"{}," * (7 * MB // 3) + b"{}]}"
-
-
-def faulty_inputs() -> bytes:
-    """As many inputs as one request may have, each with faults."""
-    return b'{"inputs": [' + b'{"candidates": [1, 2, 3]},' * 5000 + b"{}]}"
-
-
-def empty_lists() -> bytes:
-    """Sequences without ids, 7 MB."""
-    return b'{"input_ids": [' + b"[]," * (7 * MB // 3) + b"[]]}"
-
-
-# Each with the route and the number of requests.
-BODIES: dict[str, tuple[Callable[[], bytes], str, int]] = {
-    "prompt_60_mb": (large_prompt, "/v1/rewards", 100),
-    "prompt_7_mb": (long_prompt, "/v1/rewards", 100),
-    "empty_objects_7_mb": (empty_objects, "/v1/rewards", 100),
-    "faulty_inputs": (faulty_inputs, "/v1/rewards", 100),
-    "empty_lists_7_mb": (empty_lists, "/classify", 100),
-}
-
-
-def send_bodies(address: str, name: str, counted: Any) -> None:
-    """Sends the requests of an attack from several clients; puts the number of each status into a queue."""
-    make, route, number = BODIES[name]
-    body = make()
-    head = f"POST {route} HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
-    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode()
-    ends = time.monotonic() + ATTACK_SECONDS
-
-    def send(_: int) -> int:
-        if time.monotonic() > ends:
-            return -1
-        host, port = address.split(":")
-        try:
-            with socket.create_connection((host, int(port)), REQUEST_SECONDS) as connection:
-                connection.sendall(request)
-                connection.sendall(body)
-                return int(connection.recv(4096).split()[1])
-        except (OSError, IndexError, ValueError):
-            return 0
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        counted.put(Counter(pool.map(send, range(number))))
-
-
-def hold_connections(address: str, name: str, counted: Any) -> None:
-    """Opens connections and sends a part of a request on each, again and again for 20 s."""
-    sent = b"POST /v1/rewards HTTP/1.1\r\nHost: " + address.encode() + b"\r\n"
-    if name == "slow_bodies":
-        sent += b'Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{"prompt": "'
-    host, port = address.split(":")
-    opened: list[socket.socket] = []
-    ends = time.monotonic() + 20
-    while time.monotonic() < ends:
-        try:
-            connection = socket.create_connection((host, int(port)), 5)
-            connection.sendall(sent)
-            opened.append(connection)
-        except OSError:
-            time.sleep(0.05)
-        for one in opened[-50:]:
-            try:
-                one.send(b"a")
-            except OSError:
-                opened.remove(one)
-                one.close()
-        if len(opened) >= 300:
-            opened.pop(0).close()
-        time.sleep(0.01)
-    counted.put(Counter({0: len(opened)}))
 
 
 async def honest_load(
@@ -184,7 +89,6 @@ def measure(folder: Path, scorer: RewardScorer) -> dict[str, Any]:
     """Alone, then during each attack."""
     requests, _ = make_requests([(30, 10, [15] * 16)] * 16, scorer, seed=1)  # short, so that they are many
     report: dict[str, Any] = {"attacks": {}}
-    context = multiprocessing.get_context("spawn")
     with running_server(folder) as (url, process, log):
         address = url.removeprefix("http://")
 
@@ -196,21 +100,14 @@ def measure(folder: Path, scorer: RewardScorer) -> dict[str, Any]:
         report["alone"] = alone(20)
         print(f"alone: {report['alone']}", flush=True)
         for name in (*BODIES, "unfinished_headers", "slow_bodies"):
-            counted = context.Queue()
-            attack = hold_connections if name not in BODIES else send_bodies
-            attacker = context.Process(target=attack, args=(address, name, counted), daemon=True)
-            attacker.start()
-            figures = asyncio.run(
-                honest_load(
-                    address,
-                    requests,
-                    process,
-                    lambda passed, attacker=attacker: (passed > 5 and not attacker.is_alive()) or passed > 90,
-                )
-            )
-            answered = counted.get(timeout=10)
-            attacker.join(10)
-            figures["attack_answers"] = {str(status): n for status, n in sorted(answered.items())}
+            command = [sys.executable, str(Path(__file__).with_name("hostile_clients.py")), address, name]
+            attacker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+            def over(passed: float, attacker: subprocess.Popen[str] = attacker) -> bool:
+                return (passed > 5 and attacker.poll() is not None) or passed > 100
+
+            figures = asyncio.run(honest_load(address, requests, process, over))
+            figures["attack_answers"] = json.loads(attacker.communicate(timeout=10)[0])
             figures["p99_over_alone"] = figures["p99_s"] / report["alone"]["p99_s"]
             figures["rss_over_idle"] = figures["rss_mib_max"] / report["idle_rss_mib"]
             report["attacks"][name] = figures

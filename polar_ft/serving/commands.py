@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from polar_ft.errors import PolarError
+from polar_ft.files import read_json, resolve_folder
 from polar_ft.options import AllowTokenizerCode, Device, Dtype, MaxLength, MaxResponseLength, ModelFolder
 
 KEY_VARIABLE = "POLAR_API_KEY"
@@ -92,6 +93,7 @@ def serve(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, below
     key = _api_key(api_key_file)
     listening = _listen(host, port, protected=key is not None or allow_unauthenticated)
+    read_json(resolve_folder(model) / "config.json")  # a wrong folder is found before torch is imported
     try:
         from polar_ft.scoring.scorer import RewardScorer
         from polar_ft.serving.app import create_app
