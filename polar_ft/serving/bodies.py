@@ -26,6 +26,9 @@ SMALL_BODY = 2**16
 # Lists and objects in a body: for each candidate a list of messages, and what is around them.
 MAX_CONTAINERS = 16 * MAX_CANDIDATES
 
+# Bytes of a body that are counted before it is looked whether they are too many already.
+_COUNTED_AT_ONCE = 2**18
+
 # Names that pydantic puts into paths for the arms of a union.
 _ARMS = {"one", "several", "string", "messages", "texts", "ids", "ids of several"}
 
@@ -51,10 +54,12 @@ def read_body(body: bytes, content_type: str, form: TypeAdapter[T], limits: Limi
             415, f"the request {given}: send JSON with the header 'Content-Type: application/json'"
         )
     if len(body) > SMALL_BODY:
-        values, containers = count_values(body)
-        if values > limits.max_request_tokens + 8 * MAX_CANDIDATES or containers > MAX_CONTAINERS:
+        values = limits.max_request_tokens + 8 * MAX_CANDIDATES
+        if not has_at_most(body, values, MAX_CONTAINERS):
             raise HTTPException(
-                413, f"the body has {values} values, {containers} of them lists; send fewer inputs at once"
+                413,
+                f"the body has more than {values} values, or more than {MAX_CONTAINERS} lists and objects; "
+                f"send fewer inputs at once",
             )
     try:
         value = json.loads(body)
@@ -62,38 +67,38 @@ def read_body(body: bytes, content_type: str, form: TypeAdapter[T], limits: Limi
         raise HTTPException(422, f"body: is not valid JSON: {error.msg} (character {error.pos})") from None
     except (ValueError, RecursionError):
         raise HTTPException(422, "body: is not valid JSON") from None
-    check_number(_candidates(value))
+    if (candidates := _candidates(value)) > MAX_CANDIDATES:
+        raise HTTPException(
+            413, f"the request has {candidates} candidates; send at most {MAX_CANDIDATES} at once"
+        )
     try:
         return form.validate_python(value, context=Faults())
     except ValidationError as error:
         raise HTTPException(422, _faults(error)) from None
 
 
-def check_number(candidates: int) -> None:
-    """Checks the number of candidates of a request.
+def has_at_most(body: bytes, values: int, containers: int) -> bool:
+    r"""Whether a JSON text has at most so many values, and lists and objects among them, without reading it.
 
-    Raises:
-        HTTPException: It has too many.
-    """
-    if candidates > MAX_CANDIDATES:
-        raise HTTPException(
-            413, f"the request has {candidates} candidates; send at most {MAX_CANDIDATES} at once"
-        )
+    A value more may be counted for an empty list.
 
-
-def count_values(body: bytes) -> tuple[int, int]:
-    r"""Counts the values of a JSON text, at most, and the lists and objects among them, without reading it.
-
-    >>> count_values(b'{"text": ["a [, b", "c \\" ["], "n": [[1, 2], []]}')
-    (10, 5)
+    >>> body = b'{"text": ["a [, b", "c \\" ["], "n": [[1, 2], []]}'  # 9 values in 5 lists and objects
+    >>> has_at_most(body, 10, 5), has_at_most(body, 8, 5), has_at_most(body, 10, 4)
+    (True, False, False)
     """
     # Without escaped quotes, what follows an odd number of quotes is inside a string.
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    characters = np.frombuffer(plain, dtype=np.uint8)
-    inside = np.bitwise_xor.accumulate((characters == ord('"')).view(np.uint8)).view(np.bool_)
-    outside = characters[~inside]
-    containers = int(np.count_nonzero((outside == ord("[")) | (outside == ord("{"))))
-    return int(np.count_nonzero(outside == ord(","))) + containers + 1, containers
+    inside = np.zeros(1, dtype=np.uint8)
+    n_values, n_containers = 1, 0
+    for start in range(0, len(plain), _COUNTED_AT_ONCE):
+        characters = np.frombuffer(plain[start : start + _COUNTED_AT_ONCE], dtype=np.uint8)
+        inside = np.bitwise_xor.accumulate((characters == ord('"')).view(np.uint8)) ^ inside[-1]
+        outside = characters[inside == 0]
+        n_containers += int(np.count_nonzero((outside == ord("[")) | (outside == ord("{"))))
+        n_values += int(np.count_nonzero(outside == ord(",")))
+        if n_values + n_containers > values or n_containers > containers:
+            return False
+    return True
 
 
 def _candidates(value: Any) -> int:
