@@ -53,7 +53,7 @@ EXTRAS = {
     "serve": [
         "fastapi>=0.110",
         "prometheus-client>=0.20",
-        "uvicorn>=0.29",
+        "uvicorn>=0.29,<1",
     ],
     "dev": [
         "hypothesis>=6.100",

@@ -43,6 +43,11 @@ OTHER_FILES = 24
 # Seconds for the header on a reserved place.
 RESERVED_SECONDS = 2.0
 
+# For the rest of a body whose request is answered already: seconds between two parts, of up to 256 kB, and
+# seconds in all.
+PAUSE_SECONDS = 0.02
+REST_SECONDS = 60.0
+
 # Seconds for which a connection stays open between two requests: longer than clients keep one, so that no
 # client sends on a connection that is just being closed.
 KEEP_ALIVE_SECONDS = 75
@@ -147,7 +152,7 @@ class Connection(H11Protocol):
         self.address = self.client[0] if self.client else ""
         if not self._all.add(self):
             self._seconds = min(self._seconds, RESERVED_SECONDS)
-        self._start_timer()
+        self._start_timer(self._seconds)
 
     def data_received(self, data: bytes) -> None:
         """Reads; the time for a header runs from its first byte."""
@@ -155,10 +160,17 @@ class Connection(H11Protocol):
         self._note_state()
         if not self._waits:
             return
-        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
-            self._stop_timer()  # the rest of a body whose request was answered before it had come
+        if self.conn.their_state is h11.SEND_BODY:
+            # The request is answered already. The rest of its body is thrown away, but not at full speed,
+            # which would cost the others time; closing at once would keep the client from the answer.
+            self.transport.pause_reading()
+            self.loop.call_later(PAUSE_SECONDS, self._read_on)
+            if self._header_timer is None:
+                self._start_timer(REST_SECONDS)
+        elif self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self._stop_timer()  # that was all of it
         elif self._header_timer is None:
-            self._start_timer()
+            self._start_timer(self._seconds)
 
     def on_response_complete(self) -> None:
         """Notes that the connection waits for the next request."""
@@ -178,6 +190,10 @@ class Connection(H11Protocol):
         self._all.metrics.connections_ended.labels(reason).inc()
         self.transport.abort()
 
+    def _read_on(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+
     @property
     def _waits(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
@@ -187,8 +203,8 @@ class Connection(H11Protocol):
             self._stop_timer()
         self._all.note(self, waits=self._waits)
 
-    def _start_timer(self) -> None:
-        self._header_timer = self.loop.call_later(self._seconds, self.end, "slow header")
+    def _start_timer(self, seconds: float) -> None:
+        self._header_timer = self.loop.call_later(seconds, self.end, "slow header")
 
     def _stop_timer(self) -> None:
         if self._header_timer is not None:

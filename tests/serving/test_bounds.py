@@ -132,6 +132,18 @@ class TestConnections:
                 assert answer.startswith(b"HTTP/1.1 408")
                 assert b"the body is too slow: 11 bytes" in answer
 
+    def test_the_rest_of_a_refused_body_is_thrown_away_slowly_and_the_connection_goes_on(self, scorer):
+        with served(scorer, max_body=1000, read_timeout=0.5) as address, http(address) as client:
+            started = time.monotonic()
+            refused = client.post("/v1/rewards", content=b"a" * 20_000_000)
+            assert refused.status_code == 413
+            time.sleep(0.6)  # an idle connection has no time-out for a header
+            assert client.post("/v1/rewards", json=ASK).status_code == 200
+            assert "polar_ft_connections 1.0" in client.get("/metrics").text
+            assert "connections_ended_total{" not in client.get("/metrics").text
+            # 80 parts of at most 256 kB: pauses of 20 ms between them.
+            assert time.monotonic() - started > 0.6 + 70 * 0.02
+
 
 class TestBodies:
     def read(self, body: bytes, form: Any = AnyRewardRequest) -> HTTPException:
