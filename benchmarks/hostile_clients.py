@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 CLIENTS = 10
 
 # Every attack ends after so many seconds, and each of its requests gets so many.
-ATTACK_SECONDS = 60.0
+ATTACK_SECONDS = 90.0
 REQUEST_SECONDS = 30.0
 
 MB = 10**6

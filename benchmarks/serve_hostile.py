@@ -98,12 +98,12 @@ def measure(folder: Path, scorer: RewardScorer) -> dict[str, Any]:
         alone(5)  # the allocator grows to its working size
         report["idle_rss_mib"] = process.memory_info().rss / 2**20
         for name in (*BODIES, "unfinished_headers", "slow_bodies"):
-            before = alone(10)  # the machine's own speed changes from one minute to the next
+            before = alone(8)  # the machine's own speed changes from one minute to the next
             command = [sys.executable, str(Path(__file__).with_name("hostile_clients.py")), address, name]
             attacker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
             def over(passed: float, attacker: subprocess.Popen[str] = attacker) -> bool:
-                return (passed > 5 and attacker.poll() is not None) or passed > 100
+                return (passed > 5 and attacker.poll() is not None) or passed > 130
 
             figures = asyncio.run(honest_load(address, requests, process, over))
             figures["attack_answers"] = json.loads(attacker.communicate(timeout=10)[0])

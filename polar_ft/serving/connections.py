@@ -45,7 +45,7 @@ RESERVED_SECONDS = 2.0
 
 # For the rest of a body whose request is answered already: seconds between two parts, of up to 256 kB, and
 # seconds in all.
-PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.01
 REST_SECONDS = 60.0
 
 # Seconds for which a connection stays open between two requests: longer than clients keep one, so that no
