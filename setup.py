@@ -55,7 +55,7 @@ EXTRAS = {
     "serve": [
         "fastapi>=0.110",
         "prometheus-client>=0.20",
-        "uvicorn>=0.29",
+        "uvicorn>=0.29,<1",
     ],
     "dev": [
         "hypothesis>=6.100",

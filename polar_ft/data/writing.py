@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -70,7 +71,8 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
     """Checks that outputs may be written; called before any work is done.
 
     Raises:
-        PolarError: An output exists and ``force`` was not given, or its name does not end in .jsonl.
+        PolarError: An output exists and ``force`` was not given, its name does not end in .jsonl, or nothing
+            can be written to its folder.
     """
     for path in paths:
         if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -81,6 +83,14 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
             raise PolarError(f"{path}: is a folder; name a file")
         if path.exists() and not force:
             raise PolarError(f"{path}: exists already; choose another name, or --force to replace it")
+        # Tried, as permissions alone do not say it: file systems are read-only, full or virtual.
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise PolarError(
+                f"{path}: cannot be written ({folder}: {error.strerror or error}); name another output"
+            ) from error
 
 
 @contextmanager
