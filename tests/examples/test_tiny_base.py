@@ -35,6 +35,8 @@ def test_transformers_loads_every_tensor(base: Path) -> None:
 
 def test_tokenizer_needs_no_code_and_puts_one_bos(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
+    inputs = tokenizer("What colour?", return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}  # what `model(**inputs)` takes
     ids = tokenizer("What colour?").input_ids
     assert tokenizer.convert_ids_to_tokens(ids)[0] == "<s>"
     assert ids.count(tokenizer.bos_token_id) == 1
