@@ -48,16 +48,19 @@ EXTRAS = {
         "rapidfuzz>=3",
         "scipy>=1.11",
     ],
+    # For Excel workbooks as data; CSV needs nothing. xtuner brings openpyxl too.
+    "tables": ["openpyxl>=3.1,<4"],
     # For fused_kernels=True on a GPU.
     "fused": ["liger-kernel>=0.5"],
     "serve": [
         "fastapi>=0.110",
         "prometheus-client>=0.20",
-        "uvicorn>=0.29",
+        "uvicorn>=0.29,<1",
     ],
     "dev": [
         "hypothesis>=6.100",
         "mypy>=1.10",
+        "openpyxl>=3.1,<4",
         "playwright>=1.44",
         "pytest>=8",
         "pytest-timeout>=2.3",

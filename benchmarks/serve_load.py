@@ -232,11 +232,11 @@ async def open_loop(address: str, requests: list[Request], per_second: float, se
 
 
 @contextmanager
-def running_server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """`polar-ft serve` in a process of its own."""
+def running_server(folder: Path) -> Iterator[tuple[str, psutil.Process, Path]]:
+    """`polar-ft serve` in a process of its own: its address, the process, and the file of its log."""
     command = [sys.executable, "-m", "polar_ft.cli", "serve", str(folder), "--port", "0"]
     command += ["--max-requests", str(MAX_REQUESTS)]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.NamedTemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None
@@ -244,7 +244,7 @@ def running_server(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
             if " at http" not in line:
                 log.seek(0)
                 raise SystemExit(f"the server did not start: {log.read()[-2000:]}")
-            yield line.split(" at ")[1].split()[0], psutil.Process(process.pid)
+            yield line.split(" at ")[1].split()[0], psutil.Process(process.pid), Path(log.name)
         finally:
             process.terminate()
             process.wait(30)
@@ -274,7 +274,7 @@ def measure(args: argparse.Namespace, folder: Path, scorer: RewardScorer) -> dic
     seconds = 6.0 if args.quick else 20.0
     report: dict[str, Any] = {"workloads": {}}
     loads: list[Load] = []
-    with running_server(folder) as (address, process):
+    with running_server(folder) as (address, process, _):
         for name, lengths, rounds in (
             ("answers", answers_workload(32, 0), 4),
             ("rmb", rmb_workload(8, 0), 1),
@@ -346,7 +346,7 @@ def soak(args: argparse.Namespace, folder: Path, scorer: RewardScorer) -> dict[s
         watcher.cancel()
         return load
 
-    with running_server(folder) as (address, process):
+    with running_server(folder) as (address, process, _):
         load = asyncio.run(run(address, process))
     # The first part is left out: the allocator is still growing to its working size.
     settled = np.array([point for point in memory if point[0] >= 0.2 * args.soak])
@@ -369,6 +369,16 @@ def soak(args: argparse.Namespace, folder: Path, scorer: RewardScorer) -> dict[s
     return {"soak": figures}
 
 
+def model_folder(work_dir: Path, shape: str) -> Path:
+    """A model with random weights, made if it is not there."""
+    folder = work_dir / shape
+    if not (folder / "model.safetensors").is_file():
+        make_tiny_base(folder, ["a text for a tokenizer"], vocab_size=300)
+        template = PolarTemplate.from_pretrained(folder)
+        write_random_reward_model(folder, SHAPES[shape], template.reward_token_id)
+    return folder
+
+
 def main() -> None:
     """Measures and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -379,12 +389,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/benchmarks/serve"))
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server ends with the benchmark
-    folder = args.work_dir / args.shape
-    if not (folder / "model.safetensors").is_file():
-        make_tiny_base(folder, ["a text for a tokenizer"], vocab_size=300)
-        write_random_reward_model(
-            folder, SHAPES[args.shape], PolarTemplate.from_pretrained(folder).reward_token_id
-        )
+    folder = model_folder(args.work_dir, args.shape)
     scorer = RewardScorer.from_pretrained(folder)
     report = {"machine": describe_machine(), "shape": args.shape, "candidates_per_reference": CANDIDATES}
     report |= soak(args, folder, scorer) if args.soak else measure(args, folder, scorer)

@@ -6,8 +6,12 @@ traceback and exit with status 1. Every other exception is a bug and keeps its t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
+
+# Control characters (but tab and line end), halves of surrogate pairs, and what turns the direction of text.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class PolarError(Exception):
@@ -53,3 +57,15 @@ def validation_sentences(error: Any, leave_out: Collection[str] = ()) -> list[st
             reason = "must be a string or a list of messages"
         sentences.append(f"{where}: {reason}" if where else reason)
     return list(dict.fromkeys(sentences))
+
+
+def printable(text: str) -> str:
+    r"""Escapes what must not reach a terminal, or cannot: control characters and halves of surrogate pairs.
+
+    Data and file names may hold either: ESC begins commands to the terminal, and the bytes of a file name
+    that is not UTF-8 are halves of surrogate pairs, which no output can encode.
+
+    >>> print(printable("plain \x1b[31mred\x1b[0m, caf\udce9.jsonl"))
+    plain \x1b[31mred\x1b[0m, caf\udce9.jsonl
+    """
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)

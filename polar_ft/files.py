@@ -21,7 +21,10 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     ('no such key', 'AssertionError')
     """
     lines = str(error).strip().splitlines()
-    return lines[0][:limit] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # Cut between words.
+    return lines[0] if len(lines[0]) <= limit else f"{lines[0][:limit].rsplit(maxsplit=1)[0]} …"
 
 
 def resolve_folder(folder: str | os.PathLike[str]) -> Path:
@@ -42,12 +45,41 @@ def resolve_folder(folder: str | os.PathLike[str]) -> Path:
 
             return Path(snapshot_download(name))
         except Exception as error:
-            raise PolarError(
-                f"{name}: is no folder here, and could not be downloaded from the HuggingFace hub "
-                f"({type(error).__name__}: {first_line(error, 160)}); check the spelling of "
-                f"pretrained_model_name_or_path"
-            ) from error
+            raise PolarError(f"{name}: is no folder here, and {_hub_failure(error)}") from error
     raise PolarError(f"{name}: no such folder; check the spelling of the path")
+
+
+def _hub_failure(error: BaseException) -> str:
+    """Why the hub did not give a model, and what to do."""
+    kinds = set()
+    cause: BaseException | None = error
+    while cause is not None:
+        kinds |= {kind.__name__ for kind in type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
+    if "OfflineModeIsEnabled" in kinds:
+        return (
+            "downloading from the HuggingFace hub is switched off (HF_HUB_OFFLINE); unset it, or name a "
+            "folder that holds the model"
+        )
+    if "GatedRepoError" in kinds:
+        return (
+            "the HuggingFace hub gives it only to users who have accepted its terms; do so on its page, then "
+            "log in: huggingface-cli login"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return (
+            "the HuggingFace hub has no such model; check the spelling, or log in if it is private: "
+            "huggingface-cli login"
+        )
+    if "HFValidationError" in kinds:
+        return "it is no name of a model of the HuggingFace hub; check the spelling"
+    if kinds & {"ConnectionError", "ConnectError", "ConnectTimeout", "Timeout", "TimeoutException"}:
+        return (
+            "the HuggingFace hub cannot be reached from here; check the network and its proxy (HTTPS_PROXY; "
+            "HF_ENDPOINT names a mirror), or copy the model to this machine and name its folder"
+        )
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return f"the download from the HuggingFace hub failed ({reason}); try again"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -11,38 +11,68 @@ from polar_ft.groups import Pairing as PairingName
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
+# Of every Typer app: plain help, whose option names are never cut to fit a column; `-h` as well as `--help`.
+APP_SETTINGS: dict[str, Any] = dict(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
 # Arguments.
 ModelFolder = Annotated[str, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")]
 
 # Of a model.
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; default: a GPU if any.")]
-Dtype = Annotated[DtypeName, typer.Option(help="auto: on a GPU the dtype of the folder, on a CPU float32.")]
+Device = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, …", show_default="a GPU if there is one"),
+]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(
+        metavar="DTYPE",
+        help=f"{', '.join(get_args(DtypeName))}; auto is float32 on a CPU, and on a GPU the "
+        "dtype of the folder.",
+    ),
+]
 BatchTokens = Annotated[
-    int, typer.Option(min=1, help="Most tokens in one forward pass; lower it when memory runs out.")
+    int,
+    typer.Option(
+        metavar="TOKENS", min=1, help="Most tokens in one forward pass; lower it when memory runs out."
+    ),
 ]
 BATCH_TOKENS = 16384
 
 # Of a template.
 MaxLength = Annotated[
-    int | None, typer.Option(help="Longest sequence in tokens. (default: the model's own, else 16384)")
+    int | None,
+    typer.Option(metavar="TOKENS", help="Longest sequence.", show_default="the model's own, else 16384"),
 ]
 MaxResponseLength = Annotated[
     int | None,
-    typer.Option(help="Longest reference and response in tokens. (default: the model's own, else 4096)"),
+    typer.Option(
+        metavar="TOKENS", help="Longest reference and response.", show_default="the model's own, else 4096"
+    ),
 ]
 AllowTokenizerCode = Annotated[
     list[str] | None,
     typer.Option(
         "--allow-tokenizer-code",
         "--allow",
+        metavar="CLASS",
         help="Name of a tokenizer class whose code in the folder may be run; may be repeated.",
     ),
 ]
 
 # Of data.
-Split = Annotated[str, typer.Option(help="Split of a HuggingFace data set.")]
+Split = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="Split of a HuggingFace data set; eval takes test, everything else train."
+    ),
+]
 Pairing = Annotated[PairingName, typer.Option(help="How ranked rows become pairs.")]
-MaxLineMb = Annotated[float, typer.Option(help="Longest line of JSON that is read, in MB.")]
+MaxLineMb = Annotated[float, typer.Option(metavar="MB", help="Longest line of JSON that is read, in MB.")]
 
 # Of output.
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
@@ -50,5 +80,5 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output if it e
 # Of servers.
 ApiKeyFile = Annotated[
     Path | None,
-    typer.Option(help="File with the API key of the servers; or set POLAR_API_KEY."),
+    typer.Option(metavar="FILE", help="File with the API key of the servers; or set POLAR_API_KEY."),
 ]

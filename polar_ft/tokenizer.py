@@ -27,12 +27,14 @@ Needs only ``tokenizers`` and ``numpy``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import secrets
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,6 +144,15 @@ class TextTokenizer:
         return text[offsets[start][0] :] if start < total else "", start
 
 
+def tokenizer_digest(folder: Path) -> str:
+    """A digest of the files of a model folder that decide its token ids; a copy has the same."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"):
+        if (folder / name).is_file():
+            digest.update(name.encode() + b"\0" + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: Iterable[str] = ()) -> str:
     """Reads a folder's ``tokenizer.json``.
 
@@ -179,7 +190,7 @@ def read_tokenizer_json(folder: str | os.PathLike[str], allow_tokenizer_code: It
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
     except ImportError as error:
         raise PolarError(
-            "running a tokenizer's own code needs transformers: pip install polar-ft[train]"
+            "running a tokenizer's own code needs transformers: pip install '.[train]'"
         ) from error
     tokenizer = get_class_from_dynamic_module(fast[-1], str(path)).from_pretrained(str(path))
     if not hasattr(tokenizer, "backend_tokenizer"):

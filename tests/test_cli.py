@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,29 +15,68 @@ from typer.testing import CliRunner
 import polar_ft
 from polar_ft import cli
 from polar_ft.conversion.checkpoint_files import publish
+from polar_ft.data.commands import data_app
 from polar_ft.errors import PolarError
 
-COMMANDS = ("train", "data", "eval", "convert", "score", "serve", "parity", "calibrate", "doctor", "plan")
+# Every command line that has a help.
+LINES = [
+    [],
+    *([command] for command in cli.COMMANDS),
+    *(["data", command.name] for command in data_app.registered_commands),
+    ["eval", "compare"],
+]
 
 
-def test_help_names_every_command():
-    result = CliRunner().invoke(cli.app, ["--help"])
-    assert result.exit_code == 0
-    assert all(command in result.output for command in COMMANDS)
+def shown_help(line: list[str], option: str = "--help") -> str:
+    result = CliRunner().invoke(cli.app, [*line, option], prog_name="polar-ft", terminal_width=80)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_help(command):
-    assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
+def test_help_lists_the_commands_in_the_order_of_the_work():
+    listed = shown_help([]).partition("Commands:\n")[2].splitlines()
+    assert tuple(line.split()[0] for line in listed) == cli.COMMANDS
+
+
+@pytest.mark.parametrize("line", LINES, ids=" ".join)
+def test_help_fits_80_columns_and_cuts_nothing(line):
+    text = shown_help(line)
+    assert text.startswith(f"Usage: {' '.join(['polar-ft', *line])} [OPTIONS]")
+    assert max(map(len, text.splitlines())) <= 80
+    # Nothing is cut: neither the name of an option nor the one line that a list of commands shows.
+    cut = [shown for shown in text.splitlines() if shown.endswith("...") and "Usage:" not in shown]
+    assert not cut
+    assert "…  " not in text.replace("cuda:1, …", "")
+    # One way to write an argument and a default.
+    assert not re.search(r"\[(\[|default: none)|[Dd]efault (?!\[)|\(default|\{[a-z]", text)
+    assert shown_help(line, "-h") == text
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        (["trian"], "Did you mean 'train'"),
+        (["data", "chek"], "Did you mean 'check'"),
+        (["eval", "cmopare", "a", "b"], "Did you mean 'compare'"),
+        (["serve", "--prot", "1", "dir"], "--port"),
+    ],
+)
+def test_a_mistyped_word_is_answered_by_the_one_that_was_meant(line, meant):
+    result = CliRunner().invoke(cli.app, line)
+    assert result.exit_code == 2
+    assert meant in result.output
+
+
+def test_a_model_folder_may_be_called_like_a_mistyped_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "compare_1").mkdir()
+    result = CliRunner().invoke(cli.app, ["eval", "compare_1"])
+    assert "name a model folder and held-out data" in str(result.exception)
 
 
 def test_version():
     result = CliRunner().invoke(cli.app, ["--version"])
     assert result.output.strip() == f"polar-ft {polar_ft.__version__}"
-
-
-def test_unknown_command():
-    assert CliRunner().invoke(cli.app, ["trian"]).exit_code == 2
 
 
 def test_command_starts_without_torch():

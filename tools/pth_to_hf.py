@@ -7,8 +7,9 @@ import typer
 
 from polar_ft.cli import run
 from polar_ft.conversion.commands import convert
+from polar_ft.options import APP_SETTINGS
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(**APP_SETTINGS)
 app.command()(convert)
 
 if __name__ == "__main__":

@@ -43,17 +43,22 @@ def score(
         Path, typer.Argument(metavar="OUT", help="The rows with their rewards: .jsonl or .jsonl.gz.")
     ],
     server: Annotated[
-        list[str], typer.Option(help="host:port or URL of an engine or of polar-ft serve; may be repeated.")
+        list[str],
+        typer.Option(
+            metavar="HOST:PORT", help="Address or URL of an engine or of polar-ft serve; may be repeated."
+        ),
     ],
     model: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub id of the model, for its tokenizer; default: where the server has it from."
+            metavar="HF_DIR",
+            help="Folder or hub id of the model, for its tokenizer.",
+            show_default="where the server has it from",
         ),
     ] = None,
     server_type: Annotated[
         Literal["auto", "sglang", "vllm", "lmdeploy"],
-        typer.Option(help="Engine of the servers; auto asks them."),
+        typer.Option(metavar="ENGINE", help="auto, sglang, vllm or lmdeploy; auto asks the servers."),
     ] = "auto",
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
@@ -64,10 +69,14 @@ def score(
     restart: Annotated[
         bool, typer.Option("--restart", help="Score everything again, whatever an earlier run left.")
     ] = False,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in progress at each server.")] = 8,
-    tokens_per_request: Annotated[int, typer.Option(min=1, help="Most tokens in a request.")] = 32768,
-    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
-    max_retries: Annotated[int, typer.Option(min=1, help="Tries of a request per server.")] = 8,
+    concurrency: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Requests in progress at each server.")
+    ] = 8,
+    tokens_per_request: Annotated[
+        int, typer.Option(metavar="TOKENS", min=1, help="Most tokens in a request.")
+    ] = 32768,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds that one request may take.")] = 120.0,
+    max_retries: Annotated[int, typer.Option(metavar="N", min=1, help="Tries of a request per server.")] = 8,
     check_raw: Annotated[
         bool, typer.Option(help="Require evidence that the servers give raw rewards.")
     ] = True,
@@ -76,7 +85,10 @@ def score(
     max_line_mb: MaxLineMb = MAX_LINE_MB,
     allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
-    """Score a data set of any size with running servers; an interrupted run resumes."""
+    """Score a data set with running servers.
+
+    It may be of any size; an interrupted run resumes with the same command.
+    """
     # Imported here, so that `polar-ft --help` starts at once.
     from polar_ft.client.bulk.scoring import score_data_set
     from polar_ft.client.client import RewardModelClient

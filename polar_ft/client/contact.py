@@ -253,7 +253,7 @@ def refusal(status: int, answer: Any, hint: str = "") -> str:
         message = next((p["msg"] for p in message if isinstance(p, Mapping) and "msg" in p), "")
     said = " ".join(str(message or "").split())[:300]
     if status in (401, 403):
-        hint = "check the key: api_key=…, or the environment variable POLAR_API_KEY"
+        hint = "check the key: --api-key-file FILE, POLAR_API_KEY in the environment, or in Python api_key=…"
     return f"HTTP {status}" + (f": {said}" if said else "") + (f" ({hint})" if hint else "")
 
 

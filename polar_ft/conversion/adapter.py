@@ -17,9 +17,9 @@ from polar_ft.conversion.huggingface import (
     exported_config,
     shapes_of,
     tensor_problems,
-    unfinished_folder,
 )
 from polar_ft.conversion.model_card import adapter_card
+from polar_ft.conversion.output_folder import unfinished_folder
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.model.adapter_folder import ADAPTER_FILE, CONFIG_FILE, HEAD_FILE, KEY, peft_config, peft_name

@@ -8,11 +8,15 @@ from functools import reduce
 from pathlib import Path
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from polar_ft.conversion.checkpoint_files import verify
 from polar_ft.conversion.restricted_load import check_records, restricted_load
 from polar_ft.conversion.zero import is_zero_folder, open_zero
 from polar_ft.errors import PolarError
+
+# Under this key mmengine's message hub holds what `polar_ft.training.checkpoints` restores.
+RUN_STATE = "polar_ft_resume"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,49 @@ def read_checkpoint(path: Path) -> TrainedWeights:
     # Where dtypes differ, the one that loses nothing.
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors.values() if t.is_floating_point()})
     return TrainedWeights(tensors, dtype)
+
+
+def check_resumable(path: Path, *, deepspeed: bool) -> None:
+    """Refuses to resume from what is no checkpoint of this training, before mmengine or DeepSpeed read it.
+
+    Only the pickles are read, not the tensors.
+
+    Args:
+        path: An existing file or folder.
+        deepspeed: Whether the run that resumes it uses DeepSpeed.
+
+    Raises:
+        PolarError: It is of another kind or another tool, is damaged, or holds code.
+    """
+    if path.is_dir() != deepspeed:
+        kind = "a DeepSpeed checkpoint" if path.is_dir() else "a checkpoint of a run without DeepSpeed"
+        how = "with" if path.is_dir() else "without"
+        raise PolarError(f"{path}: is {kind}; start the run {how} --deepspeed, as before")
+    weights = "to train from its weights, convert it and name the new folder in the config"
+    states = sorted(path.glob("*_model_states.pt")) if path.is_dir() else [path]
+    optimizers = sorted(path.glob("*_optim_states.pt"))
+    if not states:
+        raise PolarError(f"{path}: holds no DeepSpeed checkpoint{_hint(path)}")
+    for file in states + optimizers:
+        content = restricted_load(file)
+        if file in states:
+            # mmengine would run it: ``Config.fromstring`` in ``resume`` of its runners.
+            if "config" in _mapping(content, "meta"):
+                raise PolarError(
+                    f"{file}: holds code (a config in Python, in meta) and is refused; {weights}"
+                )
+            if not optimizers and "optimizer" not in content:
+                raise PolarError(f"{file}: holds weights without optimizer; {weights}")
+            if RUN_STATE not in _mapping(_mapping(content, "message_hub"), "runtime_info"):
+                raise PolarError(f"{file}: was not written by polar_ft (it holds no step plan); {weights}")
+        unknown = get_unsafe_globals_in_checkpoint(file)
+        if unknown:
+            raise PolarError(f"{file}: was written by another tool (holds {', '.join(unknown)}); {weights}")
+
+
+def _mapping(content: Mapping[str, object], key: str) -> Mapping[str, object]:
+    value = content.get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _check_whole(checkpoint: Path, files: Iterable[Path]) -> None:

@@ -6,6 +6,7 @@ A checkpoint of step N is ``iter_N.pth``, a file, or with DeepSpeed a directory.
     work_dir/iter_40.pth                    a file, or a directory
     work_dir/iter_40.pth.manifest.json      its manifest (of a directory: iter_40.pth/manifest.json)
     work_dir/last_checkpoint                the path of the newest one
+    work_dir/best_checkpoint                the path of the best one, weights only
 
 So whatever has a manifest is complete, unless somebody changed it, which the checksums show.
 """
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +31,7 @@ from polar_ft.files import first_line, write_atomically
 
 UNFINISHED = "unfinished"
 POINTER = "last_checkpoint"
+BEST = "best_checkpoint"
 _NAME = re.compile(r"iter_(\d+)\.pth")
 _BLOCK = 1 << 23
 
@@ -49,6 +52,7 @@ class Manifest(BaseModel):
         step: Optimizer steps that its state has seen.
         ranks: Processes that wrote it.
         polar_ft: Version that wrote it.
+        run: Settings of the run that it belongs to, by name; None where an older version wrote it.
         files: By path within the checkpoint; a checkpoint that is a file has one, by its name.
     """
 
@@ -57,6 +61,7 @@ class Manifest(BaseModel):
     step: int
     ranks: int
     polar_ft: str
+    run: dict[str, Any] | None = None
     files: dict[str, FileEntry]
 
 
@@ -67,7 +72,7 @@ def manifest_path(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.manifest.json")
 
 
-def publish(unfinished: Path, target: Path, step: int, ranks: int) -> None:
+def publish(unfinished: Path, target: Path, step: int, ranks: int, run: dict[str, Any] | None = None) -> None:
     """Writes the manifest of a checkpoint, then renames it atomically.
 
     Args:
@@ -75,12 +80,13 @@ def publish(unfinished: Path, target: Path, step: int, ranks: int) -> None:
         target: Its final path; what exists there is replaced.
         step: Optimizer steps that its state has seen.
         ranks: Processes that wrote it.
+        run: See `Manifest`.
     """
     names = _files(unfinished)
     with ThreadPoolExecutor() as pool:
         entries = pool.map(lambda name: _entry(_file(unfinished, name), sync=True), names)
         files = dict(zip(names, entries, strict=True))
-    manifest = Manifest(step=step, ranks=ranks, polar_ft=polar_ft.__version__, files=files)
+    manifest = Manifest(step=step, ranks=ranks, polar_ft=polar_ft.__version__, run=run, files=files)
     written = manifest_path(unfinished)
     written.write_text(f"{manifest.model_dump_json(indent=1)}\n", encoding="utf-8")
     remove_checkpoint(target)
@@ -99,15 +105,9 @@ def verify(checkpoint: Path) -> Manifest | None:
     Raises:
         PolarError: There is no such checkpoint, or a file of it is missing, new or changed.
     """
-    if not checkpoint.exists():
-        raise PolarError(f"{checkpoint}: no such checkpoint")
-    path = manifest_path(checkpoint)
-    if not path.is_file():
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
         return None
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise PolarError(f"{path}: is damaged; take another checkpoint") from error
     found = _files(checkpoint)
     for name in sorted(set(found) ^ set(manifest.files)):
         problem = "is not part of this checkpoint" if name in found else "is missing"
@@ -128,12 +128,57 @@ def verify(checkpoint: Path) -> Manifest | None:
     return manifest
 
 
+def read_manifest(checkpoint: Path) -> Manifest | None:
+    """Reads the manifest of a checkpoint without looking at its files; None where it has none.
+
+    Raises:
+        PolarError: There is no such checkpoint, or its manifest is damaged.
+    """
+    if not checkpoint.exists():
+        raise PolarError(f"{checkpoint}: no such checkpoint")
+    path = manifest_path(checkpoint)
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise PolarError(f"{path}: is damaged; take another checkpoint") from error
+
+
 def checkpoints(work_dir: Path) -> list[Path]:
     """The checkpoints of a work folder that have a manifest, of the greatest step first."""
     found = [
         (int(match[1]), path) for path in work_dir.glob("iter_*.pth") if (match := _NAME.fullmatch(path.name))
     ]
     return [path for _, path in sorted(found, reverse=True) if manifest_path(path).is_file()]
+
+
+def resolve_checkpoint(named: Path, work_dir: Path) -> Path:
+    """The checkpoint that a command line names.
+
+    Args:
+        named: A checkpoint; ``best`` or ``last``; or a file ``best_checkpoint`` or ``last_checkpoint``, which
+            holds the path of one.
+        work_dir: Where ``best`` and ``last`` are looked up.
+
+    Raises:
+        PolarError: There is no such file, or what it names is gone.
+    """
+    pointers = {"best": BEST, "last": POINTER}
+    if str(named) in pointers:
+        named = work_dir / pointers[str(named)]
+    if named.name not in pointers.values() or named.is_dir():
+        return named
+    checkpoint = pointed_to(named.parent, named.name)
+    if checkpoint is None:
+        why = ": no validation gave a model better than the first" if named.name == BEST else ""
+        raise PolarError(
+            f"{named}: no such file{why}; if the run had a --work-dir, name the file {named.name} there, or "
+            f"name a checkpoint iter_N.pth"
+        )
+    if not checkpoint.exists():
+        raise PolarError(f"{named}: names {checkpoint}, which is gone; name another checkpoint")
+    return checkpoint
 
 
 def newest_complete(work_dir: Path, on_refused: Callable[[str], None]) -> Path | None:
@@ -178,9 +223,13 @@ def point_to(checkpoint: Path, pointer: str = POINTER) -> None:
 
 
 def pointed_to(work_dir: Path, pointer: str = POINTER) -> Path | None:
-    """The path that `point_to` wrote last; None where there is none."""
+    """The path that `point_to` wrote last, also of a folder that was moved; None where there is none."""
     file = work_dir / pointer
-    return Path(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    named = Path(file.read_text(encoding="utf-8", errors="replace").strip())
+    moved = work_dir / named.name
+    return moved if not named.exists() and moved.exists() else named
 
 
 @contextmanager

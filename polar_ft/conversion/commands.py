@@ -14,14 +14,21 @@ if TYPE_CHECKING:
 
 
 def convert(
-    config: Annotated[Path, typer.Argument(help="The config that the run was started with.")],
-    checkpoint: Annotated[Path, typer.Argument(help="iter_N.pth: a file, or a DeepSpeed directory.")],
-    out_dir: Annotated[Path, typer.Argument(help="HuggingFace folder to write.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="The config that the run was started with.")
+    ],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="iter_N.pth (a file or a DeepSpeed folder), best or last."),
+    ],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="HuggingFace folder to write.")],
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16. Default: the one in which the model was trained."),
+        typer.Option(
+            metavar="DTYPE", help="float32, bfloat16 or float16.", show_default="that of the training"
+        ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest weight file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the model folder that OUT_DIR is.")] = False,
     adapter_only: Annotated[
         bool,
@@ -40,15 +47,17 @@ def convert(
     verify_tolerance: Annotated[
         float | None,
         typer.Option(
+            metavar="SHARE",
             min=0,
-            help="Largest difference, as a share of the range of the rewards. Default: 0.0001 for float32, "
-            "0.01 for float16, 0.05 for bfloat16.",
+            help="Largest difference, as a share of the range of the rewards.",
+            show_default="0.0001 for float32, 0.01 for float16, 0.05 for bfloat16",
         ),
     ] = None,
     allow_tokenizer_code: Annotated[
         list[str] | None,
         typer.Option(
-            help="Tokenizer class of the base folder that may be run, by name; configs of ours say it."
+            metavar="CLASS",
+            help="Tokenizer class of the base folder that may be run, by name; the shipped configs say it.",
         ),
     ] = None,
 ) -> None:
@@ -83,4 +92,4 @@ def convert(
     )
     for outcome in verified:
         typer.echo(f"verified: {outcome}")
-    typer.echo(f"next: python tools/eval_preference.py {out_dir} held_out.jsonl")
+    typer.echo(f"next: polar-ft eval {out_dir} held_out.jsonl")

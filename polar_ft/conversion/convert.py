@@ -12,6 +12,7 @@ from xtuner.registry import BUILDER
 
 from polar_ft.conversion.adapter import holds_adapter, merge_adapter, write_adapter_folder
 from polar_ft.conversion.checkpoint import read_checkpoint
+from polar_ft.conversion.checkpoint_files import read_manifest, resolve_checkpoint
 from polar_ft.conversion.huggingface import write_hf_folder
 from polar_ft.conversion.verify import (
     Verification,
@@ -20,9 +21,11 @@ from polar_ft.conversion.verify import (
     scorer_of_weights,
 )
 from polar_ft.errors import PolarError
+from polar_ft.files import resolve_folder
 from polar_ft.reward_scale import TOLERANCES
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
+from polar_ft.tokenizer import tokenizer_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +49,7 @@ def convert_checkpoint(
 
     Args:
         config_file: The config of the run: ours, or one for xtuner 0.2.0's own RewardModel.
-        checkpoint: ``iter_N.pth``, a file or a DeepSpeed directory.
+        checkpoint: ``iter_N.pth``, a file or a DeepSpeed directory; or see `resolve_checkpoint`.
         out_dir: Folder to write.
         dtype: "float32", "bfloat16" or "float16"; None takes the one in which the model was trained.
         max_shard_size: Largest weight file.
@@ -69,10 +72,13 @@ def convert_checkpoint(
     if dtype is not None and dtype not in DTYPES:
         raise PolarError(f"--dtype {dtype}: is not one of {', '.join(DTYPES)}")
     config = read_training_config(config_file)
+    work_dir = Path(config.get("work_dir") or Path("work_dirs", config_file.stem))  # as xtuner puts it
+    checkpoint = resolve_checkpoint(checkpoint, work_dir)
     base = config["pretrained_model_name_or_path"]
     template = build_template(config, allow_tokenizer_code)
     # Before anything that takes long.
     examples = sample(verify) if verify is not None else None
+    _check_tokenizer(checkpoint, base)
     weights = read_checkpoint(checkpoint)
     tensors, written = weights.tensors, weights.dtype
     if adapter_only and not holds_adapter(tensors):
@@ -119,6 +125,17 @@ def convert_checkpoint(
             check=check,
         )
     return written
+
+
+def _check_tokenizer(checkpoint: Path, base: str) -> None:
+    """Raises PolarError if the base model's tokenizer is not that of the run: rewards would be wrong."""
+    manifest = read_manifest(checkpoint) if checkpoint.exists() else None
+    then = (manifest.run or {}).get("tokenizer") if manifest is not None else None
+    if then is not None and then != tokenizer_digest(resolve_folder(base)):
+        raise PolarError(
+            f"{base}: its tokenizer is not the one that {checkpoint} was trained with; restore the base "
+            f"model of the run, or name the run's config"
+        )
 
 
 def read_training_config(file: Path) -> Config:

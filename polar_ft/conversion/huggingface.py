@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,14 +14,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from polar_ft.conversion.model_card import model_card
+from polar_ft.conversion.output_folder import unfinished_folder
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.model.backbones import Backbone, backbone_of, decoder_config, empty_decoder
+from polar_ft.model.base_folder import padding_token
 from polar_ft.template import SETTINGS_KEY, PolarTemplate
 
 HEAD = "v_head.weight"
@@ -223,7 +222,7 @@ def _write_weights(
     free = shutil.disk_usage(folder).free
     if free < total:
         raise PolarError(
-            f"{folder.parent}: {total / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room, "
+            f"{folder.parent}: {_size(total)} are needed and {_size(free)} are free; make room, "
             f"or name a folder on another disk"
         )
     for file, names in plan.filename_to_tensors.items():
@@ -235,6 +234,14 @@ def _write_weights(
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _size(count: int) -> str:
+    """
+    >>> _size(1_234_000), _size(3_400_000_000)
+    ('1.2 MB', '3.40 GB')
+    """
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def exported_config(
@@ -258,25 +265,8 @@ def exported_config(
         config["auto_map"] = dict(backbone.auto_map)
         return config
     config["id2label"], config["label2id"] = {"0": "reward"}, {"reward": 0}
-    config["pad_token_id"] = _pad_token_id(config, template)
+    config["pad_token_id"] = padding_token(config, template, "the base model")
     return config
-
-
-def _pad_token_id(config: Mapping[str, Any], template: PolarTemplate) -> int:
-    """The …ForSequenceClassification classes score the token before the first padding token.
-
-    So padding has to be a token that no input holds: not one of the template's. Text never becomes an
-    end-of-text token.
-    """
-    eos = config.get("eos_token_id")
-    used = {*template.bos_ids, template.separator_id, template.reward_token_id}
-    for token in (config.get("pad_token_id"), *(eos if isinstance(eos, list) else [eos])):
-        if token is not None and 0 <= token < config["vocab_size"] and token not in used:
-            return token
-    raise PolarError(
-        "config.json of the base model has no pad_token_id that could be used; set one there that no input "
-        "holds, for instance the id of an end-of-text token"
-    )
 
 
 def copy_files(base: Path, folder: Path, template: PolarTemplate, code: Sequence[str] = ()) -> None:
@@ -298,52 +288,6 @@ def _shipped_code() -> Path:
     """The folder of xtuner 0.2.0 with the published model code; found without importing xtuner."""
     package = find_spec("xtuner")
     if package is None or not package.submodule_search_locations:
-        raise PolarError("xtuner 0.2.0 is needed for its InternLM2 model code: pip install polar-ft[train]")
+        raise PolarError("xtuner 0.2.0 is needed for its InternLM2 model code: pip install '.[train]'")
     root = Path(package.submodule_search_locations[0])
     return root / "tools" / "model_converters" / "modeling_internlm2_reward"
-
-
-@contextmanager
-def unfinished_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder next to ``out``, renamed to it at the end; a failure leaves nothing behind."""
-    if out.exists() and not out.is_dir():
-        raise PolarError(f"{out}: is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not force:
-            raise PolarError(f"{out}: is not empty; name another folder, or replace it with --force")
-        if not (out / "config.json").is_file():
-            raise PolarError(
-                f"{out}: is not empty and holds no model, so it is not replaced; name another one"
-            )
-    made = [parent for parent in out.parents if not parent.exists()]
-    partial: Path | None = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        partial.chmod(0o755)
-        yield partial
-        _replace(out, partial)
-        made = []
-    except (OSError, SafetensorError) as error:
-        raise PolarError(f"{out}: cannot be written ({error}); nothing of it was left behind") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-
-
-def _replace(out: Path, partial: Path) -> None:
-    """Renames the new folder into place; the old one goes when the new one is there."""
-    if not out.is_dir():
-        partial.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-    out.rename(old)
-    try:
-        partial.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

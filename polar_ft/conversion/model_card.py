@@ -23,20 +23,28 @@ to be wanted. Rewards compare candidates of the same prompt and reference; their
 ## Score with polar_ft
 
 ```python
-from polar_ft.data.records import parse_row
-from polar_ft.scoring.scorer import RewardScorer
+from polar_ft import RewardScorer
 
 scorer = RewardScorer.from_pretrained("{name}")
-row = {{
-    "prompt": "What is the capital of China?",
-    "reference": "Beijing.",
-    "chosen": "Beijing is the capital of China.",
-    "rejected": "Shanghai.",
-}}
-print(scorer.score_examples([parse_row(row).to_example("example")]))
+question = {{"prompt": "What is the capital of China?", "reference": "Beijing."}}
+rewards = scorer.score([{{**question, "output": "Beijing."}}, {{**question, "output": "Shanghai."}}])
+print(rewards)
 ```
 
-Accuracy on held-out pairs: `polar-ft eval {name} held_out.jsonl`.
+On the command line: `polar-ft eval {name} held_out.jsonl` for the accuracy on held-out pairs.
+
+## Serve
+
+`polar-ft serve {name}` gives the same rewards over HTTP. A client needs this folder for its tokenizer:
+
+```python
+from polar_ft import RewardModelClient
+
+client = RewardModelClient("{name}", server_address="127.0.0.1:30000")
+question = {{"prompt": "What is the capital of China?", "reference": "Beijing."}}
+rewards = client([{{**question, "output": "Beijing."}}, {{**question, "output": "Shanghai."}}])
+print(rewards)
+```
 
 ## The input
 

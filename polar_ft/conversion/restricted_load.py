@@ -7,6 +7,7 @@ a file names. Here each known class is replaced by one that does nothing, and an
 
 from __future__ import annotations
 
+import pickletools
 import zipfile
 from collections.abc import Callable
 from enum import IntEnum
@@ -15,9 +16,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import safe_globals
 
 from polar_ft.errors import PolarError
+from polar_ft.files import first_line
 
 
 class _Ignored:
@@ -67,6 +69,9 @@ _KNOWN: dict[str, Callable[..., Any]] = {
     "deepspeed.runtime.zero.config.ZeroStageEnum": _ZeroStage,
 }
 
+# What torch's own files name beside those; ``torch.load`` checks each of them itself.
+_TORCH = ("torch.", "collections.OrderedDict", "_codecs.encode")
+
 
 def restricted_load(file: Path) -> dict[str, Any]:
     """Loads a checkpoint file; tensors stay on disk (memory-mapped) until they are used.
@@ -87,16 +92,8 @@ def restricted_load(file: Path) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise PolarError(f"{file}: no such file") from error
-    except UnpicklingError as error:
-        unknown = _unknown_globals(file)
-        if not unknown:
-            raise _damaged(file, error) from error
-        raise PolarError(
-            f"{file}: needs {', '.join(unknown)}, which is not known to be harmless, so the file was not "
-            f"loaded; a checkpoint of xtuner, mmengine or DeepSpeed does not hold it"
-        ) from error
     except Exception as error:  # a damaged pickle can end in any
-        raise _damaged(file, error) from error
+        raise _refusal(file, error) from error
     if not isinstance(content, dict):
         raise PolarError(f"{file}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -114,23 +111,68 @@ def check_records(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
     except Exception as error:  # zipfile, zlib and struct each have their own
-        raise _damaged(file, error) from error
+        raise _refusal(file, error) from error
     if damaged is not None:
         raise PolarError(
             f"{file}: {damaged} in it is not what was saved (its checksum differs); take another checkpoint"
         )
 
 
-def _unknown_globals(file: Path) -> list[str]:
-    try:
-        return sorted(set(get_unsafe_globals_in_checkpoint(file)) - set(_KNOWN))
-    except Exception:  # the file is no checkpoint at all
-        return []
+def _refusal(file: Path, error: Exception) -> PolarError:
+    """Says that a file holds code, where it does; else that it is damaged."""
+    unknown = sorted(name for name in _globals(file) if name not in _KNOWN and not name.startswith(_TORCH))
+    if unknown:
+        return PolarError(
+            f"{file}: needs {', '.join(unknown[:8])}, which is not known to be harmless: the file holds code "
+            f"and is refused; nothing of it was run. A checkpoint of xtuner, mmengine or DeepSpeed does not "
+            f"hold it: do not use files of this origin"
+        )
+    if isinstance(error, UnpicklingError):  # torch's advice is to switch its protection off
+        return _damaged(file, "its pickle cannot be read")
+    return _damaged(file, f"{type(error).__name__}: {first_line(error, 160)}")
 
 
-def _damaged(file: Path, error: Exception) -> PolarError:
-    first_line = (str(error).splitlines() or [""])[0]
+def _damaged(file: Path, reason: str) -> PolarError:
     return PolarError(
-        f"{file}: is not a whole checkpoint file ({type(error).__name__}: {first_line[:160]}); saving may "
-        f"have been interrupted: take an earlier checkpoint"
+        f"{file}: is not a whole checkpoint file ({reason}); saving may have been interrupted: take an "
+        f"earlier checkpoint"
     )
+
+
+def _globals(file: Path) -> set[str]:
+    """Names of the classes and functions that the pickles of a file name; nothing of them is run."""
+    found: set[str] = set()
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                for name in archive.namelist():
+                    if name.endswith("data.pkl"):
+                        with archive.open(name) as stream:
+                            _collect_globals(stream, found)
+        else:  # a bare pickle, or several, as torch saved before it wrote zip files
+            with file.open("rb") as stream:
+                while True:
+                    _collect_globals(stream, found)
+    except Exception:  # the end, or what is no pickle
+        pass
+    return found
+
+
+def _collect_globals(stream: Any, found: set[str]) -> None:
+    """Adds the names in a pickle of any protocol, also of one that is damaged further on."""
+    strings: list[str] = []  # as they are pushed; STACK_GLOBAL takes the last two
+    memo: dict[int, str] = {}
+    argument: Any
+    for code, argument, _ in pickletools.genops(stream):
+        if code.name in ("GLOBAL", "INST"):
+            found.add(argument.replace(" ", ".", 1).replace("__builtin__.", "builtins."))
+        elif code.name == "STACK_GLOBAL":
+            found.add(".".join(strings[-2:]))
+        elif isinstance(argument, str) and "UNICODE" in code.name:
+            strings.append(argument)
+        elif code.name == "MEMOIZE":
+            memo[len(memo)] = strings[-1] if strings else ""
+        elif code.name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[int(argument)] = strings[-1] if strings else ""
+        elif code.name in ("BINGET", "LONG_BINGET", "GET"):
+            strings.append(memo.get(int(argument), ""))

@@ -1,4 +1,4 @@
-"""The commands ``polar-ft data check``, ``convert``, ``split`` and ``preview``.
+"""The commands ``polar-ft data check``, ``convert``, ``export``, ``split`` and ``preview``.
 
 Results go to standard output and progress bars to standard error, so that output of ``--json`` can be piped.
 """
@@ -6,7 +6,7 @@ Results go to standard output and progress bars to standard error, so that outpu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +22,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from polar_ft.data.converters import CONVERTERS, convert_file
+from polar_ft.data.converters import CONVERTERS, Recognised, convert_file, parse_mapping, recognise_file
+from polar_ft.data.export import TARGETS, export_rows
 from polar_ft.data.lint import check
 from polar_ft.data.preview import read_example, run_text, summary_table, token_runs
+from polar_ft.data.problems import PROBLEMS_SHOWN, FileProblem, RowProblem, raise_problems
 from polar_ft.data.reading import (
     MAX_LINE_MB,
     DataSource,
@@ -33,11 +35,12 @@ from polar_ft.data.reading import (
     expand,
     size_in_bytes,
 )
-from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, show_problems, show_report
+from polar_ft.data.report import SUBSETS_SHOWN, many, number_table, report_as_json, show_problems, show_report
 from polar_ft.data.split import Side, split_by_prompt
-from polar_ft.data.writing import refuse_to_overwrite
-from polar_ft.errors import PolarError
+from polar_ft.data.writing import open_rows, refuse_to_overwrite
+from polar_ft.errors import PolarError, printable
 from polar_ft.options import (
+    APP_SETTINGS,
     AllowTokenizerCode,
     Force,
     MaxLength,
@@ -50,23 +53,34 @@ from polar_ft.options import (
 from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN, PolarTemplate
 
 data_app = typer.Typer(
-    help="Check, convert, split and preview preference data.", no_args_is_help=True, add_completion=False
+    help="Check, convert, split and preview preference data.", no_args_is_help=True, **APP_SETTINGS
 )
 
 Files = Annotated[
-    list[str], typer.Argument(help="JSON lines (.jsonl, .jsonl.gz), Parquet, folders, or HuggingFace ids.")
+    list[str],
+    typer.Argument(
+        metavar="FILE", help="JSON lines, CSV, TSV, Excel (.xlsx), Parquet, folders, or HuggingFace ids."
+    ),
 ]
 Input = Annotated[str, typer.Argument(metavar="IN", help="A file, a folder, or a HuggingFace id.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Folder of the model whose tokenizer counts tokens.")]
+Tokenizer = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Folder of the model whose tokenizer counts tokens.")
+]
 SeparatorToken = Annotated[
     str | None,
     typer.Option(
-        help=f"Token between reference and candidate. (default: the model's own, else {SEPARATOR_TOKEN})"
+        metavar="TOKEN",
+        help="Token between reference and candidate.",
+        show_default=f"the model's own, else {SEPARATOR_TOKEN}",
     ),
 ]
 RewardToken = Annotated[
     str | None,
-    typer.Option(help=f"Token at the end, which is scored. (default: the model's own, else {REWARD_TOKEN})"),
+    typer.Option(
+        metavar="TOKEN",
+        help="Token at the end, which is scored.",
+        show_default=f"the model's own, else {REWARD_TOKEN}",
+    ),
 ]
 AddTokens = Annotated[
     bool, typer.Option("--add-reward-tokens", help="Add the two tokens if the tokenizer lacks them.")
@@ -85,12 +99,22 @@ def check_command(
     separator: SeparatorToken = None,
     reward_token: RewardToken = None,
     add_reward_tokens: AddTokens = False,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(help="Held-out data, whose prompts must not be among those of FILES; repeatable."),
+    ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Write the good rows to a .jsonl or .jsonl.gz file."),
+    ] = None,
+    force: Force = False,
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Name every bad row, count what the data contains, and show what truncation removes.
+    """Name bad rows, count what there is, and show what truncation cuts.
 
-    Exits with status 1 if a row is bad.
+    Exits with status 1 if a row is bad or its prompt held out, unless --fix leaves it out. Also left out are
+    pairs that are duplicates, contradict an earlier pair, are equal or have an empty text.
     """
     template = None
     if tokenizer is not None:
@@ -106,14 +130,62 @@ def check_command(
     elif max_length is not None or max_response_length is not None:
         raise PolarError("--max-length and --max-response-length count tokens; add --tokenizer FOLDER")
     sources = _sources(files, split=split, pairing=pairing, max_line_mb=max_line_mb)
-    with _progress("checking", files) as on_bytes:
-        report = check(sources, template, on_bytes=on_bytes)
-    if as_json:
-        typer.echo(report.model_dump_json(indent=2))
-    else:
-        show_report(_console(), report)
-    if report.bad_rows:
+    held_out_sources = _sources(held_out, split=split, max_line_mb=max_line_mb) if held_out else []
+    if fix is not None:
+        refuse_to_overwrite([fix], force=force)
+    with open_rows(fix) if fix is not None else nullcontext() as out:
+        with _progress("checking", files) as on_bytes:
+            report = check(
+                sources,
+                template,
+                held_out=held_out_sources,
+                write=out.write if out else None,
+                on_bytes=on_bytes,
+            )
+        if len(report.problems) > report.rows:
+            report.warnings += _which_format(sources, report.problems)
+        if as_json:
+            typer.echo(report_as_json(report))
+        else:
+            show_report(_console(), report)
+        if out is not None:
+            damaged = [problem for problem in report.problems if isinstance(problem, FileProblem)]
+            raise_problems(damaged, f"{fix}: nothing was written")
+            if not out.count:
+                raise PolarError(f"{fix}: there is no good row to write")
+    if out is not None:
+        left_out = report.rows + report.bad_rows - out.count
+        Console(stderr=True).print(
+            f"{printable(str(fix))}: {many(out.count, 'good row')}, {left_out:,} left out", soft_wrap=True
+        )
+    elif report.bad_rows or report.held_out_prompts:
         raise typer.Exit(1)
+
+
+def _which_format(sources: Sequence[DataSource], problems: Sequence[RowProblem]) -> list[str]:
+    """Says how data is converted most of whose rows cannot be used."""
+    if all(isinstance(problem, FileProblem) for problem in problems):
+        return []
+    bad = next(
+        (source for source in sources if problems[0].file.startswith(printable(source.path))), sources[0]
+    )
+    row = next((row for _, row in bad.rows() if isinstance(row, dict)), {})
+    if {"prompt", "reference", "chosen", "rejected"} <= row.keys() or {"prompt", "responses"} <= row.keys():
+        return []  # the layout is ours
+    try:
+        found = recognise_file(CONVERTERS, bad.path, split=bad.split, max_line_mb=bad.max_line_mb)
+    except PolarError as error:
+        kind = next((kind for kind, field in _ONE_ANSWER.items() if field in row), None)
+        if kind is None:
+            return [f"{error} (with polar-ft data convert auto {bad.path} OUT.jsonl)"]
+        return [f"these rows look like {kind} with one answer each; a pair needs a better and a worse answer"]
+    if found.name == "ranked":
+        return []
+    command = f"polar-ft data convert {found.name} {bad.path} OUT.jsonl"
+    return [f"these rows look like the format {found.name}; {command} makes rows of polar-ft from them"]
+
+
+_ONE_ANSWER = {"Alpaca's instructions": "output", "ShareGPT": "conversations", "chat messages": "messages"}
 
 
 def _formats() -> str:
@@ -127,40 +199,76 @@ def _formats() -> str:
 
 @data_app.command("convert", epilog=_formats())
 def convert_command(
-    data_format: Annotated[str, typer.Argument(metavar="FORMAT", help="One of the formats listed below.")],
+    data_format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="One of the formats listed below, or auto.")
+    ],
     source: Input,
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A .jsonl or .jsonl.gz file.")],
     pairing: Annotated[
         PairingName | None,
         typer.Option(
-            help="ranked: pair with the next worse response, or all worse ones. (default: adjacent)"
+            help="ranked: pair with the next worse response, or all worse ones.", show_default="adjacent"
         ),
     ] = None,
     reference: Annotated[
-        Literal["best", "none"] | None,
+        Literal["best", "pairs", "none"] | None,
         typer.Option(
-            help="Where the data has no reference: the best response becomes it, or it is empty. (default: "
-            "best for ranked, ultrafeedback and rmb, none for rewardbench-2 and rm-bench)"
+            help="Where the data has no reference: the best response becomes it (pairs, for rmb and "
+            "rmb-polar: the one that the pairs alone say is best), or it is empty.",
+            show_default="best for ranked, ultrafeedback, nectar, rmb and rmb-polar, none for rewardbench-2 "
+            "and rm-bench",
         ),
     ] = None,
     score: Annotated[
-        Literal["overall", "fine-grained"] | None,
-        typer.Option(help="ultrafeedback: the score that orders the answers. (default: overall)"),
+        Literal["overall", "fine-grained", "better", "safer"] | None,
+        typer.Option(
+            help="What orders the answers: overall or fine-grained for ultrafeedback, better or safer for "
+            "pku-saferlhf.",
+            show_default="overall; better",
+        ),
+    ] = None,
+    domain: Annotated[
+        Literal["chat", "code", "math", "safety-refuse", "safety-response"] | None,
+        typer.Option(help="rm-bench: domain of rows without one.", show_default="from the name of the file"),
+    ] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--map",
+            metavar="OURS=THEIRS",
+            help="Read the field THEIRS as OURS, e.g. prompt=question,chosen=answers.0 (repeatable).",
+        ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail and write nothing if a row is bad.")] = False,
+    keep_readable: Annotated[
+        bool,
+        typer.Option("--keep-readable", help="Convert what can be read of damaged files instead of failing."),
+    ] = False,
     force: Force = False,
     split: Annotated[
         str | None,
-        typer.Option(help="Split of a HuggingFace data set. (default: the format's, listed below)"),
+        typer.Option(
+            metavar="NAME", help="Split of a HuggingFace data set.", show_default="the format's, listed below"
+        ),
     ] = None,
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Convert other data to rows of polar-ft; rows that cannot be used are dropped, counted and named.
+    """Convert data in other formats to rows of polar-ft.
 
-    The formats are listed below the options. If IN is a folder, its sub-folders are read too.
+    Rows that cannot be used are dropped, counted and named.
+
+    The formats are listed below the options; auto finds the format by looking at the first rows. If IN is a
+    folder, its sub-folders are read too. If a file cannot be read to its end, nothing is written, unless
+    --keep-readable is given.
     """
     refuse_to_overwrite([target], force=force)
-    given = {"pairing": pairing, "reference": reference, "score": score}
+    console, mapping = _console(), parse_mapping(names or ())
+    if data_format == "auto":
+        split = split or "train"  # what was looked at is what is converted, whatever the format's own split
+        found = recognise_file(CONVERTERS, source, split=split, max_line_mb=max_line_mb, mapping=mapping)
+        data_format = found.name
+        _show_recognised(console, source, found)
+    given = {"pairing": pairing, "reference": reference, "score": score, "domain": domain}
     options = {name: value for name, value in given.items() if value is not None}
     with _progress("converting", expand(source, recursive=True)) as on_bytes:
         done = convert_file(
@@ -170,23 +278,31 @@ def convert_command(
             split=split,
             max_line_mb=max_line_mb,
             options=options,
+            mapping=mapping,
             strict=strict,
+            keep_readable=keep_readable,
             on_bytes=on_bytes,
         )
-    console = _console()
     show_problems(console, done.problems)
     written = [(done.pairs, "pair"), (done.ranked, "ranked row")]
     counts = " and ".join(many(count, thing) for count, thing in written if count)
+    prompts = "" if done.prompts_in is None else f" of {many(done.prompts_in, 'prompt')}"
     console.print(
-        f"[bold]{escape(str(target))}[/]: {counts} from {many(done.rows_in, 'row')}",
+        f"[bold]{escape(printable(str(target)))}[/]: {counts} from {many(done.rows_in, 'row')}{prompts}",
         soft_wrap=True,  # so that a path stays on one line
     )
     if done.ranked and CONVERTERS[data_format].pairing != "adjacent":
         console.print(f"to be read with --pairing {CONVERTERS[data_format].pairing}")
-    if done.problems:
+    if done.unusable:
+        named = "named above" if done.unusable <= PROBLEMS_SHOWN else f"{PROBLEMS_SHOWN} of them named above"
+        console.print(f"[yellow]left out {many(done.unusable, 'row')} that cannot be used ({named})[/]")
+    if done.guessed:
         console.print(
-            f"[yellow]left out {many(len(done.problems), 'row')} that cannot be used (named above)[/]"
+            f"[yellow]the prompt of {many(done.guessed, 'row')} is what chosen and rejected begin with: "
+            "look at some of them[/]"
         )
+    if done.damaged:
+        console.print(f"[red]{many(len(done.damaged), 'file')} could not be read to the end (named above)[/]")
     for reason, count in sorted(done.left_out.items()):
         console.print(f"left out {many(count, 'pair')} {reason}")
     if done.without_pairs:
@@ -194,19 +310,90 @@ def convert_command(
         console.print(f"left out {many(done.without_pairs, unit)} of which no pair was left")
 
 
+@data_app.command("export")
+def export_command(
+    framework: Annotated[str, typer.Argument(metavar="FRAMEWORK", help=" | ".join(TARGETS))],
+    files: Files,
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    pairing: Pairing = "adjacent",
+    reference: Annotated[
+        Literal["best", "none"],
+        typer.Option(
+            help="Of ranked rows without a reference: the best response is left out, as in training, or all "
+            "are paired."
+        ),
+    ] = "best",
+    margins: Annotated[
+        bool, typer.Option("--margins", help="Write margins, which TRL and OpenRLHF subtract in the loss.")
+    ] = False,
+    force: Force = False,
+    split: Split = "train",
+    max_line_mb: MaxLineMb = MAX_LINE_MB,
+) -> None:
+    """Write pairs as TRL, OpenRLHF or LLaMA-Factory read them.
+
+    What has no place there is counted. A row that cannot be used is an error, and nothing is written.
+    """
+    refuse_to_overwrite([out], force=force)
+    with _progress("exporting", files) as on_bytes:
+        done = export_rows(
+            framework,
+            files,
+            out,
+            pairing=pairing,
+            reference=reference,
+            margins=margins,
+            split=split,
+            max_line_mb=max_line_mb,
+            on_bytes=on_bytes,
+        )
+    console = _console()
+    console.print(
+        f"[bold]{escape(str(out))}[/]: {many(done.pairs, 'pair')} from {many(done.rows_in, 'row')}",
+        soft_wrap=True,
+    )
+    for what, count in done.lost.items():
+        console.print(f"[yellow]{many(count, 'pair')} had {what}: not written[/]")
+    for reason, count in done.left_out.items():
+        console.print(f"[yellow]left out {many(count, 'pair')} {reason}[/]")
+    if done.ties:
+        console.print(f"left out {many(done.ties, 'pair')} of responses that are ranked the same")
+    usage = TARGETS[framework].usage.format(path=out, file=out.name, name=out.stem)
+    console.print(escape(usage), soft_wrap=True)
+
+
+def _show_recognised(console: Console, source: str, found: Recognised) -> None:
+    """Says which format was recognised, how sure that is, and why."""
+    rows = f"{found.read:,} of the {many(found.looked_at, 'row')} looked at"
+    console.print(
+        f"[bold]{escape(printable(source))}[/]: {found.name} ({found.certainty}): it reads {rows}",
+        soft_wrap=True,
+    )
+    if found.same:
+        console.print(f"  the same as {', '.join(found.same)}")
+    if found.rivals:
+        console.print(f"  {', '.join(found.rivals)} would read them too, and would convert them differently")
+    known = f"  it reads the fields {', '.join(found.known)}"
+    kept = f"; it keeps {', '.join(found.unknown)} as they are" if found.unknown else ""
+    console.print(escape(printable(known + kept)), soft_wrap=True)
+
+
 @data_app.command("split")
 def split_command(
     files: Files,
-    out_dir: Annotated[Path, typer.Option(help="Folder for train.jsonl and held_out.jsonl.")],
-    fraction: Annotated[float, typer.Option(help="Share of the prompts that is held out.")] = 0.1,
+    out_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder for train.jsonl and held_out.jsonl.")],
+    fraction: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the prompts that is held out.")
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Another seed holds out other prompts.")] = 0,
     force: Force = False,
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Split rows into training and held-out ones, so that no prompt is on both sides.
+    """Split rows into training and held-out ones, by prompt.
 
-    The side of a prompt depends only on its text and the seed, not on the order of rows.
+    No prompt is on both sides. The side of a prompt depends only on its text and the seed, not on the order
+    of rows.
     """
     paths = out_dir / "train.jsonl", out_dir / "held_out.jsonl"
     refuse_to_overwrite(paths, force=force)
@@ -219,7 +406,9 @@ def split_command(
 @data_app.command("preview")
 def preview_command(
     source: Input,
-    tokenizer: Annotated[str, typer.Option(help="Folder of the model that reads the example.")],
+    tokenizer: Annotated[
+        str, typer.Option(metavar="DIR", help="Folder of the model that reads the example.")
+    ],
     index: Annotated[int, typer.Option(help="Number of the row, from 0.")] = 0,
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
@@ -233,7 +422,7 @@ def preview_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Show one example as the model reads it, token by token, with what was cut."""
+    """Show one example token by token, with what was cut."""
     template = _template(
         tokenizer,
         max_length,
@@ -252,12 +441,12 @@ def preview_command(
     about = [f"id {example.id}", f"wrapper {example.wrapper}"]
     about += [f"subset {example.subset}"] if example.subset else []
     about += [f"pairs (chosen > rejected): {', '.join(f'{a} > {b}' for a, b in example.pairs) or 'none'}"]
-    console.print(escape(" · ".join(about)), style="dim")
+    console.print(escape(printable(" · ".join(about))), style="dim")
     for run in shown:
         kept = sum(token.kind != "cut" for token in run.tokens)
         cut = len(run.tokens) - kept
         lost = f", [red]{cut:,} cut[/]" if cut else ""
-        console.print(f"\n[bold]{escape(run.title)}[/] — {kept:,} tokens{lost}")
+        console.print(f"\n[bold]{escape(printable(run.title))}[/] — {kept:,} tokens{lost}")
         console.print(run_text(run, width=console.width, everything=everything, ids=ids))
 
 
@@ -316,8 +505,8 @@ def _show_sides(sides: Sequence[Side]) -> None:
     prompts = sum(side.prompts for side in sides)
     for side in sides:
         share = f"{side.prompts:,} ({side.prompts / prompts:.1%})"
-        table.add_row(escape(str(side.path)), share, f"{side.rows:,}", f"{side.pairs:,}")
+        table.add_row(escape(printable(str(side.path))), share, f"{side.rows:,}", f"{side.pairs:,}")
         if set(side.subsets) != {None}:
             for name, rows in side.subsets.most_common(SUBSETS_SHOWN):
-                table.add_row(f"[dim]  {escape(name or '(none)')}[/]", "", f"[dim]{rows:,}[/]")
+                table.add_row(f"[dim]  {escape(printable(name or '(none)'))}[/]", "", f"[dim]{rows:,}[/]")
     _console().print(table)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field
 
-from polar_ft.data.reading import DataSource, OnBytes, RowProblem, read_examples
-from polar_ft.data.records import Example, RowError
+from polar_ft.data.reading import DataSource, OnBytes, RowProblem, expand, parsed_rows, read_examples
+from polar_ft.data.records import Example, RowError, batches
+from polar_ft.data.split import prompt_key
 from polar_ft.groups import TokenGroup
 from polar_ft.template import EncodeError, PolarTemplate
 
 FIELDS = ("prompt", "reference", "chosen", "rejected")
 BATCH = 64
+NAMED = 20
+# Above this, taking the longer answer is a better rule than what most models learn.
+LONGER_WINS_TOO_OFTEN = 0.9
 
 
 class Lengths(BaseModel):
@@ -74,7 +77,7 @@ class DataReport(BaseModel):
         max_length: Limit of a sequence in tokens; None without a tokenizer.
         max_response_length: Limit of a response in tokens; None without a tokenizer.
         rows: Rows that can be used.
-        bad_rows: Rows that cannot be used.
+        bad_rows: Rows that cannot be used, and files that cannot be read to the end.
         pairs: Pairs that the usable rows give.
         prompts: Distinct prompts.
         ties_left_out: Pairs of ranked rows that are dropped, as both responses are ranked the same.
@@ -93,6 +96,10 @@ class DataReport(BaseModel):
         chosen_longer: Pairs whose chosen text is longer than the rejected one.
         chosen_shorter: Pairs whose chosen text is shorter.
         subsets: Rows and pairs of each subset; "" for rows without one.
+        repeated_ids: Rows with the id of an earlier row.
+        held_out_prompts: Rows whose prompt is in the held-out data; None if no such data was given.
+        named: For each kind of finding the first rows that have it, at most `NAMED` of them.
+        warnings: What is unusual about the data as a whole.
         extra_fields: For each unknown field the number of rows that have it; it is kept, or its name is
             misspelt.
         problems: The bad rows.
@@ -122,6 +129,10 @@ class DataReport(BaseModel):
     chosen_longer: int = 0
     chosen_shorter: int = 0
     subsets: dict[str, SubsetCount] = Field(default_factory=dict)
+    repeated_ids: int = 0
+    held_out_prompts: int | None = None
+    named: dict[str, list[str]] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
     extra_fields: dict[str, int] = Field(default_factory=dict)
     problems: list[RowProblem] = Field(default_factory=list)
 
@@ -163,6 +174,8 @@ def check(
     sources: Sequence[DataSource],
     template: PolarTemplate | None = None,
     *,
+    held_out: Sequence[DataSource] = (),
+    write: Callable[[Mapping[str, Any]], None] | None = None,
     on_bytes: OnBytes | None = None,
 ) -> DataReport:
     """Reads all data and reports what it contains and which rows cannot be used.
@@ -170,6 +183,10 @@ def check(
     Args:
         sources: The data.
         template: Measures lengths in tokens and truncation. Without it lengths are in characters.
+        held_out: Data whose prompts must not be among the others.
+        write: Called with each row that is good: it can be used, its prompt is not held out, and at least
+            one of its pairs has two different texts, no empty one, and is neither a duplicate nor contradicts
+            an earlier pair.
         on_bytes: See `polar_ft.data.reading.read_rows`.
 
     Raises:
@@ -177,17 +194,35 @@ def check(
     """
     lint = _Lint(sources, template)
     problems = lint.report.problems
-    examples = read_examples(list(sources), on_problem=problems.append, on_bytes=on_bytes)
-    for example, encoded in _encode(examples, template):
+    if held_out:
+        lint.report.held_out_prompts = 0
+        lint.held_out = {
+            prompt_key(example.prompt) for example in read_examples(held_out, on_problem=problems.append)
+        }
+    rows: deque[Mapping[str, Any]] = deque()  # of the examples that are being encoded
+
+    def examples() -> Iterator[Example]:
+        for source in sources:
+            for row, example in parsed_rows(source, on_bytes=on_bytes):
+                if isinstance(example, RowProblem):
+                    problems.append(example)
+                else:
+                    rows.append(row)
+                    yield example
+
+    for source in sources:
+        expand(source.path)  # so that a missing file is named before anything is read
+    for example, encoded in _encode(examples(), template):
+        row = rows.popleft()
         if isinstance(encoded, RowProblem):
             problems.append(encoded)
-        else:
-            lint.add(example, encoded)
+        elif lint.add(example, encoded) and write is not None:
+            write(row)
     return lint.finish()
 
 
 class _Lint:
-    """Counts of a pass. Of texts 8 bytes of their hash are kept, about 100 bytes of memory per pair."""
+    """Counts of a pass. Of texts 8 bytes of their hash are kept, about 200 bytes of memory per pair."""
 
     def __init__(self, sources: Sequence[DataSource], template: PolarTemplate | None) -> None:
         self.report = DataReport(
@@ -203,11 +238,15 @@ class _Lint:
         self.lengths: dict[str, Counter[int]] = {name: Counter() for name in FIELDS}
         if template is not None:
             self.lengths["sequence"] = Counter()
-        self.seen_pairs: set[int] = set()
+        self.seen_pairs: dict[int, tuple[int, int]] = {}  # file and line of the first
+        self.seen_ids: set[int] = set()
+        self.held_out: set[int] = set()
         self.prompt_files: dict[int, int] = {}
         self.files: dict[str, int] = {}
+        self.file_names: list[str] = []
 
-    def add(self, example: Example, encoded: TokenGroup | None) -> None:
+    def add(self, example: Example, encoded: TokenGroup | None) -> bool:
+        """Counts an example; returns whether it is good, see `check`."""
         report = self.report
         report.rows += 1
         report.pairs += len(example.pairs)
@@ -220,8 +259,11 @@ class _Lint:
         for name in example.extra:
             report.extra_fields[name] = report.extra_fields.get(name, 0) + 1
 
-        file = example.source.rpartition(":")[0]
-        bit = 1 << self.files.setdefault(file, len(self.files))
+        file, _, line = example.source.rpartition(":")
+        file_number = self.files.setdefault(file, len(self.files))
+        if file_number == len(self.file_names):
+            self.file_names.append(file)
+        bit = 1 << file_number
         prompt = _hash(example.prompt)
         self.prompt_files[prompt] = self.prompt_files.get(prompt, 0) | bit
 
@@ -232,8 +274,13 @@ class _Lint:
             prompt_length, reference_length = encoded.lengths.prompt, encoded.lengths.reference
             candidate_lengths = encoded.lengths.candidates
         cut = None if encoded is None else encoded.cut
+        good = self._check_names(example)
         self._measure("prompt", example.prompt, prompt_length, cut.prompt if cut else 0)
         self._measure("reference", example.reference, reference_length, cut.reference if cut else 0)
+        pairs_good = False
+        for name, text in (("prompt", example.prompt), *_texts_of_pairs(example)):
+            if not text:
+                self._name("empty", f"{example.source} ({name})")
         for chosen, rejected in example.pairs:
             for name, i in (("chosen", chosen), ("rejected", rejected)):
                 tokens_cut = cut.candidates[i] if cut else 0
@@ -242,7 +289,27 @@ class _Lint:
                     self.lengths["sequence"][len(encoded.prefix) + len(encoded.branches[i])] += 1
             report.chosen_longer += candidate_lengths[chosen] > candidate_lengths[rejected]
             report.chosen_shorter += candidate_lengths[chosen] < candidate_lengths[rejected]
-            self._compare(example, chosen, rejected, encoded)
+            pairs_good |= self._compare(example, chosen, rejected, encoded, (file_number, int(line)))
+        return good and pairs_good
+
+    def _check_names(self, example: Example) -> bool:
+        """Whether neither the prompt is held out, nor the id that of another row."""
+        if example.id != example.source:
+            name = _hash(example.id)
+            if name in self.seen_ids:
+                self.report.repeated_ids += 1
+                self._name("repeated_ids", f"{example.source} ({example.id})")
+            self.seen_ids.add(name)
+        if self.report.held_out_prompts is None or prompt_key(example.prompt) not in self.held_out:
+            return True
+        self.report.held_out_prompts += 1
+        self._name("held_out_prompts", example.source)
+        return False
+
+    def _name(self, finding: str, row: str) -> None:
+        named = self.report.named.setdefault(finding, [])
+        if len(named) < NAMED and row not in named[-1:]:
+            named.append(row)
 
     def _measure(self, name: str, text: str, length: int, cut: int) -> None:
         self.lengths[name][length] += 1
@@ -251,10 +318,20 @@ class _Lint:
             self.report.truncated[name].count += 1
             self.report.truncated[name].tokens += cut
 
-    def _compare(self, example: Example, chosen: int, rejected: int, encoded: TokenGroup | None) -> None:
+    def _compare(
+        self,
+        example: Example,
+        chosen: int,
+        rejected: int,
+        encoded: TokenGroup | None,
+        place: tuple[int, int],
+    ) -> bool:
+        """Counts what a pair has in common with itself and with earlier ones; returns whether it is good."""
         report = self.report
         better, worse = example.candidates[chosen], example.candidates[rejected]
-        report.chosen_equals_rejected += better == worse
+        if better == worse:
+            report.chosen_equals_rejected += 1
+            self._name("chosen_equals_rejected", example.source)
         if example.reference:  # equal empty texts do not suggest a mistake
             report.reference_equals_chosen += example.reference == better
             report.reference_equals_rejected += example.reference == worse
@@ -263,9 +340,25 @@ class _Lint:
             report.chosen_equals_rejected_after_truncation += same
         pair = _hash(example.prompt, example.reference, better, worse)
         exchanged = _hash(example.prompt, example.reference, worse, better)
-        report.duplicate_pairs += pair in self.seen_pairs
-        report.contradictory_pairs += exchanged in self.seen_pairs and better != worse
-        self.seen_pairs.add(pair)
+        first = self.seen_pairs.setdefault(pair, place)
+        duplicate = first is not place
+        if duplicate:
+            report.duplicate_pairs += 1
+            self._name("duplicate_pairs", f"{example.source} (as {self._place(first)})")
+        opposite = self.seen_pairs.get(exchanged) if better != worse else None
+        if opposite is not None:
+            report.contradictory_pairs += 1
+            self._name("contradictory_pairs", f"{example.source} (against {self._place(opposite)})")
+        return (
+            bool(better and worse and example.prompt)
+            and better != worse
+            and not duplicate
+            and opposite is None
+        )
+
+    def _place(self, place: tuple[int, int]) -> str:
+        file, line = place
+        return f"{self.file_names[file]}:{line}"
 
     def finish(self) -> DataReport:
         report = self.report
@@ -273,7 +366,27 @@ class _Lint:
         report.prompts = len(self.prompt_files)
         report.prompts_in_several_files = sum(bits.bit_count() > 1 for bits in self.prompt_files.values())
         report.lengths = {name: summarize(lengths) for name, lengths in self.lengths.items()}
+        unequal = report.chosen_longer + report.chosen_shorter
+        if unequal >= 20 and report.chosen_longer > LONGER_WINS_TOO_OFTEN * unequal:
+            share = report.chosen_longer / unequal
+            report.warnings.append(
+                f"the longer answer is the chosen one in {share:.1%} of the pairs of unequal length: a model "
+                f"can learn length from them instead of quality"
+            )
         return report
+
+
+def _texts_of_pairs(example: Example) -> list[tuple[str, str]]:
+    """Name and text of each candidate that is in a pair.
+
+    >>> _texts_of_pairs(Example("Q", ("R",), ("A", "B"), pairs=((0, 1),)))
+    [('chosen', 'A'), ('rejected', 'B')]
+    """
+    return [
+        (name, example.candidates[i])
+        for pair in example.pairs
+        for name, i in zip(("chosen", "rejected"), pair, strict=True)
+    ]
 
 
 def _hash(*texts: str) -> int:
@@ -291,12 +404,12 @@ def _encode(
     if template is None:
         yield from ((example, None) for example in examples)
         return
-    examples = iter(examples)
+    iterator = batches(examples, BATCH)
     workers = min(8, os.cpu_count() or 1)
     pending: deque[Future[Measured]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         while True:
-            while len(pending) < 2 * workers and (batch := list(islice(examples, BATCH))):
+            while len(pending) < 2 * workers and (batch := next(iterator, None)):
                 pending.append(pool.submit(_encode_batch, batch, template))
             if not pending:
                 return

@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from polar_ft.data.reading import DataSource, RowProblem
-from polar_ft.data.records import Example, parse_row
-from polar_ft.errors import DataError, PolarError
+from polar_ft.data.records import Example, RowError, parse_row
+from polar_ft.errors import DataError, PolarError, printable
 from polar_ft.groups import TokenGroup
 from polar_ft.template import PolarTemplate
 
@@ -74,8 +74,9 @@ def read_example(source: DataSource, index: int) -> Example:
         raise DataError(str(row), [row])
     try:
         return parse_row(row).to_example(place, pairing=source.pairing)
-    except PolarError as error:
-        raise DataError(f"{place}: {error}") from error
+    except RowError as error:
+        problem = RowProblem.at(place, error)
+        raise DataError(str(problem), [problem]) from error
 
 
 def token_runs(example: Example, template: PolarTemplate) -> tuple[TokenGroup, list[TokenRun]]:
@@ -114,7 +115,7 @@ def _candidate_names(example: Example) -> list[str]:
     if not example.candidate_info:
         return names
     infos = (", ".join(f"{key} {value}" for key, value in info.items()) for info in example.candidate_info)
-    return [f"{name} ({info})" if info else name for name, info in zip(names, infos, strict=True)]
+    return [printable(f"{name} ({info})") if info else name for name, info in zip(names, infos, strict=True)]
 
 
 def _sequence(
@@ -161,7 +162,8 @@ def _named(template: PolarTemplate, ids: Sequence[int]) -> list[tuple[int, str]]
 
 
 def _visible(text: str) -> str:
-    return text.replace(" ", "·").replace("\t", "⇥").replace("\r", "␍").replace("\n", "⏎")
+    shown = text.replace(" ", "·").replace("\t", "⇥").replace("\r", "␍").replace("\n", "⏎")
+    return printable(shown)
 
 
 def _tokens_of_prefix(tokens: Sequence[Token], prefix_length: int) -> int:

@@ -6,62 +6,24 @@ returned as a `RowProblem`, so that one pass names everything that is wrong.
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, ValidationError
 
-from polar_ft.data.json_list import BrokenListError, entries
+from polar_ft.data import tables
+from polar_ft.data.json_rows import OnBytes, Row, read_json
+from polar_ft.data.problems import FileProblem, RowProblem, raise_problems
 from polar_ft.data.records import Example, Pairing, RowError, parse_row
-from polar_ft.errors import DataError, PolarError, validation_sentences
+from polar_ft.errors import PolarError, printable, validation_sentences
 from polar_ft.files import first_line
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+# In small letters; a name may be written in any.
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet", *tables.SUFFIXES)
 MAX_LINE_MB = 32.0
-PROBLEMS_SHOWN = 20
-
-Row = tuple[str, "dict[str, Any] | RowProblem"]
-OnBytes = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class RowProblem:
-    """A row that cannot be used.
-
-    >>> print(RowProblem("pairs.jsonl", 3, "chosen", "is missing — add it"))
-    pairs.jsonl:3: chosen: is missing — add it
-
-    Attributes:
-        file: The file or data set, as the user named it.
-        line: Line in the file, or row of a list, Parquet file or data set, from 1; 0 for the file itself.
-        field: The field of the row; empty for the row itself.
-        reason: What is wrong and what to do.
-    """
-
-    file: str
-    line: int
-    field: str
-    reason: str
-
-    def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.line else self.file
-        return ": ".join(part for part in (place, self.field, self.reason) if part)
-
-    @classmethod
-    def at(cls, source: str, error: RowError) -> RowProblem:
-        """Makes the problem of an error in a row whose source is "file:line"."""
-        file, _, line = source.rpartition(":")
-        return cls(file, int(line), error.field, error.reason)
 
 
 class DataSource(BaseModel):
@@ -80,7 +42,7 @@ class DataSource(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    path: str
+    path: Annotated[str, SkipValidation]  # the name of a file need not be UTF-8
     weight: float = Field(default=1.0, gt=0)
     max_samples: int | None = Field(default=None, ge=1)
     split: str = "train"
@@ -130,34 +92,71 @@ def as_sources(sources: Sources) -> list[DataSource]:
 def expand(path: str, *, recursive: bool = False) -> list[str]:
     """Lists the files of a path: the path itself, the data files of a folder in order, or a HuggingFace id.
 
+    A file that several links name is listed once. Hidden files are not listed, nor is what is in hidden
+    folders or those that begin with "_" (which Spark and Delta Lake use for themselves).
+
     Args:
         path: See `DataSource.path`.
-        recursive: Include the files of sub-folders, except hidden ones.
+        recursive: Include the files of all sub-folders; else only of those that are named like a file of
+            data, as Spark and Dask name the folder of a table.
 
     Raises:
         PolarError: The file does not exist, or is of a kind that cannot be read.
     """
     if os.path.isdir(path):
-        folder = Path(path)
-        found = folder.rglob("*") if recursive else folder.iterdir()
-        files = sorted(
-            str(file)
-            for file in found
-            if file.name.endswith(SUFFIXES)
-            and not (recursive and any(part.startswith(".") for part in file.relative_to(folder).parts))
-        )
+        files = _files_below(path, recursive)
         if not files:
             raise PolarError(f"{path}: no data in this folder; it needs files that end in {_kinds()}")
         return files
     if os.path.exists(path):
-        if not path.endswith(SUFFIXES):
+        if not _is_data(path):
             raise PolarError(f"{path}: cannot read this kind of file; it must end in {_kinds()}")
         return [path]
+    if os.path.islink(path):
+        raise PolarError(f"{path}: is a link to {os.readlink(path)}, which does not exist; mend the link")
     # A data-set id looks like a path; a path in an existing folder is meant as a file.
     in_folder = "/" in path and Path(path).parent.is_dir()
-    if path.endswith(SUFFIXES) or in_folder or not _DATASET_ID.fullmatch(path):
+    if _is_data(path) or in_folder or not _DATASET_ID.fullmatch(path):
         raise PolarError(f"{path}: no such file; check the spelling of the path")
     return [path]
+
+
+def _files_below(folder: str, recursive: bool) -> list[str]:
+    files: list[str] = []
+    closed: list[str] = []  # what cannot be listed is in the list, so that it is reported where it is read
+    known = {_identity(folder)}
+    for here, folders, names in os.walk(
+        folder, onerror=lambda e: closed.append(e.filename), followlinks=True
+    ):
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith((".", "_"))
+            and (recursive or here != folder or _is_data(name))
+            and _is_new(os.path.join(here, name), known)
+        ]
+        files += [os.path.join(here, name) for name in names if _is_data(name) and not name.startswith(".")]
+    return sorted([*closed, *(file for file in sorted(files) if _is_new(file, known))])
+
+
+def _is_new(path: str, known: set[tuple[int, int] | str]) -> bool:
+    identity = _identity(path)
+    new = identity not in known
+    known.add(identity)
+    return new
+
+
+def _identity(path: str) -> tuple[int, int] | str:
+    """What is the same for all links to a file; the path of a link to nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path
+    return status.st_dev, status.st_ino
+
+
+def _is_data(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
 
 
 def _kinds() -> str:
@@ -170,7 +169,9 @@ _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?")
 def size_in_bytes(path: str) -> int | None:
     """Number of bytes to read, for a progress bar; None for a HuggingFace data set, where it is unknown."""
     files = expand(path)
-    return sum(map(os.path.getsize, files)) if all(map(os.path.exists, files)) else None
+    if not os.path.lexists(files[0]):
+        return None
+    return sum(os.path.getsize(file) for file in files if os.path.exists(file))
 
 
 def read_rows(
@@ -189,29 +190,28 @@ def read_rows(
         on_bytes: Called repeatedly with the number of bytes (as on disk) read since the last call.
 
     Yields:
-        ("file:line", row) or ("file:line", problem); ("file:0", problem) for a file without any row.
+        ("file:line", row) or ("file:line", problem); ("file:0", problem) for a file without any row. A
+        `FileProblem` says that the rest of a file cannot be read. Names are as `printable` makes them.
 
     Raises:
         PolarError: There is no such file or data set.
     """
     for file in expand(os.fspath(path)):
-        if not os.path.exists(file):
+        if not os.path.lexists(file):
             rows = _read_dataset(file, split)
-        elif file.endswith(".parquet"):
+        elif file.lower().endswith(".parquet"):
             rows = _read_parquet(file, on_bytes)
-        elif file.endswith((".json", ".json.gz")) and _is_list(file):
-            rows = _read_json_list(file, int(max_line_mb * 2**20), on_bytes)
+        elif file.lower().endswith(tables.SUFFIXES):
+            rows = tables.read_table(file, int(max_line_mb * 2**20), on_bytes)
         else:
-            rows = _read_json_lines(file, int(max_line_mb * 2**20), on_bytes)
+            rows = read_json(file, int(max_line_mb * 2**20), on_bytes)
         empty = True
         for row in rows:
             empty = False
             yield row
         if empty:
-            yield (
-                f"{file}:0",
-                RowProblem(file, 0, "", "has no rows — an empty file is not data; check the path"),
-            )
+            reason = "has no rows — an empty file is not data; check the path"
+            yield f"{printable(file)}:0", RowProblem(printable(file), 0, "", reason)
 
 
 def read_examples(
@@ -252,150 +252,52 @@ def _read_examples(
     problems: list[RowProblem] = []
     report = problems.append if on_problem == "raise" else on_problem
     for source in sources:
-        for count, (place, row) in enumerate(source.rows(on_bytes)):
-            if count == source.max_samples:
-                break
-            if isinstance(row, RowProblem):
-                report(row)
-                continue
-            if source.subset is not None and row.get("subset") is None:
-                row["subset"] = source.subset
-            try:
-                checked = parse_row(row)
-            except RowError as error:
-                report(RowProblem.at(place, error))
-                continue
-            if not problems:
-                yield checked.to_example(place, pairing=pairing or source.pairing, weight=source.weight)
+        for _, example in parsed_rows(source, pairing=pairing, on_bytes=on_bytes):
+            if isinstance(example, RowProblem):
+                report(example)
+            elif not problems:
+                yield example
     raise_problems(problems)
 
 
-def raise_problems(problems: Sequence[RowProblem]) -> None:
-    """Raises a `DataError` that names the first problems and counts all of them, if there are any."""
-    if not problems:
-        return
-    shown = "\n".join(f"  {problem}" for problem in problems[:PROBLEMS_SHOWN])
-    rest = len(problems) - PROBLEMS_SHOWN
-    more = f"\n  … and {rest:,} more; `polar-ft data check` lists them all" if rest > 0 else ""
-    rows = "1 row" if len(problems) == 1 else f"{len(problems):,} rows"
-    raise DataError(f"{rows} cannot be used:\n{shown}{more}", problems)
+def parsed_rows(
+    source: DataSource, *, pairing: Pairing | None = None, on_bytes: OnBytes | None = None
+) -> Iterator[tuple[dict[str, Any], Example | RowProblem]]:
+    """Reads the rows of a source and checks them.
 
+    Args:
+        source: The data; its ``max_samples`` and ``subset`` are taken into account.
+        pairing: Overrides that of the source.
+        on_bytes: See `read_rows`.
 
-def _read_json_lines(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Iterator[Row]:
-    with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else nullcontext(raw) as stream:
-        lines = _lines(stream, max_bytes)
-        number = reported = 0
-        while True:
-            number += 1
-            try:
-                line = next(lines, None)
-            except (OSError, EOFError, zlib.error) as error:
-                reason = f"cannot be read further ({error}) — the file is damaged; copy it again"
-                yield f"{file}:{number}", RowProblem(file, number, "", reason)
-                return
-            if on_bytes is not None and (line is None or number % 64 == 0):
-                # Bytes on disk, whose total is known, not bytes after decompression.
-                position = raw.tell()
-                on_bytes(position - reported)
-                reported = position
-            if line is None:
-                return
-            if isinstance(line, int):
-                sizes = f"{line / 2**20:.1f} MB, the limit {max_bytes / 2**20:g} MB"
-                reason = f"the line is {sizes} — split it, or raise max_line_mb (--max-line-mb)"
-                yield f"{file}:{number}", RowProblem(file, number, "", reason)
-            elif line.strip():
-                yield f"{file}:{number}", _parse_line(file, number, line)
-
-
-class _ByteLines(Protocol):
-    def readline(self, size: int = ..., /) -> bytes: ...
-
-
-def _lines(stream: _ByteLines, max_bytes: int) -> Iterator[bytes | int]:
-    """Reads the lines of a stream; of a line that is too long only its length in bytes."""
-    while line := stream.readline(max_bytes + 1):
-        if len(line) <= max_bytes or line.endswith(b"\n"):
-            yield line
-            continue
-        length = len(line)
-        while not line.endswith(b"\n") and (line := stream.readline(2**20)):
-            length += len(line)
-        yield length
-
-
-def _parse_line(file: str, number: int, line: bytes) -> dict[str, Any] | RowProblem:
-    def problem(reason: str) -> RowProblem:
-        return RowProblem(file, number, "", reason)
-
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        byte = f"0x{line[error.start]:02x} at byte {error.start + 1} of the line"
-        return problem(f"is not valid UTF-8 ({byte}) — save the file as UTF-8 (iconv -t UTF-8)")
-    try:
-        row = _parse_json(text)
-    except RecursionError:
-        return problem("is nested too deeply to be a row — check what wrote the file")
-    except ValueError as error:  # JSONDecodeError, or a number with more digits than Python accepts
-        if number == 1 and text.lstrip().startswith("["):
-            hint = "write one JSON object a line, not one list (jq -c '.[]' in.json > out.jsonl)"
-        else:
-            hint = "write one JSON object a line"
-        detail = (
-            f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        )
-        return problem(f"is not JSON ({detail}) — {hint}")
-    if not isinstance(row, dict):
-        return problem(f"is {_kind(row)} — write one JSON object a line")
-    return row
-
-
-def _parse_json(text: str) -> Any:
-    # Twice as fast as `json`; where it fails, `json` decides and has better messages.
-    try:
-        return from_json(text)
-    except ValueError:
-        return json.loads(text)
-
-
-def _kind(value: Any) -> str:
-    kinds = {list: "a list", str: "a string", type(None): "null", bool: "true or false"}
-    return kinds.get(type(value), "a number")
-
-
-def _is_list(file: str) -> bool:
-    """Whether a file of JSON is one list of rows instead of one row a line."""
-    try:
-        with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else nullcontext(raw) as stream:
-            return stream.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-    except (OSError, EOFError, zlib.error):
-        return False  # reported where the rows are read
-
-
-def _read_json_list(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Iterator[Row]:
-    number, reported = 0, 0
-    with open(file, "rb") as raw, gzip.open(raw) if file.endswith(".gz") else nullcontext(raw) as stream:
-        text = io.TextIOWrapper(cast(IO[bytes], stream), encoding="utf-8-sig")
-        try:
-            for number, row in enumerate(entries(text, max_bytes), start=1):
-                if on_bytes is not None:
-                    position = raw.tell()
-                    on_bytes(position - reported)
-                    reported = position
-                if isinstance(row, dict):
-                    yield f"{file}:{number}", row
-                else:
-                    reason = f"is {_kind(row)} — every entry of the list must be a JSON object"
-                    yield f"{file}:{number}", RowProblem(file, number, "", reason)
+    Yields:
+        The row as it was read, and its `Example`, or what is wrong with it. Where it could not even be read,
+        the row is empty.
+    """
+    for count, (place, row) in enumerate(source.rows(on_bytes)):
+        if count == source.max_samples:
             return
-        except UnicodeDecodeError:
-            reason = "is not valid UTF-8 — save the file as UTF-8 (iconv -t UTF-8)"
-        except BrokenListError as error:
-            reason = f"this entry of the list {error} — the rest of the file is unread"
-        except (OSError, EOFError, zlib.error) as error:
-            reason = f"cannot be read further ({error}) — the file is damaged; copy it again"
-    yield f"{file}:{number + 1}", RowProblem(file, number + 1, "", reason)
+        if isinstance(row, RowProblem):
+            yield {}, row
+            continue
+        named = row
+        if source.subset is not None and row.get("subset") is None:
+            named = row | {"subset": source.subset}
+        try:
+            checked = parse_row(named)
+        except RowError as error:
+            yield row, RowProblem.at(place, error)
+        else:
+            yield row, checked.to_example(place, pairing=pairing or source.pairing, weight=source.weight)
+
+
+def place_below(path: str, place: str) -> str:
+    """The place of a row without the folder that was given, so that it is the same wherever the folder is.
+
+    >>> place_below("some/file.jsonl", "some/file.jsonl:3")
+    'file.jsonl:3'
+    """
+    return os.path.relpath(place, printable(path)) if os.path.isdir(path) else Path(place).name
 
 
 def _read_parquet(file: str, on_bytes: OnBytes | None) -> Iterator[Row]:
@@ -404,22 +306,45 @@ def _read_parquet(file: str, on_bytes: OnBytes | None) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError as error:
         raise PolarError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from error
-    number = 0
+    name, number, total = printable(file), 0, 0
     try:
-        table = parquet.ParquetFile(file)
-        size, total = os.path.getsize(file), max(1, table.metadata.num_rows)
-        for batch in table.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}:{number}", row
-            if on_bytes is not None:
-                on_bytes(size * batch.num_rows // total)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = first_line(error, 160)
-        problem = RowProblem(
-            file, number + 1, "", f"is not readable Parquet ({reason}) — write the file again"
-        )
-        yield f"{file}:{number + 1}", problem
+        with parquet.ParquetFile(file) as table:
+            size, total = os.path.getsize(file), table.metadata.num_rows
+            columns = table.schema_arrow.names
+            if twice := sorted({column for column in columns if columns.count(column) > 1}):
+                reason = f"has the column {twice[0]!r} twice — keep one of them"
+                yield f"{name}:0", FileProblem(name, 0, "", reason)
+                return
+            for batch in table.iter_batches(batch_size=256):
+                for row in _rows_of(batch):
+                    number += 1
+                    problem = RowProblem(name, number, "", row) if isinstance(row, str) else row
+                    yield f"{name}:{number}", problem
+                if on_bytes is not None:
+                    on_bytes(size * batch.num_rows // max(1, total))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = f"is not readable Parquet ({first_line(error, 160)})"
+        if total:
+            reason += f": {total - number:,} of {total:,} rows were not read"
+        place = number + 1 if total else 0
+        yield f"{name}:{place}", FileProblem(name, place, "", f"{reason} — write the file again")
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a batch; what is wrong with a row that cannot be decoded."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:  # raised before the first row
+        pass
+    for number in range(batch.num_rows):
+        try:
+            [row] = batch.slice(number, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            byte = f"0x{error.object[error.start]:02x} at byte {error.start + 1} of a text"
+            yield f"is not valid UTF-8 ({byte}) — write the file again with texts in UTF-8"
+        else:
+            yield row
 
 
 def _read_dataset(name: str, split: str) -> Iterator[Row]:
@@ -438,5 +363,10 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
             f"{name}: no such file here, and as a HuggingFace data set (split {split!r}) it could not be "
             f"loaded ({type(error).__name__}: {reason}); check the spelling, the split and the network"
         ) from error
-    for number, row in enumerate(dataset, start=1):
-        yield f"{name}[{split}]:{number}", dict(row)
+    place, number = f"{name}[{split}]", 0
+    try:
+        for number, row in enumerate(dataset, start=1):
+            yield f"{place}:{number}", dict(row)
+    except Exception as error:  # of a feature that cannot be decoded, or a damaged file in the cache
+        reason = f"cannot be read further ({type(error).__name__}: {first_line(error)}) — load it anew"
+        yield f"{place}:{number + 1}", FileProblem(place, number + 1, "", reason)

@@ -14,7 +14,7 @@ candidates, and the pairs of them. Unknown fields are kept for reports.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -29,8 +29,14 @@ from pydantic import (
     model_validator,
 )
 
+from polar_ft.data.messages import plain_message
 from polar_ft.errors import PolarError
 from polar_ft.groups import Pairing, TextGroup, Wrapper
+
+# Tokenizing takes up to a kilobyte of memory for a character. A million characters are 16 times what a POLAR
+# model reads, at four characters a token.
+MAX_CHARS = 2**20
+BATCH_CHARS = 2**20
 
 
 class RowError(PolarError):
@@ -68,10 +74,12 @@ PlainText = Annotated[str, AfterValidator(_whole_characters)]
 
 
 class Message(_Strict):
-    """One turn of a dialogue. The model reads the content; the role is kept for reports."""
+    """One turn of a dialogue, as `plain_message` reads it. The model reads the content; the role is kept."""
 
     role: PlainText
     content: PlainText
+
+    _plain = model_validator(mode="before")(plain_message)
 
 
 def _text_form(value: Any) -> str | None:
@@ -329,6 +337,11 @@ def parse_row(row: Any) -> PairRow | RankedRow:
     """
     if not isinstance(row, Mapping):
         raise RowError("", f"the row is {describe(row)} — write one JSON object a line")
+    for key in row:
+        try:
+            _whole_characters(key)
+        except ValueError as error:
+            raise RowError(key, str(error)) from None
     both = {"chosen", "rejected"} & row.keys() if "responses" in row else set()
     if both:
         others = " and ".join(sorted(both))
@@ -344,9 +357,46 @@ def parse_row(row: Any) -> PairRow | RankedRow:
         fields["reference"] = ""
     model: type[PairRow | RankedRow] = RankedRow if "responses" in row else PairRow
     try:
-        return model.model_validate(fields)
+        checked = model.model_validate(fields)
     except ValidationError as error:
         raise _row_error(error, row) from None
+    for name, text in _texts(checked):
+        chars = len(text) if isinstance(text, str) else sum(len(message.content) for message in text)
+        if chars > MAX_CHARS:
+            reason = f"has {chars:,} characters, and no model reads so many; cut it to {MAX_CHARS:,} at most"
+            raise RowError(name, reason)
+    return checked
+
+
+def _texts(row: PairRow | RankedRow) -> Iterator[tuple[str, str | Sequence[Message]]]:
+    """The texts of a row with their places."""
+    yield "prompt", row.prompt
+    if row.reference is not None:
+        yield "reference", row.reference
+    for number, reference in enumerate(row.references or ()):
+        yield f"references[{number}]", reference
+    if isinstance(row, PairRow):
+        yield from (("chosen", row.chosen), ("rejected", row.rejected))
+    else:
+        yield from (
+            (f"responses[{number}]", response.messages or response.content or "")
+            for number, response in enumerate(row.responses)
+        )
+
+
+def batches(examples: Iterable[Example], rows: int) -> Iterator[list[Example]]:
+    """Batches of at most so many examples and (but for a single one) `BATCH_CHARS` characters."""
+    batch: list[Example] = []
+    chars = 0
+    for example in examples:
+        more = sum(map(len, (example.prompt, *example.references, *example.candidates)))
+        if batch and (len(batch) == rows or chars + more > BATCH_CHARS):
+            yield batch
+            batch, chars = [], 0
+        batch.append(example)
+        chars += more
+    if batch:
+        yield batch
 
 
 _HAVE_DEFAULTS = ("weight", "wrapper")

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polar_ft.data.lint import FIELDS, DataReport, Lengths
-from polar_ft.data.reading import RowProblem
+from polar_ft.data.lint import FIELDS, NAMED, DataReport, Lengths
+from polar_ft.data.problems import PROBLEMS_SHOWN, FileProblem, RowProblem
+from polar_ft.errors import printable
 
 SUBSETS_SHOWN = 20
 
+_FINDINGS = {
+    "held_out_prompts": "prompt is held out",
+    "chosen_equals_rejected": "chosen = rejected",
+    "duplicate_pairs": "duplicates",
+    "contradictory_pairs": "contradictions",
+    "empty": "empty",
+    "repeated_ids": "repeated ids",
+}
 
-def show_problems(console: Console, problems: Sequence[RowProblem]) -> None:
-    """Prints every bad row on one line, however long, so that the output can be searched."""
-    for problem in problems:
+
+def show_problems(console: Console, problems: Sequence[RowProblem], more: str = "") -> None:
+    """Prints the first bad rows, and all damaged files, each on one line, however long.
+
+    Args:
+        console: Where to print.
+        problems: The bad rows and files.
+        more: Where the others are found; follows their number.
+    """
+    rows = [problem for problem in problems if not isinstance(problem, FileProblem)]
+    for problem in rows[:PROBLEMS_SHOWN]:
         console.print(f"[red]bad row[/] {escape(str(problem))}", soft_wrap=True)
+    if len(rows) > PROBLEMS_SHOWN:
+        console.print(f"… and {many(len(rows) - PROBLEMS_SHOWN, 'bad row')} more{more}")
+    for problem in problems:
+        if isinstance(problem, FileProblem):
+            console.print(f"[red]bad file[/] {escape(str(problem))}", soft_wrap=True)
 
 
 def show_report(console: Console, report: DataReport) -> None:
     """Prints the bad rows, then the counts of the report."""
-    show_problems(console, report.problems)
+    show_problems(console, report.problems, " (--json lists them all)")
     if report.problems:
         console.print()
-    bad = f", [red]{many(report.bad_rows, 'bad row')}[/]" if report.bad_rows else ""
+    damaged = sum(isinstance(problem, FileProblem) for problem in report.problems)
+    counts = ((report.bad_rows - damaged, "bad row"), (damaged, "bad file"))
+    bad = "".join(f", [red]{many(count, thing)}[/]" for count, thing in counts if count)
     console.print(
-        f"[bold]{escape(', '.join(report.files))}[/]: "
+        f"[bold]{_plain(', '.join(report.files))}[/]: "
         f"{many(report.rows, 'row')}, {many(report.pairs, 'pair')}, {many(report.prompts, 'prompt')}{bad}",
         soft_wrap=True,
     )
     if not report.rows:
+        _show_warnings(console, report)
         return
     title = f"[bold]lengths in {report.unit}[/]"
     if report.unit == "tokens":
@@ -50,9 +77,34 @@ def show_report(console: Console, report: DataReport) -> None:
     for title, table in parts:
         console.print(f"\n{title}", soft_wrap=True)
         console.print(table)
+    if report.named:
+        console.print("\n[bold]rows[/]")
+    for finding, label in _FINDINGS.items():
+        if rows := report.named.get(finding):
+            more = ", …" if len(rows) == NAMED else ""
+            console.print(f"[yellow]{label}[/]: {_plain(', '.join(rows))}{more}", soft_wrap=True)
+    _show_warnings(console, report)
     if report.extra_fields:
         names = ", ".join(f"{name} ({count:,})" for name, count in report.extra_fields.items())
-        console.print(f"\n[bold]extra fields[/] (kept, in so many rows): {escape(names)}")
+        console.print(f"\n[bold]extra fields[/] (kept, in so many rows): {_plain(names)}")
+
+
+def _show_warnings(console: Console, report: DataReport) -> None:
+    for warning in report.warnings:
+        console.print(f"\n[yellow]warning[/] {_plain(warning)}", soft_wrap=True)
+
+
+def report_as_json(report: DataReport) -> str:
+    """The report as JSON that can be printed: it holds control characters as escapes only."""
+    text = json.dumps(report.model_dump(), indent=2, ensure_ascii=False)
+    return re.sub(
+        r"[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", lambda c: rf"\u{ord(c[0]):04x}", text
+    )
+
+
+def _plain(text: str) -> str:
+    """Text of the data for the terminal: without markup and control characters, on one line."""
+    return escape(printable(text).replace("\n", "\\n"))
 
 
 def many(count: int, thing: str) -> str:
@@ -145,6 +197,10 @@ def _findings_table(report: DataReport) -> Table:
         ("an earlier pair, chosen and rejected exchanged", report.contradictory_pairs),
     ):
         table.add_row(label, _flagged(count), share(count))
+    if report.held_out_prompts is not None:
+        table.add_row("prompts of the held-out data", _flagged(report.held_out_prompts), "rows")
+    if report.repeated_ids:
+        table.add_row("ids of an earlier row", _flagged(report.repeated_ids), "rows")
     if report.rows_with_several_references:
         several = f"{report.rows_with_several_references:,}"
         table.add_row("several references (training takes the first)", several, "rows")
@@ -160,7 +216,7 @@ def _subsets_table(report: DataReport) -> Table:
     table = number_table(["", "rows", "pairs"])
     ordered = sorted(report.subsets.items(), key=lambda item: -item[1].rows)
     for name, count in ordered[:SUBSETS_SHOWN]:
-        table.add_row(escape(name) or "[dim](none)[/]", f"{count.rows:,}", f"{count.pairs:,}")
+        table.add_row(_plain(name) or "[dim](none)[/]", f"{count.rows:,}", f"{count.pairs:,}")
     if len(ordered) > SUBSETS_SHOWN:
         table.add_row(f"[dim]… and {len(ordered) - SUBSETS_SHOWN:,} more (--json)[/]")
     return table

@@ -16,6 +16,9 @@ from polar_ft.data.records import RowError, Text, text_of
 from polar_ft.errors import DataError, validation_sentences
 from polar_ft.groups import TextGroup, Wrapper
 
+# Fields of rows to train on, which have several answers.
+_OTHER_FORMS = ("chosen", "rejected", "candidates", "responses")
+
 
 class _Row(BaseModel):
     # Strict: a number in place of a text is a mistake and is not converted silently.
@@ -39,6 +42,12 @@ def parse_score_row(row: Any) -> TextGroup:
     """
     if not isinstance(row, Mapping):
         raise RowError("", f'is a {type(row).__name__}, not a dict of "prompt", "reference" and "output"')
+    if "output" not in row and (others := [name for name in _OTHER_FORMS if name in row]):
+        raise RowError(
+            "",
+            f"has {' and '.join(others)}; a row to score has one answer, as output: make a row of prompt, "
+            f"reference and output of each answer",
+        )
     try:
         fields = _Row.model_validate(dict(row))
     except ValidationError as error:

@@ -9,8 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from polar_ft.data.reading import DataSource, OnBytes, RowProblem, raise_problems
-from polar_ft.data.records import RowError, parse_row
+from polar_ft.data.reading import DataSource, OnBytes, RowProblem, parsed_rows, raise_problems
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError
 
@@ -48,8 +47,17 @@ def is_held_out(prompt: str, fraction: float, seed: int = 0) -> bool:
     >>> is_held_out("What is 2 + 2?", 0.5), is_held_out("What  is 2 + 2?", 0.5), is_held_out("Hi", 0.5)
     (True, True, False)
     """
+    return prompt_key(prompt, seed) < fraction * 2**64
+
+
+def prompt_key(prompt: str, seed: int = 0) -> int:
+    """A number of 64 bits that is the same for prompts that differ in white space only.
+
+    >>> prompt_key("What is 2 + 2?") == prompt_key("What  is 2 + 2? ")
+    True
+    """
     digest = hashlib.blake2b(f"{seed}\n{' '.join(prompt.split())}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return int.from_bytes(digest, "big")
 
 
 def split_by_prompt(
@@ -84,14 +92,9 @@ def split_by_prompt(
         train_rows = stack.enter_context(open_rows(train_path))
         held_out_rows = stack.enter_context(open_rows(held_out_path))
         for source in sources:
-            for place, row in source.rows(on_bytes):
-                if isinstance(row, RowProblem):
-                    problems.append(row)
-                    continue
-                try:
-                    example = parse_row(row).to_example(place, pairing=source.pairing)
-                except RowError as error:
-                    problems.append(RowProblem.at(place, error))
+            for row, example in parsed_rows(source, on_bytes=on_bytes):
+                if isinstance(example, RowProblem):
+                    problems.append(example)
                     continue
                 held = is_held_out(example.prompt, fraction, seed)
                 side, out = (held_out, held_out_rows) if held else (train, train_rows)
@@ -103,11 +106,28 @@ def split_by_prompt(
                 side.pairs += len(example.pairs)
                 side.subsets[example.subset] += 1
         raise_problems(problems)
-        for side, name in ((train, "training"), (held_out, "held-out")):
+        for side, name, share in ((train, "training", 1 - fraction), (held_out, "held-out", fraction)):
             if not side.rows:
-                raise PolarError(
-                    f"the {name} side is empty: {len(seen):,} prompts are too few for fraction {fraction:g}, "
-                    f"or are one side of an earlier split with the same seed; choose another --seed or "
-                    f"fraction"
-                )
+                raise PolarError(f"the {name} side is empty: {_why_empty(len(seen), share, seed)}")
     return train, held_out
+
+
+def _why_empty(prompts: int, share: float, seed: int) -> str:
+    """Why not one of so many prompts is on a side that gets this share of them.
+
+    >>> _why_empty(1, 0.1, seed=0)
+    '1 prompt is too few to hold some out; add rows with other prompts'
+    >>> _why_empty(20, 0.1, seed=0)
+    '20 prompts are too few for this share; choose another --fraction or --seed, or add rows'
+    >>> _why_empty(276, 0.1, seed=3)[:63]  # by chance in 2 of 10 trillion cases
+    'these 276 prompts are one side of an earlier split with seed 3;'
+    """
+    if prompts == 1:
+        return "1 prompt is too few to hold some out; add rows with other prompts"
+    if (1 - share) ** prompts > 1e-4:
+        other = "choose another --fraction or --seed, or add rows"
+        return f"{prompts:,} prompts are too few for this share; {other}"
+    return (
+        f"these {prompts:,} prompts are one side of an earlier split with seed {seed}; its other file has "
+        f"the rest, and another --seed splits them again"
+    )

@@ -35,7 +35,7 @@ from rich.progress import (
 )
 
 from polar_ft.data.group_file import GroupReader, GroupWriter, StoredGroup
-from polar_ft.data.reading import DataSource, read_examples
+from polar_ft.data.reading import DataSource, expand, read_examples
 from polar_ft.data.records import Example
 from polar_ft.errors import PolarError
 from polar_ft.groups import MergedTexts, TokenGroup, merge_texts, merge_token_groups, select_pairs
@@ -200,8 +200,7 @@ def _cache_key(sources: Sequence[DataSource], template: PolarTemplate, dropout: 
     """Name of the cache folder; changes with files (path, size, time of change), settings and format."""
     parts: list[Any] = [FORMAT, template.fingerprint, dropout, seed if dropout else 0]
     for source in sources:
-        path = Path(source.path)
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = map(Path, expand(source.path))
         stats = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
         parts.append([source.model_dump(mode="json"), stats])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]

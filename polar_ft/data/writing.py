@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,22 +40,39 @@ class RowWriter:
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:
-    r"""Makes one line of JSON without escaping readable text; what JSON lacks (dates) becomes a string.
+    r"""Makes one line of JSON without escaping readable text.
 
-    >>> to_line({"prompt": "¿Qué?"}).decode()
-    '{"prompt": "¿Qué?"}\n'
+    What JSON lacks becomes a string (dates) or null (NaN and infinity).
+
+    >>> to_line({"prompt": "¿Qué?", "score": float("nan")}).decode()
+    '{"prompt": "¿Qué?", "score": null}\n'
     """
     try:
-        return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        row = _finite(row)
+        text = json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        return text.encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, in a field that is not checked
         return json.dumps(row, default=str).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
     """Checks that outputs may be written; called before any work is done.
 
     Raises:
-        PolarError: An output exists and ``force`` was not given, or its name does not end in .jsonl.
+        PolarError: An output exists and ``force`` was not given, its name does not end in .jsonl, or nothing
+            can be written to its folder.
     """
     for path in paths:
         if not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -64,6 +83,14 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
             raise PolarError(f"{path}: is a folder; name a file")
         if path.exists() and not force:
             raise PolarError(f"{path}: exists already; choose another name, or --force to replace it")
+        # Tried, as permissions alone do not say it: file systems are read-only, full or virtual.
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise PolarError(
+                f"{path}: cannot be written ({folder}: {error.strerror or error}); name another output"
+            ) from error
 
 
 @contextmanager

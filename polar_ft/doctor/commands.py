@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,21 +24,25 @@ if TYPE_CHECKING:
 
 _WIDTH = 100
 
-Gpus = Annotated[int | None, typer.Option(min=1, help="GPUs (data-parallel ranks) of the run.")]
-GpuMemory = Annotated[float | None, typer.Option(min=1, help="GiB of each GPU.")]
+Gpus = Annotated[int | None, typer.Option(metavar="N", min=1, help="GPUs (data-parallel ranks) of the run.")]
+GpuMemory = Annotated[float | None, typer.Option(metavar="GIB", min=1, help="GiB of each GPU.")]
 ModelConfig = Annotated[
     Path | None,
-    typer.Option(help="A config.json to take the shapes from, where the model is not on this machine."),
+    typer.Option(
+        metavar="FILE", help="A config.json to take the shapes from, where the model is not on this machine."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the findings as JSON.")]
 
 
 def doctor(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="A config to check.")] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A config to check.")] = None,
     gpus: Gpus = None,
     gpu_memory: GpuMemory = None,
     warmup: Annotated[bool, typer.Option(help="Measure a few packs to estimate the time.")] = True,
-    warmup_seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 20,
+    warmup_seconds: Annotated[
+        float, typer.Option(metavar="S", min=1, help="About how many seconds to measure.")
+    ] = 20,
     all_data: Annotated[
         bool, typer.Option("--all-data", help="Look at all rows of data above 32 MB, not at the first.")
     ] = False,
@@ -48,9 +55,9 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine, and with CONFIG what a run will take, before anything long begins.
+    """Check this machine, and what a run of CONFIG will take.
 
-    Exits with status 1 where there is a problem: something that a run would fail of.
+    Exits with status 1 if there is a problem: something that would make a run fail.
     """
     console = Console(highlight=False, width=_width())
     checks = check_environment(Path.cwd())
@@ -68,7 +75,7 @@ def doctor(
                     name="config",
                     status="problem",
                     found=f"{config} was not looked at: that needs {', '.join(broken)}",
-                    advice="pip install 'polar-ft[train]' -c constraints.txt",
+                    advice="pip install '.[train]' -c constraints.txt",
                 )
             )
             if not as_json:
@@ -96,22 +103,32 @@ def doctor(
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(help="A config.")],
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs (data-parallel ranks) of the run.")] = 1,
-    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of each GPU.")] = 80,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A config.")],
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs (data-parallel ranks) of the run.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(metavar="GIB", min=1, help="GiB of each GPU.")] = 80,
+    host_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB", min=1, help="GiB of the machine, for offload.", show_default="not limited"
+        ),
+    ] = None,
     model_config: ModelConfig = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what each ZeRO stage takes on a GPU, computed from shapes, and which of them fit.
+    """Print which ZeRO stages fit on GPUs, computed from shapes.
 
     Neither a GPU nor the model is needed.
     """
-    from polar_ft.doctor.run import GIB, memory_table
-    from polar_ft.doctor.settings import read_settings, read_shape
+    with _quiet():
+        from polar_ft.doctor.run import GIB, memory_table
+        from polar_ft.doctor.settings import read_settings, read_shape
 
     settings = read_settings(config)
     shape, origin = read_shape(settings, model_config)
-    memory = memory_table(settings, shape, gpus=gpus, available=int(gpu_memory * GIB), device="cuda")
+    host = None if host_memory is None else int(host_memory * GIB)
+    memory = memory_table(
+        settings, shape, gpus=gpus, available=int(gpu_memory * GIB), device="cuda", host=host
+    )
     memory.notes.insert(0, f"shapes: {origin}")
     if as_json:
         typer.echo(json.dumps(_memory_as_json(memory), indent=1))
@@ -139,8 +156,9 @@ def _look_at(
     import psutil
     import torch
 
-    from polar_ft.doctor import run, settings, tables
-    from polar_ft.training.config import run_model_resource
+    with _quiet():
+        from polar_ft.doctor import run, settings, tables
+        from polar_ft.training.config import run_model_resource
 
     try:
         run_settings = settings.read_settings(config)
@@ -156,12 +174,13 @@ def _look_at(
     on_gpu = torch.cuda.is_available()
     ranks = gpus or _ranks(torch.cuda.device_count() if on_gpu else 1)
     as_gpu = on_gpu or gpu_memory is not None
+    host = psutil.virtual_memory().available
     if gpu_memory is not None:
         available = int(gpu_memory * run.GIB)
     elif on_gpu:
         available = min(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
     else:  # the processes share the machine
-        available = psutil.virtual_memory().available // ranks
+        available = host // ranks
     report: dict[str, Any] = {"config": str(config), "gpus": ranks}
     with run.inspect_data(run_settings, shape["hidden_size"], ranks, everything=all_data) as inspection:
         memory = run.memory_table(
@@ -170,6 +189,7 @@ def _look_at(
             gpus=ranks,
             available=available,
             device="cuda" if as_gpu else "cpu",
+            host=host,
             tokens=inspection.figures.largest_pack if inspection.figures else None,
         )
         memory.notes.insert(0, f"shapes: {origin}")
@@ -206,6 +226,7 @@ def _look_at(
 def _memory_as_json(memory: Memory) -> dict[str, Any]:
     return {
         "available": memory.available,
+        "host": memory.host,
         "tokens": memory.tokens,
         "parameters": memory.size.parameters,
         "trainable": memory.size.trainable,
@@ -214,6 +235,14 @@ def _memory_as_json(memory: Memory) -> dict[str, Any]:
         ],
         "notes": memory.notes,
     }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Imports without what DeepSpeed, bitsandbytes and torch print, on standard output among others."""
+    nowhere = io.StringIO()
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _ranks(devices: int) -> int:

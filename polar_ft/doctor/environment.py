@@ -22,7 +22,7 @@ GIB = 2**30
 PINNED_BY_XTUNER = ("transformers", "mmengine", "deepspeed")
 # What tools of the extra need only sometimes.
 _SOMETIMES = ("bitsandbytes", "tensorboard", "peft")
-_TRAIN = "pip install 'polar-ft[train]' -c constraints.txt"
+_TRAIN = "pip install '.[train]' -c constraints.txt"
 
 
 class Check(BaseModel):
@@ -183,7 +183,8 @@ def _gpu(torch: Any) -> Check:
         name="GPU",
         status="warning",
         found="none; no NVIDIA driver on this machine",
-        advice="trains on the CPU: only tiny models, and env_cfg.dist_cfg.backend must be 'gloo'",
+        advice="trains on the CPU: only tiny models; for several processes env_cfg.dist_cfg.backend must be "
+        "'gloo'",
     )
 
 

@@ -19,8 +19,14 @@ from typing import Any, Literal, get_args
 import torch
 
 from polar_ft.model.backbones import decoder_config, empty_decoder
-from polar_ft.model.lora import LoraSettings, projection_of
-from polar_ft.model.memory import USABLE, Checkpointing, activation_bytes_per_token, layers_to_checkpoint
+from polar_ft.model.lora import projection_of
+from polar_ft.model.memory import (
+    USABLE,
+    activation_bytes_per_token,
+    layer_of_zeros,
+    layers_to_checkpoint,
+)
+from polar_ft.model.settings import Checkpointing, LoraSettings
 
 Strategy = Literal["none", "zero1", "zero2", "zero3", "zero3_offload"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -113,13 +119,7 @@ def layer_activations(
 
     Measured on the CPU with its attention kernel; flash-attention keeps about as much.
     """
-    config = decoder_config(hf_config, "config.json")
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
-    decoder: Any = empty_decoder(config)
-    for module in decoder.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            # Zeros cost no memory until they are written.
-            setattr(module, name, torch.nn.Parameter(torch.zeros(parameter.shape, dtype=dtype)))
+    decoder = layer_of_zeros(decoder_config(hf_config, "config.json"), dtype)
     if lora is not None:
         from polar_ft.training.lora import add_adapters
 

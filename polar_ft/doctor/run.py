@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from pydantic import BaseModel
 
@@ -204,6 +206,9 @@ class Memory:
         tokens: Of the pack that activations are of.
         estimates: One for each of `STRATEGIES`.
         available: Bytes of each GPU, or of this machine for each process.
+        host: Bytes of the machine's memory, for all processes; None is not known and limits nothing.
+        gpus: Data-parallel ranks; all of them on one machine.
+        device: "cuda" or "cpu"; on a CPU device and host are one.
         refused: Strategies that training refuses, and why.
         notes: How the figures were made.
     """
@@ -212,12 +217,20 @@ class Memory:
     tokens: int
     estimates: list[Estimate]
     available: int
+    host: int | None
+    gpus: int
+    device: Literal["cuda", "cpu"]
     refused: dict[str, str]
     notes: list[str]
 
     def fits(self, found: Estimate) -> bool:
-        """Whether it can be used, and its peak is within what is there."""
-        return found.strategy not in self.refused and found.peak <= self.available
+        """Whether it can be used, and its peaks are within what is there, on each GPU and on the machine."""
+        host = found.host + (self.gpus * found.peak if self.device == "cpu" else 0)
+        return (
+            found.strategy not in self.refused
+            and found.peak <= self.available
+            and (self.host is None or host <= self.host)
+        )
 
 
 def memory_table(
@@ -227,6 +240,7 @@ def memory_table(
     gpus: int,
     available: int,
     device: Literal["cuda", "cpu"],
+    host: int | None = None,
     tokens: int | None = None,
 ) -> Memory:
     """Estimates every strategy.
@@ -237,6 +251,7 @@ def memory_table(
         gpus: Data-parallel ranks.
         available: Bytes of each GPU.
         device: What it runs on.
+        host: Bytes of the machine's memory; None does not limit.
         tokens: Of the largest pack; None takes ``max_packed_length``.
     """
     size = model_size(hf_config, settings.lora)
@@ -278,7 +293,7 @@ def memory_table(
     if settings.lora is not None and settings.lora.load_in_4bit:
         refused = dict.fromkeys(("zero3", "zero3_offload"), "ZeRO-3 cannot divide weights of four bits")
         notes.insert(0, "QLoRA does not work with ZeRO-3, which cannot divide weights of four bits")
-    return Memory(size, tokens, estimates, available, refused, notes)
+    return Memory(size, tokens, estimates, available, host, gpus, device, refused, notes)
 
 
 class TimeFigures(BaseModel):
@@ -287,12 +302,14 @@ class TimeFigures(BaseModel):
     Attributes:
         warmup: What was measured.
         seconds: Of the run.
+        load: Cores that other processes used before the warm-up; None on a GPU.
         estimated_peak: Bytes that the estimate gives for what the warm-up computed; None where the two are
             not the same thing.
     """
 
     warmup: Warmup
     seconds: float
+    load: float | None
     estimated_peak: int | None
 
 
@@ -327,6 +344,7 @@ def measure_time(
             f"weights, gradients and optimizer of the model take {held / GIB:.0f} GiB in one process, "
             f"and {memory.available / GIB:.0f} are free"
         )
+    load = psutil.cpu_percent(interval=1) / 100 * (os.cpu_count() or 1) if device == "cpu" else None
     found = measure(
         Request(
             groups=str(inspection.groups.folder),
@@ -339,6 +357,8 @@ def measure_time(
             attention=settings.attention,
             recomputed_layers=recomputed,
             seconds=seconds,
+            # As the launcher of several processes does.
+            threads=1 if device == "cpu" and gpus > 1 and "OMP_NUM_THREADS" not in os.environ else None,
         )
     )
     if isinstance(found, str):
@@ -353,7 +373,10 @@ def measure_time(
         plain = estimate("none", size, as_measured, gpus=1, available=memory.available, device=device)
         estimated = plain.peak - plain.reserved
     return TimeFigures(
-        warmup=found, seconds=computing + steps * found.update_seconds, estimated_peak=estimated
+        warmup=found,
+        seconds=computing + steps * found.update_seconds,
+        load=load,
+        estimated_peak=estimated,
     )
 
 
@@ -364,8 +387,13 @@ def check_run(settings: RunSettings, memory: Memory, *, on_gpu: bool) -> list[Ch
     def add(name: str, status: Literal["warning", "problem"], found: str, advice: str) -> None:
         checks.append(Check(name=name, status=status, found=found, advice=advice))
 
-    if settings.backend == "nccl" and not on_gpu:
-        add("backend", "problem", "env_cfg.dist_cfg.backend is 'nccl', and there is no GPU", "set 'gloo'")
+    if settings.backend == "nccl" and not on_gpu and memory.gpus > 1:  # one process has nothing to exchange
+        add(
+            "backend",
+            "problem",
+            "env_cfg.dist_cfg.backend is 'nccl', and several processes need a GPU for it",
+            "set 'gloo'",
+        )
     if settings.lora is not None and settings.lora.load_in_4bit and not on_gpu:
         add("QLoRA", "problem", "load_in_4bit needs a GPU", "train on a machine with one, or set it False")
     if settings.dtype != "float32" and settings.lora is None:

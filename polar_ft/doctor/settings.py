@@ -9,11 +9,12 @@ from typing import Any
 
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json
-from polar_ft.model.lora import LoraSettings
-from polar_ft.training.config import config_work_dir, parse_config
+from polar_ft.model.settings import LoraSettings
+from polar_ft.training.config import config_work_dir, read_config
 from polar_ft.training.data import build_reward_dataset, with_defaults
 from polar_ft.training.loop import TrainingLoop
 from polar_ft.training.model import PolarRewardModel, weights_dtype
+from polar_ft.training.settings import check_settings
 
 MODEL = f"{PolarRewardModel.__module__}.{PolarRewardModel.__qualname__}"
 
@@ -77,9 +78,10 @@ def read_settings(config: Path) -> RunSettings:
     Classes are not imported: a lazy config holds their names.
 
     Raises:
-        PolarError: There is no such file, it is not Python that mmengine can read, or not a config of ours.
+        PolarError: There is no such file, it is not a config of ours, or a setting is wrong.
     """
-    parsed = parse_config(config)
+    complete = read_config(config)
+    parsed = complete.names
 
     def part(name: str) -> dict[str, Any]:
         value = parsed.get(name)
@@ -93,6 +95,7 @@ def read_settings(config: Path) -> RunSettings:
             f"{config}: its model is {model.get('type')!r}, and only configs of polar_ft can be planned "
             f"({MODEL}); start from one of configs/"
         )
+    check_settings(config, complete)
     for name in ("data", "tokenizer", "pretrained_model_name_or_path"):
         if name not in train:
             raise PolarError(f"{config}: train_dataset has no {name}; start from one of configs/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,7 @@ def show_memory(console: Console, memory: Memory, gpus: int, unit: str) -> None:
     console.print(
         f"\n[bold]memory on {f'each of {gpus}' if gpus > 1 else 'one'} {unit}[/], in GiB; "
         f"{memory.available / GIB:.1f} are there"
+        + (f", and {memory.host / GIB:.1f} on the machine" if memory.host and memory.device == "cuda" else "")
     )
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("ZeRO", header_style="dim", no_wrap=True)
@@ -112,13 +114,16 @@ def show_choice(console: Console, memory: Memory, config: str, gpus: int, *, flo
         console.print(
             "[red]nothing fits[/]: lower max_packed_length, train adapters (lora = dict(r=64, alpha=128) in "
             "the config), or take more or larger GPUs"
+            + (", or more memory in the machine" if memory.host is not None else "")
         )
         return
     start = f"NPROC_PER_NODE={gpus} " if gpus > 1 else ""
+    host = next(found.host for found in memory.estimates if found.strategy == fitting[0])
     option = "" if fitting[0] == "none" else f" --deepspeed deepspeed_{fitting[0]}"
     console.print(
         f"the first that fits exchanges the least: [bold]{start}polar-ft train {escape(config)}{option}[/]"
-        + (' (with torch_dtype="float32")' if fitting[0] == "none" and float32 else ""),
+        + (' (with torch_dtype="float32")' if fitting[0] == "none" and float32 else "")
+        + (f"; it needs {gib(host)} GiB of the machine's memory as well" if host else ""),
         soft_wrap=True,
     )
 
@@ -131,7 +136,8 @@ def show_time(console: Console, time: TimeFigures | str, gpus: int) -> None:
     warmup = time.warmup
     more = "" if gpus == 1 else "; exchange between GPUs is not counted"
     console.print(
-        f"\n[bold]time[/]: about {duration(time.seconds)} to train, validation and saving not counted{more}"
+        f"\n[bold]time[/]: about {duration(time.seconds)} to train without DeepSpeed; start, validation and "
+        f"saving are not counted{more}"
     )
     console.print(
         f"measured: {warmup.packs} packs of {warmup.tokens:,} tokens, {1 / warmup.seconds_per_cost:,.0f} "
@@ -139,6 +145,12 @@ def show_time(console: Console, time: TimeFigures | str, gpus: int) -> None:
         "this shape",
         style="dim",
     )
+    if time.load is not None:
+        console.print(
+            f"with {many(warmup.threads, 'thread')} on {os.cpu_count()} cores, of which other processes used "
+            f"about {time.load:.1f}: with another load the time is another",
+            style="dim",
+        )
     against = ""
     if time.estimated_peak is not None:
         error = time.estimated_peak / warmup.peak - 1

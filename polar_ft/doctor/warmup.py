@@ -11,13 +11,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from polar_ft.groups import Layout
+
+if TYPE_CHECKING:
+    from polar_ft.data.step_plan import Piece
 
 
 class Request(BaseModel):
@@ -34,6 +38,9 @@ class Request(BaseModel):
         attention: Backend.
         recomputed_layers: Layers that are computed again in backward.
         seconds: About how long to measure.
+        threads: On a CPU; None measures how many are the fastest, as training does.
+        kept: So many of a pack's pieces are computed once for their memory; None measures the time of as many
+            as the seconds allow.
     """
 
     groups: str
@@ -46,6 +53,8 @@ class Request(BaseModel):
     attention: str
     recomputed_layers: int
     seconds: float = 20.0
+    threads: int | None = None
+    kept: int | None = None
 
 
 class Warmup(BaseModel):
@@ -56,6 +65,8 @@ class Warmup(BaseModel):
         packs: Packs that were timed.
         seconds_per_cost: Forward and backward, for each unit of `Piece.cost`: a token, attention included.
         update_seconds: One update by AdamW.
+        threads: On a CPU.
+        kept: Pieces of a pack that were computed at a time.
         peak: Bytes beyond what the process held before the model was built.
     """
 
@@ -63,13 +74,26 @@ class Warmup(BaseModel):
     packs: int
     seconds_per_cost: float
     update_seconds: float
+    threads: int
+    kept: int
     peak: int
 
 
 def measure(request: Request) -> Warmup | str:
-    """Runs the warm-up; returns why there is no measurement where it failed."""
+    """Runs the warm-up; returns why there is no measurement where it failed.
+
+    On a CPU memory is measured in a second process, as allocation is slower where that can be measured.
+    """
     from polar_ft.doctor.peak import NO_CACHING
 
+    timed = _in_a_process(request, {})
+    if isinstance(timed, str) or request.device != "cpu":
+        return timed
+    held = _in_a_process(request.model_copy(update=dict(kept=timed.kept, threads=timed.threads)), NO_CACHING)
+    return held if isinstance(held, str) else timed.model_copy(update=dict(peak=held.peak))
+
+
+def _in_a_process(request: Request, environment: dict[str, str]) -> Warmup | str:
     with tempfile.TemporaryDirectory(prefix="polar_ft_") as folder:
         question, answer = Path(folder, "request.json"), Path(folder, "result.json")
         question.write_text(request.model_dump_json())
@@ -77,7 +101,7 @@ def measure(request: Request) -> Warmup | str:
         limit = 120 + 6 * request.seconds
         try:
             done = subprocess.run(
-                command, env={**os.environ, **NO_CACHING}, capture_output=True, text=True, timeout=limit
+                command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=limit
             )
         except subprocess.TimeoutExpired:
             return f"it was not done after {limit:.0f} s"
@@ -94,23 +118,29 @@ def run(request: Request) -> Warmup:
     import torch
     from torch import nn
 
-    from polar_ft.data.step_plan import Piece, StepPlan
+    from polar_ft.data.step_plan import StepPlan
     from polar_ft.data.tokenized import TokenizedGroups
     from polar_ft.doctor.peak import MemoryPeak
     from polar_ft.groups import select_pairs
     from polar_ft.model.backbones import decoder_config, empty_decoder
-    from polar_ft.model.lora import LoraSettings
     from polar_ft.model.losses import pair_loss
     from polar_ft.model.packing import Pack, build_pack
     from polar_ft.model.reward_model import RewardHead, packed_rewards
+    from polar_ft.model.settings import LoraSettings
+    from polar_ft.training.threads import fewest_fast, measure_threads
 
     groups = TokenizedGroups(Path(request.groups))
     plan = StepPlan(groups, **request.plan)
     layout: Layout = plan.layout
     device, dtype = torch.device(request.device), getattr(torch, request.dtype)
+    config = decoder_config(request.hf_config, "config.json")
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(fewest_fast(measure_threads(config)))
     nn.Linear(8, 8).to(device)(torch.zeros(1, 8, device=device)).sum().backward()  # what torch itself takes
     peak = MemoryPeak(device)
-    decoder: Any = empty_decoder(decoder_config(request.hf_config, "config.json"))
+    decoder: Any = empty_decoder(config)
     for module in decoder.modules():
         for name, old in list(module.named_parameters(recurse=False)):
             new = torch.empty(old.shape, dtype=dtype, device=device)
@@ -129,8 +159,9 @@ def run(request: Request) -> Warmup:
         parts = [select_pairs(groups.group(p.group), slice(p.first_pair, p.last_pair)) for p in pieces]
         return build_pack(parts, layout).to(device)
 
-    def compute(pack: Pack) -> float:
+    def compute(pieces: list[Piece]) -> float:
         started = _now(device)
+        pack = pack_of(pieces)  # training makes it in the same process
         mixed = request.autocast and request.dtype == "float32" and device.type == "cuda"
         with torch.autocast("cuda", dtype=torch.bfloat16) if mixed else nullcontext():
             rewards = packed_rewards(
@@ -154,30 +185,40 @@ def run(request: Request) -> Warmup:
         (pieces for of_rank in plan.packs(0, 0) for pieces in of_rank),
         key=lambda pieces: sum(piece.cost for piece in pieces),
     )
-    # The cheapest piece tells what a pack would take; a first run of anything is slower.
-    probe = min(pack_pieces, key=lambda piece: piece.cost)
-    compute(pack_of([probe]))
-    speed = compute(pack_of([probe])) / probe.cost
+    by_cost = sorted(pack_pieces, key=lambda piece: piece.cost)
+    if request.kept is not None:
+        kept = by_cost[: request.kept]
+    else:
+        # The cheapest piece tells what a pack would take; a first run of anything is slower.
+        compute(by_cost[:1])
+        speed = compute(by_cost[:1]) / by_cost[0].cost
+        kept = by_cost[:1]
+        while len(kept) < len(by_cost) and speed * _cost(by_cost[: len(kept) + 1]) <= request.seconds / 3:
+            kept = by_cost[: len(kept) + 1]
+    compute(kept)
     update()
-    kept: list[Piece] = []
-    for piece in sorted(pack_pieces, key=lambda piece: piece.cost):
-        if not kept or speed * (sum(p.cost for p in kept) + piece.cost) <= request.seconds / 3:
-            kept.append(piece)
-    pack, cost = pack_of(kept), sum(piece.cost for piece in kept)
-    compute(pack)
     timings: list[float] = []
     update_timings: list[float] = []
     started = time.monotonic()
-    while len(timings) < 2 or (len(timings) < 8 and time.monotonic() - started < request.seconds / 3):
-        timings.append(compute(pack))
+    while not timings or (
+        request.kept is None
+        and (len(timings) < 2 or (len(timings) < 8 and time.monotonic() - started < request.seconds / 3))
+    ):
+        timings.append(compute(kept))
         update_timings.append(update())
     return Warmup(
-        tokens=len(pack.input_ids),
+        tokens=len(pack_of(kept).input_ids),
         packs=len(timings),
-        seconds_per_cost=sorted(timings)[len(timings) // 2] / cost,
+        seconds_per_cost=sorted(timings)[len(timings) // 2] / _cost(kept),
         update_seconds=sorted(update_timings)[len(timings) // 2],
+        threads=torch.get_num_threads(),
+        kept=len(kept),
         peak=peak.bytes(),
     )
+
+
+def _cost(pieces: Sequence[Piece]) -> float:
+    return sum(piece.cost for piece in pieces)
 
 
 def _now(device: Any) -> float:

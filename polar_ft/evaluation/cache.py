@@ -49,6 +49,10 @@ class ScoreCache:
         folder: Where the file lies; made where it is missing.
         limit_bytes: What the scores in it may take.
 
+    Attributes:
+        file: The file.
+        n_kept: Scores that were written into it here.
+
     Raises:
         OSError, sqlite3.Error: It cannot be opened, or is no such file.
 
@@ -64,6 +68,7 @@ class ScoreCache:
     def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / CACHE_FILE
+        self.n_kept = 0
         self._db = sqlite3.connect(self.file, timeout=60)
         try:
             self._db.executescript(_SCHEMA)
@@ -106,6 +111,7 @@ class ScoreCache:
         rows = [(number, key, score) for key, score in scores.items() if math.isfinite(score)]
         with self._writing():
             self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
+        self.n_kept += len(rows)
 
     def get_gates(self, setup: str, sample: str) -> str | None:
         """What `put_gates` kept for the same set-up and sample."""
@@ -260,6 +266,14 @@ def model_hash(folder: Path, cache: ScoreCache | None = None) -> str | None:
     sha256 = file_sha256 if cache is None else cache.sha256
     lines = "".join(f"{sha256(file)}  {file.name}\n" for file in files if file.is_file())
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 of the files of a model's tokenizer, whatever kind it is."""
+    files = sorted(file for file in folder.glob("*token*") if file.is_file())
+    return hashlib.sha256(
+        "".join(f"{file_sha256(file)}  {file.name}\n" for file in files).encode()
+    ).hexdigest()
 
 
 def file_sha256(file: Path) -> str:

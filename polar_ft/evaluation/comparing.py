@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.console import Console
@@ -15,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from polar_ft.errors import PolarError
-from polar_ft.evaluation.report.numbers import number, p_value, percent, signed_points
 from polar_ft.evaluation.report.table import TABLE_WIDTH
-from polar_ft.evaluation.report.visible import one_line
-from polar_ft.evaluation.scores_file import SavedScores, find_scores, read_scores
-from polar_ft.evaluation.statistics.comparison import Comparison, PairedDifference, compare, match
+from polar_ft.evaluation.report.texts import number, one_line, p_value, percent, signed_points
+from polar_ft.evaluation.scores_file import find_scores, read_scores
+from polar_ft.evaluation.statistics.comparison import Comparison, PairedDifference, compare
+from polar_ft.files import write_atomically
 
 COMPARE_FILE = "compare.json"
 _SHOWN_PAIRS = 10
@@ -30,15 +28,12 @@ class RunComparison(BaseModel):
 
     Attributes:
         run: The run's folder or file, B of the comparison.
-        n_other_texts: Shared pairs whose texts are not those of A though the id is the same; None where the
-            scores do not say (they are another tool's).
         comparison: The figures.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
-    n_other_texts: int | None
     comparison: Comparison
 
 
@@ -54,7 +49,7 @@ class Comparisons(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: int = 1
+    schema_version: int = 2
     created: str
     base: str
     runs: list[RunComparison]
@@ -85,7 +80,7 @@ def compare_runs(runs: Sequence[Path], out_dir: Path, subset_by: Sequence[str]) 
             comparison = compare(base.table, other.table)
         except PolarError as error:
             raise PolarError(f"A is {runs[0]}, B is {run}: {error}") from error
-        result = RunComparison(run=str(run), n_other_texts=_other_texts(base, other), comparison=comparison)
+        result = RunComparison(run=str(run), comparison=comparison)
         _show(console, str(runs[0]), result, [*base.warnings, *other.warnings])
         compared.append(result)
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -93,13 +88,6 @@ def compare_runs(runs: Sequence[Path], out_dir: Path, subset_by: Sequence[str]) 
     file = _write(everything, out_dir)
     console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
     return everything
-
-
-def _other_texts(base: SavedScores, other: SavedScores) -> int | None:
-    if base.input_hashes is None or other.input_hashes is None:
-        return None
-    a, b = match(base.table.ids, other.table.ids, len(base.table), len(other.table))
-    return int(np.count_nonzero(base.input_hashes[a] != other.input_hashes[b]))
 
 
 def _show(console: Console, base: str, result: RunComparison, warnings: Sequence[str]) -> None:
@@ -184,8 +172,8 @@ def _notes(result: RunComparison) -> list[str]:
     comparison, overall = result.comparison, result.comparison.overall
     drawn = "pairs" if overall.n_prompts is None else f"{overall.n_prompts:,} prompts"
     notes = [
-        f"Accuracies are over the same pairs. Interval and p come from a paired bootstrap over {drawn}; p "
-        f"(Holm) is corrected for the number of rows of its table."
+        f"Accuracies are over the same pairs, matched by their {comparison.matched_by}. Interval and p come "
+        f"from a paired bootstrap over {drawn}; p (Holm) is corrected for the number of rows of its table."
     ]
     if overall.p_mcnemar is not None:
         notes.append(
@@ -203,10 +191,10 @@ def _notes(result: RunComparison) -> list[str]:
     ]
     if left_out:
         notes.append(f"Left out: {', '.join(left_out)}.")
-    if result.n_other_texts:
+    if comparison.n_other_texts:
         notes.append(
-            f"WARNING: {result.n_other_texts:,} pairs have other texts in B than in A though their ids are "
-            f"the same: the runs are not over the same data."
+            f"WARNING: {comparison.n_other_texts:,} pairs have other texts in B than in A though their ids "
+            f"are the same: the runs are not over the same data. They are left out."
         )
     if comparison.most_different:
         notes.append(
@@ -218,15 +206,11 @@ def _notes(result: RunComparison) -> list[str]:
 
 def _write(comparisons: Comparisons, out_dir: Path) -> Path:
     file = out_dir / COMPARE_FILE
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(f"{comparisons.model_dump_json(indent=2)}\n", encoding="utf-8")
-        unfinished.replace(file)
+        write_atomically(file, f"{comparisons.model_dump_json(indent=2)}\n")
     except OSError as error:
         raise PolarError(
             f"{file}: cannot be written ({error.strerror or error}); name another folder with --out"
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return file

@@ -67,7 +67,9 @@ class PairTable:
     Attributes:
         chosen_score: Rewards of the chosen candidates; may hold NaN and infinities.
         rejected_score: Rewards of the rejected candidates.
-        ids: Name of each pair, by which runs are compared.
+        ids: Name of each pair.
+        contents: Hash of the texts of each pair, by which runs are compared.
+        contents_of: What was hashed; hashes of different things are not comparable.
         subsets: Field name → the pairs' values of that field; "subset" stands first where there is one.
         prompts: Number of the prompt of each pair: pairs of one prompt are not independent.
         chosen_chars: Characters of the chosen candidate before anything was cut; likewise rejected.
@@ -86,6 +88,8 @@ class PairTable:
     chosen_score: Floats
     rejected_score: Floats
     ids: list[str] | None = None
+    contents: NDArray[np.uint64] | None = None
+    contents_of: str = ""
     subsets: dict[str, Categories] = field(default_factory=dict)
     prompts: Ints | None = None
     chosen_chars: Ints | None = None
@@ -105,7 +109,7 @@ class PairTable:
         lengths = {
             column.name: len(getattr(self, column.name))
             for column in fields(self)
-            if column.name != "subsets" and getattr(self, column.name) is not None
+            if column.name not in ("subsets", "contents_of") and getattr(self, column.name) is not None
         }
         lengths |= {f"subsets[{name!r}]": len(values.codes) for name, values in self.subsets.items()}
         wrong = {name: length for name, length in lengths.items() if length != len(self.chosen_score)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,11 +11,20 @@ from polar_ft.data.records import Example
 from polar_ft.evaluation.figures import compute_figures
 from polar_ft.evaluation.gates import GateResult
 from polar_ft.evaluation.pairs import PairTable
-from polar_ft.evaluation.report.numbers import percent, percent_interval
-from polar_ft.evaluation.report.report import Report, RunInfo, Truncation
+from polar_ft.evaluation.report.checks import verdict
+from polar_ft.evaluation.report.report import (
+    HTML_FILE,
+    MARKDOWN_FILE,
+    METRICS_FILE,
+    SCORES_FILE,
+    Report,
+    RunInfo,
+    Truncation,
+)
 from polar_ft.evaluation.report.table import TABLE_WIDTH, notes, screen_tables
+from polar_ft.evaluation.report.texts import percent, percent_interval
 from polar_ft.evaluation.report.worst import PairTexts, WorstPair, pair_texts, worst_pairs
-from polar_ft.evaluation.scores_file import SavedScores, find_scores, read_scores
+from polar_ft.evaluation.scores_file import SavedScores, read_scores
 from polar_ft.template import PolarTemplate
 
 
@@ -28,6 +37,7 @@ def report_scores(
     gates: Sequence[GateResult] = (),
     examples: Sequence[Example] | None = None,
     template: PolarTemplate | None = None,
+    before_writing: Callable[[], object] = lambda: None,
 ) -> Report:
     """Reads scores, computes every figure, writes the report and shows the table.
 
@@ -39,6 +49,7 @@ def report_scores(
         gates: What the run checked of itself.
         examples: The rows that were scored, for the texts of the worst pairs; with
         template: the template of their model.
+        before_writing: Called when the scores have been read.
 
     Raises:
         PolarError: The scores cannot be used, or the report cannot be written.
@@ -51,15 +62,19 @@ def report_scores(
         warnings=list(saved.warnings),
         truncation=_truncation(saved),
         run=run.model_copy(
-            update={"n_rows": run.n_rows or len(table), "n_same_reference": saved.n_same_reference}
+            update={
+                "n_rows": run.n_rows or len(table),
+                "n_same_reference": saved.n_same_reference,
+                "engine": run.engine or saved.form,
+            }
         ),
     )
     # Imported here: it needs matplotlib and jinja2, which a table on the screen does not.
     from polar_ft.evaluation.report.writing import write_report
 
-    files = write_report(report, table, out_dir, worst=_worst(table, examples, template))
-    # Without the run's examples the scores were there before.
-    _show(report, files if examples is None else [find_scores(scores), *files])
+    before_writing()
+    write_report(report, table, out_dir, worst=_worst(table, examples, template))
+    show_report(report, out_dir, "wrote")
     return report
 
 
@@ -84,7 +99,8 @@ def _worst(
     return worst_pairs(table, texts)
 
 
-def _show(report: Report, files: Sequence[Path]) -> None:
+def show_report(report: Report, folder: Path, done: str) -> None:
+    """Prints the tables of a report, the sentences to read them with, and what was done with each file."""
     console = Console()
     # A pipe has no width of its own, and rich would take 80 columns.
     console.width = min(console.width, TABLE_WIDTH) if console.is_terminal else TABLE_WIDTH
@@ -93,14 +109,22 @@ def _show(report: Report, files: Sequence[Path]) -> None:
     console.print(f"\n{name}", style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"accuracy {percent(overall.accuracy)} %, 95 % interval {percent_interval(overall.interval)}, "
-        f"on {overall.n_pairs} held-out pairs\n",
+        f"on {overall.n_pairs} held-out pairs",
         style="bold",
         highlight=False,
     )
+    if (judged := verdict(report)) is not None:
+        console.print(
+            f"best rule without a model ({judged.rule}): {percent(judged.share)} %. {judged.text}",
+            style="bold red" if judged.status == "failed" else None,
+            highlight=False,
+        )
+    console.print()
     for table in screen_tables(report):
         console.print(table)
         console.print()
     for note in notes(report):
         console.print(note, highlight=False, markup=False)
-    for file in files:
-        console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
+    for name in (SCORES_FILE, METRICS_FILE, HTML_FILE, MARKDOWN_FILE):
+        if (folder / name).is_file():
+            console.print(f"{done} {folder / name}", highlight=False, markup=False, soft_wrap=True)

@@ -22,7 +22,9 @@ from polar_ft.evaluation.evaluator import Scorer, chunks, count_tokens, requests
 from polar_ft.evaluation.gates import GateResult, SamplePair, draw_sample, run_gates
 from polar_ft.evaluation.progress import scoring_progress
 from polar_ft.evaluation.references import ReferenceSettings, aggregate, plan_references
-from polar_ft.evaluation.report.report import HTML_FILE, MARKDOWN_FILE, METRICS_FILE, PLOTS_FOLDER
+from polar_ft.evaluation.report.report import METRICS_FILE, PLOTS_FOLDER
+from polar_ft.evaluation.report.texts import count
+from polar_ft.evaluation.result_folder import REPORT_FILES, Evaluation, claim, write_evaluation
 from polar_ft.evaluation.scores import (
     RANKINGS_FILE,
     SCORES_FILE,
@@ -45,10 +47,10 @@ class ScoredRun:
     """What a run did.
 
     Attributes:
-        n_pairs_scored: Pairs for which the model computed a reward; those of the others were known.
+        n_pairs_scored: Pairs for which the model computed a reward, in this run and in those that it resumes.
         n_computed: Rewards that the model computed.
         n_from_cache: Rewards that were known.
-        seconds: Time spent scoring.
+        seconds: Time spent scoring, in this run and in those that it resumes.
         gates: What the gates found; empty where they were left out.
     """
 
@@ -69,6 +71,8 @@ def score_into(
     cache: ScoreCache | None,
     gates: bool,
     console: Console,
+    evaluation: Evaluation | None = None,
+    replace: bool = False,
 ) -> ScoredRun:
     """Scores rows and writes `scores.jsonl` and `rankings.jsonl`; known rewards are not computed.
 
@@ -84,14 +88,25 @@ def score_into(
         cache: Scores of earlier runs; with None one in `folder` serves this run, and is then removed.
         gates: Try the gates on a sample.
         console: Where progress is shown.
+        evaluation: Whose folder it is to be, with the time that it takes; None leaves that out.
+        replace: Whether the results of another evaluation may go.
 
     Raises:
         PolarError: A row does not fit the model's limits (the message names it; nothing was scored yet),
-            another run is writing into the folder, or the scores cannot be written.
+            another run is writing into the folder, it holds another evaluation, or the scores cannot be
+            written.
+        KeyboardInterrupt: Of the user; the message says what is kept.
     """
     plan = plan_references(examples, references)
     run_cache = _own_cache(folder) if cache is None else nullcontext(cache)
-    with _locked(folder), run_cache as known:
+    with _locked(folder), run_cache as known, _saying_what_is_kept(known):
+        if evaluation is not None:
+            is_first = cache is None and (folder / METRICS_FILE).is_file()  # all is computed once more
+            with _disk_errors(folder):
+                taken = claim(folder, evaluation, replace=replace)
+            earlier = (0.0, 0) if is_first else (taken.seconds, taken.pairs_scored)
+        else:
+            earlier = (0.0, 0)
         known.touch(setup)
         cached = CachedScorer(scorer, known, setup)
         todo = [
@@ -120,13 +135,18 @@ def score_into(
             )
 
         start = time.perf_counter()
+        seconds, n_scored = earlier
         if todo:
             wanted = [examples[row] for row in todo]
             with scoring_progress("scoring", wanted, console) as on_chunk:
                 for chunk in chunks(wanted):
                     score([todo[at] for at in chunk])
                     on_chunk([wanted[at] for at in chunk])
-        seconds = time.perf_counter() - start if todo else 0.0
+                    seconds = earlier[0] + time.perf_counter() - start
+                    n_scored += sum(len(wanted[at].pairs) for at in chunk)
+                    if evaluation is not None:
+                        spent = {"seconds": seconds, "pairs_scored": n_scored}
+                        write_evaluation(folder, evaluation.model_copy(update=spent))
         score([row for row in range(len(examples)) if row not in scores])
 
         combine = partial(aggregate, aggregation=references.aggregation)
@@ -153,12 +173,24 @@ def score_into(
                     SamplePair(examples[row], plan[row], (chosen, rejected), (own[chosen], own[rejected]))
                 )
             results = _gates(scorer, sample, references, known, setup)
-    return ScoredRun(n_todo, cached.n_computed, cached.n_from_cache, seconds, results)
+    return ScoredRun(n_scored, cached.n_computed, cached.n_from_cache, seconds, results)
+
+
+@contextmanager
+def _saying_what_is_kept(cache: ScoreCache) -> Iterator[None]:
+    before = cache.n_kept
+    try:
+        yield
+    except KeyboardInterrupt:
+        n_kept = cache.n_kept - before
+        raise KeyboardInterrupt(
+            f"{count(n_kept, 'reward')} of this run are kept in {cache.file}" if n_kept else ""
+        ) from None
 
 
 def _remove_report(folder: Path) -> None:
     """Removes the report of an earlier run: its figures are of other scores."""
-    for name in (METRICS_FILE, HTML_FILE, MARKDOWN_FILE):
+    for name in REPORT_FILES:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / PLOTS_FOLDER, ignore_errors=True)
 

@@ -158,9 +158,11 @@ def calibrate(
             "needs pairs.",
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help=f"File to write; default HF_DIR/{FILE_NAME}.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write.", show_default=f"HF_DIR/{FILE_NAME}")
+    ] = None,
     max_references: Annotated[
-        int, typer.Option(min=1, help="Measure a random sample of so many (prompt, reference).")
+        int, typer.Option(metavar="N", min=1, help="Measure a random sample of so many (prompt, reference).")
     ] = 5000,
     split: Split = "train",
     batch_tokens: BatchTokens = BATCH_TOKENS,
@@ -168,9 +170,10 @@ def calibrate(
     dtype: Dtype = "auto",
     allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
-    """Measure centre, spread and temperature of a model's rewards, and keep them in the model's folder.
+    """Measure the range of a model's rewards, for use in RL.
 
-    Nothing applies them by itself: scorer, server and client do where they are asked to.
+    Centre, spread and temperature are kept in the model's folder. Nothing applies them by itself:
+    scorer, server and client do where they are asked to.
     """
     target = out or Path(model)
     if out is None and not target.is_dir():

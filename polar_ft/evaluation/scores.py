@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +19,7 @@ from polar_ft.data.writing import to_line
 from polar_ft.evaluation.evaluator import FieldTokens
 from polar_ft.evaluation.references import RowReferences
 
+DEFAULT_OUT = Path("work_dirs/eval")
 SCORES_FILE = "scores.jsonl"
 RANKINGS_FILE = "rankings.jsonl"
 
@@ -85,7 +87,8 @@ class ScoredPair(_Row):
         chosen_info: What a ranked row says of the chosen candidate (policy, score or rank, …); else empty.
         rejected_info: The same for the rejected one.
         extra: Fields of the row that polar_ft does not know, as they came.
-        input_hash: Hash of the row's texts: equal in runs of other models on the same row.
+        input_hash: Hash of the pair's texts, by which runs are compared: equal in runs of other models on the
+            same pair, whatever the row's id or place.
         score_key: Hash of all that decides this line (texts, model, dtype, limits, options).
     """
 
@@ -179,16 +182,12 @@ def _strict_json(value: Any) -> Any:
     return value
 
 
-def input_hash(example: Example) -> str:
-    """Hash of a row's texts and pairs, 16 bytes in hexadecimal."""
-    texts = [
-        example.wrapper,
-        example.prompt,
-        example.references,
-        example.candidates,
-        example.pairs,
-    ]
-    return _hash(texts)
+def input_hash(example: Example, pair: tuple[int, int] | None = None) -> str:
+    """Hash of a row's texts and pairs, or of one pair as if it were a row, 16 bytes in hexadecimal."""
+    candidates, pairs = example.candidates, example.pairs
+    if pair is not None:
+        candidates, pairs = tuple(candidates[index] for index in pair), ((0, 1),)
+    return content_hash([example.wrapper, example.prompt, example.references, candidates, pairs])
 
 
 def score_key(setup: str, example: Example, references: RowReferences, aggregation: str) -> str:
@@ -202,7 +201,7 @@ def score_key(setup: str, example: Example, references: RowReferences, aggregati
     """
     said = [example.id, example.source, example.subset, example.extra, example.candidate_info]
     against = [references.own, references.shuffled, references.shuffled_from, references.empty, aggregation]
-    return _hash([setup, input_hash(example), said, against])
+    return content_hash([setup, input_hash(example), said, against])
 
 
 def prompt_id(prompt: str) -> str:
@@ -241,7 +240,7 @@ def pair_rows(
     for index in {index for pair in example.pairs for index in pair}:
         values = [rouge_l(example.candidates[index], text) for text in references.own]
         rouge[index] = max((value for value in values if not math.isnan(value)), default=None)
-    hashed, prompt = input_hash(example), prompt_id(example.prompt)
+    prompt = prompt_id(example.prompt)
     rows = []
     for chosen, rejected in example.pairs:
         row = ScoredPair(
@@ -281,7 +280,7 @@ def pair_rows(
             chosen_info=info[chosen],
             rejected_info=info[rejected],
             extra=example.extra,
-            input_hash=hashed,
+            input_hash=input_hash(example, (chosen, rejected)),
             score_key=key,
         )
         rows.append(row)
@@ -330,6 +329,7 @@ def _of_pair(scores: Sequence[float], chosen: int, rejected: int) -> ReferenceSc
     return ReferenceScores(chosen_score=scores[chosen], rejected_score=scores[rejected])
 
 
-def _hash(value: Any) -> str:
+def content_hash(value: Any) -> str:
+    """Hash of what JSON can hold, 16 bytes in hexadecimal."""
     text = json.dumps(value, default=str)  # in ASCII: half a surrogate pair does not stop it
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -3,7 +3,8 @@
 A family is one whose layers `polar_ft.model.reward_model.run_layer` computes. To add one, add an entry to
 `BACKBONES`: how its ``config.json`` becomes a config of transformers, which decoder class holds its weights,
 and what an exported folder is called. Where its folders name or fuse tensors otherwise than the decoder does,
-`WeightNames` says how; nothing else knows.
+`WeightNames` says how; nothing else knows. `MODEL_TYPES` of `polar_ft.model.base_folder` has their names,
+for checks without torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwe
 
 from polar_ft.errors import PolarError
 from polar_ft.model import internlm2
+from polar_ft.model.base_folder import check_family
 from polar_ft.model.reward_model import refuse_unknown_layers
 
 # For fused kernels: norms and feed-forward layers of all families.
@@ -236,15 +238,10 @@ def backbone_of(hf_config: Mapping[str, Any], name: str = "config.json") -> Back
         name: Name used in error messages.
 
     Raises:
-        PolarError: It is none of `BACKBONES`.
+        PolarError: It is none of `BACKBONES`, or a variant that is not supported.
     """
-    kind = hf_config.get("model_type")
-    if kind not in BACKBONES:
-        *others, last = BACKBONES
-        raise PolarError(
-            f"{name}: model_type {kind!r} in config.json is not supported; {', '.join(others)} and {last} are"
-        )
-    return BACKBONES[kind]
+    check_family(hf_config, name)
+    return BACKBONES[hf_config["model_type"]]
 
 
 def decoder_config(hf_config: Mapping[str, Any], name: str) -> PretrainedConfig:
@@ -257,14 +254,6 @@ def decoder_config(hf_config: Mapping[str, Any], name: str) -> PretrainedConfig:
     Raises:
         PolarError: The model's type, or a variant of it, is not supported.
     """
-    if hf_config.get("use_sliding_window"):
-        raise PolarError(
-            f"{name}: sliding-window attention (use_sliding_window in config.json) is not supported"
-        )
-    if hf_config.get("quantization_config"):
-        raise PolarError(
-            f"{name}: is quantized (quantization_config in config.json); name the original model"
-        )
     backbone = backbone_of(hf_config, name)
     try:
         return backbone.config(hf_config)

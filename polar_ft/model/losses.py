@@ -5,16 +5,14 @@ Names and formulas follow xtuner 0.2.0's ``RewardModel``, so that its configs ca
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 
 from polar_ft.errors import PolarError
 from polar_ft.model.packing import Pack
-
-LossType = Literal["ranking", "focal", "margin"]
-PenaltyType = Literal["log_barrier", "L2", "none"]
+from polar_ft.model.settings import LossType, PenaltyType
 
 # What `PairObjective` sums over the pairs of a pack, in this order.
 STATISTICS = ("loss", "weight", "correct", "chosen", "rejected")

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
+from transformers import PretrainedConfig
 
 from polar_ft.groups import TokenGroup
+from polar_ft.model.backbones import empty_decoder
 from polar_ft.model.packing import build_pack
 from polar_ft.model.reward_model import run_layer
-
-Checkpointing = Literal["auto", "none", "selective", "full"]
+from polar_ft.model.settings import Checkpointing
 
 # Share of the memory that is free which activations may take; the rest is for temporaries and fragmentation.
 USABLE = 0.85
+
+
+def layer_of_zeros(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """A decoder of one layer of these shapes and hardly a vocabulary, to measure with.
+
+    Args:
+        config: Of the decoder; changed to one layer.
+        dtype: Of its parameters.
+    """
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
+    decoder = empty_decoder(config)
+    for module in decoder.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # Zeros cost no memory until they are written.
+            setattr(module, name, torch.nn.Parameter(torch.zeros(parameter.shape, dtype=dtype)))
+    return decoder
 
 
 def activation_bytes_per_token(decoder: Any, tokens: int = 64) -> int:

@@ -6,20 +6,29 @@ same code files next to the weights; random weights and a vocabulary learned fro
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from polar_ft.data.reading import read_examples
+from polar_ft.data.reading import Sources, read_examples
+from polar_ft.files import read_json, unfinished
 from polar_ft.template import REWARD_TOKEN, SEPARATOR_TOKEN
 
 CODE_FILES = ("configuration_internlm2.py", "modeling_internlm2.py")
+# File in a base that a run made, which says of what.
+MADE_OF = "made_of.json"
+
+logger = logging.getLogger(__name__)
+
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", SEPARATOR_TOKEN)
 
 
@@ -64,6 +73,42 @@ def make_tiny_base(
     return out_dir
 
 
+def tiny_base_of(folder: Path, data: Sources, *, vocab_size: int, hidden: int) -> None:
+    """Makes a tiny base of a run's data; again if the folder holds one that was made of other data.
+
+    A folder that does not say what it was made of holds a user's own model, and is left as it is. Processes
+    that call this together make one.
+
+    Args:
+        folder: Of the base.
+        data: Rows, in the form that ``data`` of a config has.
+        vocab_size: See `make_tiny_base`.
+        hidden: See `make_tiny_base`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        record = folder / MADE_OF
+        if (folder / "config.json").is_file() and not record.is_file():
+            logger.warning("%s: does not say what it was made of, so it is used as it is", folder)
+            return
+        made_of = {"texts": _digest(texts_of(data)), "vocab_size": vocab_size, "hidden": hidden}
+        if record.is_file() and read_json(record) == made_of:
+            return
+        with unfinished(folder) as part:
+            make_tiny_base(part, texts_of(data), vocab_size=vocab_size, hidden=hidden)
+            (part / MADE_OF).write_text(json.dumps(made_of) + "\n", encoding="utf-8")
+            if folder.is_dir():
+                logger.warning("%s: was made of other data, so it is made again", folder)
+                shutil.rmtree(folder)
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A byte-level BPE with POLAR's control tokens: ``<s>`` first, the reward token an added token last.
 
@@ -89,9 +134,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def texts_of(files: Iterable[Path]) -> Iterator[str]:
-    """All prompts, references and candidates of preference files, each with the ⏎ that the template puts."""
-    for example in read_examples([str(file) for file in files]):
+def texts_of(data: Sources) -> Iterator[str]:
+    """All prompts, references and candidates of rows, each with the ⏎ that the template puts.
+
+    Args:
+        data: Files, or what ``data`` of a config may be.
+    """
+    for example in read_examples(data):
         for response in (example.reference, *example.candidates):
             yield f"{example.prompt}\n{response}"
 
@@ -105,6 +154,8 @@ def _save_tokenizer(tokenizer: Tokenizer, out_dir: Path) -> None:
         "unk_token": "<unk>",
         "pad_token": "</s>",
         "clean_up_tokenization_spaces": False,
+        # Not token_type_ids, which transformers would add, and InternLM2's code does not take.
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": 1_000_000_000,
     }
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -176,5 +227,5 @@ def _code_folder() -> Path:
     """Where xtuner keeps InternLM2's code; found without importing xtuner, which takes seconds."""
     spec = find_spec("xtuner")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("xtuner is not installed: pip install polar-ft[train]")
+        raise ModuleNotFoundError("xtuner is not installed: pip install '.[train]'")
     return Path(spec.origin).parent / "tools" / "model_converters" / "modeling_internlm2_reward"

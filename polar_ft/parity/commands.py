@@ -35,20 +35,25 @@ def parity(
         ),
     ] = False,
     api_key_file: ApiKeyFile = None,
-    inputs: Annotated[int, typer.Option(min=1, help="Inputs, each with four candidates.")] = 55,
+    inputs: Annotated[int, typer.Option(metavar="N", min=1, help="Inputs, each with four candidates.")] = 55,
     max_length: Annotated[
-        int | None, typer.Option(help="Limit of a text in tokens; default 2048, or the model's if lower.")
+        int | None,
+        typer.Option(
+            metavar="TOKENS", help="Longest sequence.", show_default="2048, or the model's if lower"
+        ),
     ] = None,
     max_response_length: Annotated[
-        int | None, typer.Option(help="Limit of a response in tokens; default 512, or the model's if lower.")
+        int | None,
+        typer.Option(metavar="TOKENS", help="Longest response.", show_default="512, or the model's if lower"),
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
+            metavar="X",
             min=0,
-            help="Largest difference that is not an error. Default: root mean square of the rewards times "
-            + ", ".join(f"{value:g} in {name}" for name, value in ENGINE_TOLERANCES.items())
-            + ".",
+            help="Largest difference that is not an error.",
+            show_default="root mean square of the rewards times "
+            + ", ".join(f"{value:g} in {name}" for name, value in ENGINE_TOLERANCES.items()),
         ),
     ] = None,
     device: Device = None,
@@ -56,9 +61,10 @@ def parity(
     allow_tokenizer_code: AllowTokenizerCode = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compare the rewards that training code, scorer, transformers and engines give the same inputs.
+    """Check that scorer, training, transformers and engines agree.
 
-    Ends with status 1 where one of them is beyond the tolerance, or cannot be asked.
+    They score the same inputs. Exits with status 1 where one of them is beyond the tolerance, or cannot be
+    asked.
     """
     # Imported here: `polar-ft --help` needs no torch.
     from polar_ft.parity.measure import measure_parity

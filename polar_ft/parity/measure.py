@@ -207,7 +207,7 @@ def _score(
 
 def _training(basis: _Basis) -> _Way:
     if find_spec("xtuner") is None:
-        note = "not run: needs pip install 'polar-ft[train]'"
+        note = "not run: needs pip install '.[train]'"
         return _Way("training code", _name(basis.dtype), None, note)
 
     def rewards() -> Rewards:

@@ -12,11 +12,13 @@ from rich.table import Table
 
 from polar_ft.data.report import show_problems
 from polar_ft.errors import PolarError
-from polar_ft.options import Force, Split
+from polar_ft.options import APP_SETTINGS, Force, Split
 from polar_ft.rft.data import Framework, Source, write_rl_data
 from polar_ft.rft.watch import alarms, read_watch
 
-rft_app = typer.Typer(help="Watch a policy that is trained with POLAR as its reward.", no_args_is_help=True)
+rft_app = typer.Typer(
+    help="Watch a policy that is trained with POLAR as its reward.", no_args_is_help=True, **APP_SETTINGS
+)
 
 Input = Annotated[
     str,

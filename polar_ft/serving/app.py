@@ -8,30 +8,26 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from typing import Any, Literal, TypeVar
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
 
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import polar_ft
-from polar_ft.errors import PolarError, validation_sentences
-from polar_ft.reward_scale import FILE_NAME
+from polar_ft.errors import PolarError
+from polar_ft.reward_scale import FILE_NAME, RewardScale
 from polar_ft.scoring.scorer import RewardScorer
-from polar_ft.serving.batching import Batcher, Candidate, Job, QueueFullError, ScoringError, ShuttingDownError
-from polar_ft.serving.guard import (
-    CLIENT_GONE,
-    OPEN_ROUTE,
-    Guard,
-    InFlight,
-    Limits,
-    error_response,
-    playground,
-)
-from polar_ft.serving.inputs import InputReader
+from polar_ft.serving.batching import Batcher, Job, QueueFullError, ScoringError, ShuttingDownError
+from polar_ft.serving.bodies import SMALL_BODY, read_body
+from polar_ft.serving.connections import Connections
+from polar_ft.serving.guard import CLIENT_GONE, OPEN_ROUTE, Guard, error_response, playground
+from polar_ft.serving.inputs import InputReader, TooLargeError
+from polar_ft.serving.limits import InUse, Limits, overloaded
 from polar_ft.serving.telemetry import Metrics, log
 from polar_ft.serving.wire import (
     AnyRewardRequest,
@@ -46,19 +42,23 @@ from polar_ft.serving.wire import (
     PoolingRequest,
     PoolingResponse,
     PoolingUsage,
+    RewardRequest,
     RewardResponse,
     RewardsRequest,
     RewardsResponse,
+    ScaleCard,
     Status,
     Usage,
     VllmPooling,
 )
 
 T = TypeVar("T")
+E = TypeVar("E", ClassifyRequest, PoolingRequest)
 PoolingFormat = Literal["vllm", "lmdeploy"]
 
-# Most candidates in one request; each takes about a kilobyte in addition to its tokens.
-MAX_CANDIDATES = 65536
+_REWARDS: TypeAdapter[RewardRequest | RewardsRequest] = TypeAdapter(AnyRewardRequest)
+_CLASSIFY = TypeAdapter(ClassifyRequest)
+_POOLING = TypeAdapter(PoolingRequest)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
@@ -67,14 +67,41 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         401: "The API key is missing or wrong.",
         408: "The body did not arrive in time.",
         413: "More than the server accepts in one request.",
+        415: "The request does not say that its body is JSON.",
         421: "The request names another host.",
         422: "The request does not have the format of this route.",
-        429: "The queue is full; Retry-After says when to try again.",
+        429: "There is no room now; Retry-After says when to try again.",
         500: "The model failed.",
-        503: "Shutting down.",
+        503: "Shutting down, or too many connections are open.",
         504: "The request was not answered in time.",
     }.items()
 }
+
+
+@dataclass(frozen=True)
+class Inputs(Generic[T]):
+    """What is made of a body.
+
+    Attributes:
+        body: The validated body.
+        job: Its candidates.
+        numbers: Number of candidates of each (prompt, reference).
+        cuts: What was cut of each (prompt, reference).
+    """
+
+    body: T
+    job: Job
+    numbers: Sequence[int] = ()
+    cuts: list[CutTokens] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EngineRewards(Generic[T]):
+    """The body of a request in an engine's format, its rewards, and the tokens of each sequence."""
+
+    body: T
+    rewards: list[float]
+    tokens: list[int]
 
 
 class Server:
@@ -95,9 +122,14 @@ class Server:
         self.limits = limits
         self.pooling_format: PoolingFormat = pooling_format
         self.created = int(time.time())
-        self.reader = InputReader(scorer.template, scorer.vocab_size)
-        self.in_flight = InFlight()
-        self.metrics = Metrics(lambda: self.batcher.waiting_tokens, lambda: self.in_flight.count)
+        self.reader = InputReader(scorer.template, scorer.vocab_size, limits.max_request_tokens)
+        self.in_use = InUse()
+        self.metrics = Metrics(
+            lambda: self.batcher.waiting_tokens,
+            lambda: self.in_use.requests,
+            lambda: self.connections.count,
+        )
+        self.connections = Connections(limits, self.metrics)
         self.batcher = Batcher(
             scorer,
             tokens_per_batch=scorer.tokens_per_batch,
@@ -105,21 +137,34 @@ class Server:
             on_batch=self.metrics.note_batch,
             on_error=lambda error: log.error("the model failed", exc_info=error),
         )
-        # Tokenizing releases the GIL; two threads keep the model fed.
-        self.encoders = ThreadPoolExecutor(2, thread_name_prefix="polar-ft encode")
+        # Tokenizing releases the GIL; two threads keep the model fed. Large bodies have a thread of their
+        # own, so that small ones need not wait for them.
+        self.readers = ThreadPoolExecutor(2, thread_name_prefix="polar-ft read")
+        self.large_readers = ThreadPoolExecutor(1, thread_name_prefix="polar-ft read large")
 
-    async def encode(self, make: Callable[[], T]) -> T:
-        """Runs a function that tokenizes in a thread, so that the event loop is not blocked."""
-        return await asyncio.get_running_loop().run_in_executor(self.encoders, make)
+    async def read(self, request: Request, form: TypeAdapter[T], read: Callable[[T], Inputs[T]]) -> Inputs[T]:
+        """Reads the body of a request in a thread.
 
-    async def score(self, request: Request, candidates: Sequence[Candidate]) -> list[float]:
+        Args:
+            request: The request.
+            form: What its body must be.
+            read: Makes candidates of it.
+        """
+        body = await request.body()
+        kind = request.headers.get("content-type", "")
+        threads = self.readers if len(body) <= SMALL_BODY else self.large_readers
+        return await asyncio.get_running_loop().run_in_executor(
+            threads, lambda: read(read_body(body, kind, form, self.limits))
+        )
+
+    async def score(self, request: Request, job: Job) -> list[float]:
         """Scores candidates; rewards come in their order.
 
         Raises:
             HTTPException: There are too many tokens, no room in the queue, or not enough time.
             _ClientGoneError: The client has disconnected.
         """
-        job = await self.encode(lambda: Job(candidates))
+        candidates = job.candidates
         request.scope["polar_ft"].update(candidates=len(candidates), tokens=job.tokens)
         if job.tokens > self.limits.max_queue_tokens:
             raise HTTPException(
@@ -127,10 +172,11 @@ class Server:
                 f"the request has {job.tokens} tokens, more than the {self.limits.max_queue_tokens} that the "
                 f"server's queue holds; send fewer inputs at once",
             )
+        request.scope["polar_ft.claim"].take_memory(sum(one.ids.nbytes for one in candidates))
         try:
             self.batcher.submit(job)
         except QueueFullError as error:
-            raise HTTPException(429, str(error), {"Retry-After": str(error.retry_after)}) from None
+            raise overloaded(str(error), error.retry_after) from None
         except ShuttingDownError:
             raise HTTPException(503, "the server is shutting down") from None
 
@@ -150,34 +196,41 @@ class Server:
             gone.cancel()
             rewards.cancel()  # removes what is still in the queue
 
-    async def score_engine_input(self, request: Request, given: Any) -> tuple[list[float], list[int]]:
-        """Scores the input of a request in an engine's format: rewards, and tokens of each sequence."""
-        if not isinstance(given, str):
-            _check_number(0 if isinstance(given[0], int) else len(given))
+    async def score_engine_input(self, request: Request, form: TypeAdapter[E]) -> EngineRewards[E]:
+        """Scores the input of a request in an engine's format."""
 
-        def read() -> list[Candidate]:
+        def read(body: E) -> Inputs[E]:
+            given = body.input
             if isinstance(given, str):
-                return self.reader.from_texts([given])
-            if isinstance(given[0], str):
-                return self.reader.from_texts(given)
-            return self.reader.from_ids([given] if isinstance(given[0], int) else given)
+                candidates = self.reader.from_texts([given])
+            elif isinstance(given[0], str):
+                candidates = self.reader.from_texts(given)
+            else:
+                candidates = self.reader.from_ids([given] if isinstance(given[0], int) else given)
+            return Inputs(body, Job(candidates))
 
-        candidates = await self.encode(read)
-        rewards = await self.score(request, candidates)
-        return rewards, [len(candidate.ids) for candidate in candidates]
+        inputs = await self.read(request, form, read)
+        rewards = await self.score(request, inputs.job)
+        return EngineRewards(inputs.body, rewards, [len(one.ids) for one in inputs.job.candidates])
 
     def close(self) -> None:
         """Answers the requests that were accepted and ends the threads."""
         self.batcher.close()
-        self.encoders.shutdown(cancel_futures=True)
+        for threads in (self.readers, self.large_readers):
+            threads.shutdown(cancel_futures=True)
 
     def card(self) -> ModelCard:
         """Describes the model for /v1/models."""
-        template = self.scorer.template
+        template, folder = self.scorer.template, self.scorer.folder
+        has_scale = folder is not None and (folder / FILE_NAME).is_file()
+        scale = None
+        with suppress(PolarError):  # who asks for scaled rewards is told what is wrong with the file
+            if folder is not None and has_scale:
+                scale = ScaleCard(**RewardScale.load(folder).model_dump())
         return ModelCard(
             id=self.name,
             created=self.created,
-            root=None if self.scorer.folder is None else str(self.scorer.folder.resolve()),
+            root=None if folder is None else str(folder.resolve()),
             version=polar_ft.__version__,
             max_model_len=template.max_length,
             max_response_length=template.max_response_length,
@@ -185,7 +238,8 @@ class Server:
             dtype=str(self.scorer.dtype).removeprefix("torch."),
             device=self.scorer.device.type,
             template=template.fingerprint,
-            has_scale=self.scorer.folder is not None and (self.scorer.folder / FILE_NAME).is_file(),
+            has_scale=has_scale,
+            scale=scale,
         )
 
 
@@ -197,13 +251,6 @@ async def _client_gone(request: Request) -> None:
     """Returns when the client closes the connection; called after the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _check_number(candidates: int) -> None:
-    if candidates > MAX_CANDIDATES:
-        raise HTTPException(
-            413, f"the request has {candidates} candidates; send at most {MAX_CANDIDATES} at once"
-        )
 
 
 def create_app(
@@ -247,7 +294,8 @@ def create_app(
         Guard,
         limits=limits,
         metrics=server.metrics,
-        in_flight=server.in_flight,
+        in_use=server.in_use,
+        connections=server.connections,
         api_key=api_key,
         loopback_only=loopback_only,
     )
@@ -255,6 +303,7 @@ def create_app(
     _add_reward_routes(app, server)
     _add_engine_routes(app, server)
     _add_status_routes(app, server)
+    _describe_bodies(app)
     return app
 
 
@@ -263,72 +312,81 @@ def _answer_errors(app: FastAPI) -> None:
     async def http_error(request: Request, error: StarletteHTTPException) -> Response:
         return error_response(error.status_code, error.detail, dict(error.headers or {}))
 
-    @app.exception_handler(RequestValidationError)
-    async def not_valid(request: Request, error: RequestValidationError) -> Response:
-        return error_response(422, _what_is_wrong(error))
-
     @app.exception_handler(PolarError)
     async def cannot_score(request: Request, error: PolarError) -> Response:
-        return error_response(400, str(error))
+        return error_response(413 if isinstance(error, TooLargeError) else 400, str(error))
 
     @app.exception_handler(_ClientGoneError)
     async def client_gone(request: Request, error: _ClientGoneError) -> Response:
         return Response(status_code=CLIENT_GONE)
 
 
-def _what_is_wrong(error: RequestValidationError) -> str:
-    """The wrong fields and the reasons, without the values that the client sent.
+def _describe_bodies(app: FastAPI) -> None:
+    """Puts the forms of bodies into /openapi.json; FastAPI does not know them, as it does not read them."""
+    paths: dict[str, TypeAdapter[Any]] = {
+        "/v1/rewards": _REWARDS,
+        "/classify": _CLASSIFY,
+        "/pooling": _POOLING,
+    }
+    described = app.openapi
 
-    Names of the arms of a union are omitted from paths; they are pydantic's, not the request's.
-    """
-    arms = {"body", "one", "several", "string", "messages", "texts", "ids", "ids of several"}
-    reasons = [
-        sentence if ": " in sentence else f"body: {sentence}"
-        for sentence in validation_sentences(error, leave_out=arms)
-    ]
-    more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
-    return "; ".join(reasons[:3]) + more
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        for path, form in paths.items():
+            body = form.json_schema(ref_template="#/components/schemas/{model}")
+            schema["components"]["schemas"] |= body.pop("$defs", {})
+            schema["paths"][path]["post"]["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": body}},
+            }
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_reward_routes(app: FastAPI, server: Server) -> None:
     @app.post("/v1/rewards", responses=_ERRORS, tags=["rewards"])
-    async def rewards(body: AnyRewardRequest, request: Request) -> RewardResponse | RewardsResponse:
+    async def rewards(request: Request) -> RewardResponse | RewardsResponse:
         """Scores candidates given as texts: the server applies the template and truncates as in training."""
-        scale = server.scorer.reward_scale() if body.scale else None
-        several = isinstance(body, RewardsRequest)
-        inputs = body.inputs if isinstance(body, RewardsRequest) else [body]
-        _check_number(sum(len(one.candidates) for one in inputs))
-        groups, cuts = await server.encode(lambda: server.reader.from_groups([x.group() for x in inputs]))
-        candidates = [candidate for group in groups for candidate in group]
-        scored = await server.score(request, candidates)
+
+        def read(body: RewardRequest | RewardsRequest) -> Inputs[RewardRequest | RewardsRequest]:
+            inputs = body.inputs if isinstance(body, RewardsRequest) else [body]
+            groups, cuts = server.reader.from_groups([one.group() for one in inputs])
+            job = Job([candidate for group in groups for candidate in group])
+            return Inputs(body, job, list(map(len, groups)), [CutTokens.of(one) for one in cuts])
+
+        inputs = await server.read(request, _REWARDS, read)
+        scale = server.scorer.reward_scale() if inputs.body.scale else None
+        scored = await server.score(request, inputs.job)
         values = iter(scored if scale is None else scale.apply(scored))
-        grouped = [[next(values) for _ in group] for group in groups]
-        usage = Usage(tokens=sum(len(one.ids) for one in candidates))
-        cut = [CutTokens.of(one) for one in cuts]
-        if several:
-            return RewardsResponse(model=server.name, rewards=grouped, cut=cut, usage=usage)
-        return RewardResponse(model=server.name, rewards=grouped[0], cut=cut[0], usage=usage)
+        grouped = [[next(values) for _ in range(number)] for number in inputs.numbers]
+        usage = Usage(tokens=sum(len(one.ids) for one in inputs.job.candidates))
+        if isinstance(inputs.body, RewardsRequest):
+            return RewardsResponse(model=server.name, rewards=grouped, cut=inputs.cuts, usage=usage)
+        return RewardResponse(model=server.name, rewards=grouped[0], cut=inputs.cuts[0], usage=usage)
 
 
 def _add_engine_routes(app: FastAPI, server: Server) -> None:
     @app.post("/classify", responses=_ERRORS, tags=["engines"])
-    async def classify(body: ClassifyRequest, request: Request) -> ClassifyResult | list[ClassifyResult]:
+    async def classify(request: Request) -> ClassifyResult | list[ClassifyResult]:
         """Scores in SGLang's format: a list of results, or one object for a single input."""
-        scored, tokens = await server.score_engine_input(request, body.input)
+        answer = await server.score_engine_input(request, _CLASSIFY)
         results = [
             ClassifyResult(embedding=[reward], meta_info=ClassifyMeta(prompt_tokens=count))
-            for reward, count in zip(scored, tokens, strict=True)
+            for reward, count in zip(answer.rewards, answer.tokens, strict=True)
         ]
-        single = isinstance(body.input, str) or isinstance(body.input[0], int)
+        given = answer.body.input
+        single = isinstance(given, str) or isinstance(given[0], int)
         return results[0] if single else results
 
     @app.post("/pooling", responses=_ERRORS, tags=["engines"])
-    async def pooling(body: PoolingRequest, request: Request) -> PoolingResponse:
+    async def pooling(request: Request) -> PoolingResponse:
         """Scores in vLLM's format if the request has ``use_activation``, else in ``--pooling-format``.
 
         Below /vllm and /lmdeploy, as in /lmdeploy/pooling, the format is always that engine's.
         """
-        scored, tokens = await server.score_engine_input(request, body.input)
+        answer = await server.score_engine_input(request, _POOLING)
+        body, scored, total = answer.body, answer.rewards, sum(answer.tokens)
         if body.use_activation:
             scored = [_sigmoid(reward) for reward in scored]
         default = "vllm" if "use_activation" in body.model_fields_set else server.pooling_format
@@ -342,7 +400,7 @@ def _add_engine_routes(app: FastAPI, server: Server) -> None:
             created=int(time.time()),
             model=server.name,
             data=data,
-            usage=PoolingUsage(prompt_tokens=sum(tokens), total_tokens=sum(tokens)),
+            usage=PoolingUsage(prompt_tokens=total, total_tokens=total),
         )
 
 

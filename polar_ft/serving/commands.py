@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from polar_ft.errors import PolarError
+from polar_ft.files import read_json, resolve_folder
 from polar_ft.options import AllowTokenizerCode, Device, Dtype, MaxLength, MaxResponseLength, ModelFolder
 
 KEY_VARIABLE = "POLAR_API_KEY"
@@ -19,11 +22,13 @@ KEY_VARIABLE = "POLAR_API_KEY"
 
 def serve(
     model: ModelFolder,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 30000,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0 takes a free one.")] = 30000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help=f"File with the API key that clients must send; or set {KEY_VARIABLE}."),
+        typer.Option(
+            metavar="FILE", help=f"File with the API key that clients must send; or set {KEY_VARIABLE}."
+        ),
     ] = None,
     allow_unauthenticated: Annotated[
         bool,
@@ -32,25 +37,72 @@ def serve(
         ),
     ] = False,
     name: Annotated[
-        str | None, typer.Option(help="The model's name for clients; default: its folder's.")
+        str | None,
+        typer.Option(metavar="NAME", help="The model's name for clients.", show_default="its folder's"),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     batch_tokens: Annotated[
         int,
-        typer.Option(min=1, help="Most tokens in one forward pass; with fewer, short requests wait less."),
+        typer.Option(
+            metavar="TOKENS",
+            min=1,
+            help="Most tokens in one forward pass; with fewer, short requests wait less.",
+        ),
     ] = 16384,
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,
     max_requests: Annotated[
-        int, typer.Option(min=1, help="Most requests at a time; more get status 429.")
+        int, typer.Option(metavar="N", min=1, help="Most requests at a time; more get status 429.")
     ] = 1024,
     max_queue_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens that wait; more get status 429, or 413 in one request.")
+        int,
+        typer.Option(
+            metavar="TOKENS", min=1, help="Most tokens that wait; more get status 429, or 413 in one request."
+        ),
     ] = 2**22,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body of a request, in MB.")] = 64,
+    max_request_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS", min=1, help="Most tokens of all sequences of a request; more get status 413."
+        ),
+    ] = 2**20,
+    max_body_mb: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MB",
+            min=0.001,
+            help="Largest body of a request, in MB.",
+            show_default="8 bytes for each of --max-request-tokens",
+        ),
+    ] = None,
+    max_memory_mb: Annotated[
+        float,
+        typer.Option(
+            metavar="MB", min=1, help="Memory for bodies and tokens of all requests; more get status 429."
+        ),
+    ] = 256,
+    max_connections: Annotated[int, typer.Option(metavar="N", min=1, help="Most open connections.")] = 1024,
+    max_per_address: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Most open connections of one address.",
+            show_default="half of them; on this machine alone all",
+        ),
+    ] = None,
+    read_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="S", min=0.1, help="Seconds for a header; for a body as many, and 1 more for each 64 kB."
+        ),
+    ] = 10,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds until a request that is not answered gets status 504.")
+        float,
+        typer.Option(
+            metavar="S", min=0.1, help="Seconds until a request that is not answered gets status 504."
+        ),
     ] = 600,
     pooling_format: Annotated[
         Literal["vllm", "lmdeploy"],
@@ -58,22 +110,27 @@ def serve(
     ] = "vllm",
     allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
-    """Serve a reward model over HTTP in the formats of SGLang, vLLM and LMDeploy, with a page to try it."""
+    """Serve a reward model over HTTP, with a page to try it.
+
+    In the formats of SGLang, vLLM and LMDeploy, and as POST /v1/rewards for plain texts.
+    """
     # Otherwise OpenMP's threads spin between forward passes, on the cores that answer clients.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, below
     key = _api_key(api_key_file)
     listening = _listen(host, port, protected=key is not None or allow_unauthenticated)
+    read_json(resolve_folder(model) / "config.json")  # a wrong folder is found before torch is imported
     try:
-        import uvicorn
-
         from polar_ft.scoring.scorer import RewardScorer
         from polar_ft.serving.app import create_app
-        from polar_ft.serving.guard import Limits
+        from polar_ft.serving.connections import HttpServer
+        from polar_ft.serving.limits import Limits
         from polar_ft.serving.telemetry import log_as_json, note
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise
-        raise PolarError(f"serving needs {error.name}: pip install 'polar-ft[train,serve]'") from error
+        raise PolarError(
+            f"serving needs {error.name}; in the clone of polar_ft: pip install '.[train,serve]'"
+        ) from error
 
     scorer = RewardScorer.from_pretrained(
         model,
@@ -86,32 +143,44 @@ def serve(
     )
     # The first forward allocates and compiles, for which no client should wait.
     scorer.score({"prompt": "warm", "reference": "up", "output": "."})
+    # Python would visit the million objects of the libraries again and again while it reads large bodies.
+    gc.collect()
+    gc.freeze()
 
+    local = _is_loopback(listening.getsockname()[0])
+    if max_per_address is None and not local:  # on this machine all clients have one address
+        max_per_address = max(1, max_connections // 2)
     app = create_app(
         scorer,
         name=name or Path(model).resolve().name,
-        limits=Limits(int(max_body_mb * 2**20), max_requests, max_queue_tokens, timeout),
+        limits=Limits(
+            max_body=None if max_body_mb is None else int(max_body_mb * 2**20),
+            max_requests=max_requests,
+            max_request_tokens=max_request_tokens,
+            max_queue_tokens=max_queue_tokens,
+            max_memory=int(max_memory_mb * 2**20),
+            max_connections=max_connections,
+            max_connections_per_address=max_per_address,
+            read_timeout=read_timeout,
+            timeout=timeout,
+        ),
         api_key=key,
-        loopback_only=_is_loopback(listening.getsockname()[0]) and key is None and not allow_unauthenticated,
+        loopback_only=local and key is None and not allow_unauthenticated,
         pooling_format=pooling_format,
     )
     log_as_json()
     address = _address(listening)
     typer.echo(f"serving {model} at {address} (a page to try it; Ctrl-C ends it)")
     note("ready", address=address, device=str(scorer.device), dtype=str(scorer.dtype).removeprefix("torch."))
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,  # longer than clients keep idle connections, else they would use a closed one
-        timeout_graceful_shutdown=int(timeout) + 1,
-    )
-    # uvicorn raises the signal again when it has answered everything, which is a normal end.
+    # uvicorn raises the signals that it got again when it has answered everything.
+    got: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listening])
+        signal.signal(number, lambda signum, _: got.append(signum))
+    HttpServer(app).run(sockets=[listening])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is answered and closed. Python's own end takes seconds, to unload torch.
+    os._exit(128 + signal.SIGINT if signal.SIGINT in got else 0)
 
 
 def _api_key(file: Path | None) -> str | None:

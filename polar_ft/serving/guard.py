@@ -8,14 +8,16 @@ import ipaddress
 import re
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from polar_ft.serving.connections import Connections
+from polar_ft.serving.limits import SLOWEST_BODY, Claim, InUse, Limits, overloaded
 from polar_ft.serving.telemetry import Metrics, log, note
 
 PLAYGROUND = Path(__file__).with_name("playground.html")
@@ -27,23 +29,6 @@ ENGINES = ("sglang", "vllm", "lmdeploy")
 
 # nginx's status for logs and metrics; nobody reads the answer.
 CLIENT_GONE = 499
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits on what the server accepts at a time.
-
-    Attributes:
-        max_body: Most bytes of a request.
-        max_requests: Most requests that are being read or wait for their rewards.
-        max_queue_tokens: Most tokens that wait; also the most that one request may have.
-        timeout: Seconds for reading a request, and again for answering it.
-    """
-
-    max_body: int = 64 * 2**20
-    max_requests: int = 1024
-    max_queue_tokens: int = 2**22
-    timeout: float = 600.0
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
@@ -58,6 +43,7 @@ _TYPES = {
     405: "method_not_allowed",
     408: "timeout",
     413: "too_large",
+    415: "unsupported_media_type",
     421: "wrong_host",
     429: "overloaded",
     500: "internal_error",
@@ -72,8 +58,9 @@ class Guard:
     Args:
         app: The application.
         limits: Limits on what is accepted at a time.
+        in_use: What all requests use of them.
+        connections: The open connections.
         metrics: Metrics that count the requests.
-        in_flight: Counter of requests that are being read or answered.
         api_key: Key that every route except /health requires; None requires none.
         loopback_only: Refuse requests to a host name other than this machine's. Otherwise a web page that is
             open in a browser here could reach the server by a name that it resolves to 127.0.0.1.
@@ -84,15 +71,17 @@ class Guard:
         app: ASGIApp,
         *,
         limits: Limits,
+        in_use: InUse,
+        connections: Connections,
         metrics: Metrics,
-        in_flight: InFlight,
         api_key: str | None,
         loopback_only: bool,
     ) -> None:
         self.app = app
         self.limits = limits
+        self.in_use = in_use
+        self.connections = connections
         self.metrics = metrics
-        self.in_flight = in_flight
         self._key = api_key.encode() if api_key else None
         self.loopback_only = loopback_only
 
@@ -113,10 +102,14 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
+                if self.connections.is_reserved(scope["client"]):
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         try:
             await self._handle(scope, receive, noting_send)
+        except ClientDisconnect:
+            pass
         except Exception as error:
             # Handled here, as uvicorn's own log would contain the message.
             log.error("failed", exc_info=error, extra={"fields": {"id": request_id}})
@@ -140,40 +133,45 @@ class Guard:
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name: value for name, value in scope["headers"] if name in _READ_HEADERS}
+        claim = Claim(self.in_use, self.limits)
         scope["polar_ft"] = {}
-        refusal: Response | None = None
-        if self.loopback_only and not _names_loopback(headers.get(b"host", b"")):
-            refusal = error_response(
-                421,
-                "only requests to localhost are answered; give the server a key, or --allow-unauthenticated",
-            )
-        elif not self._may(scope["path"], headers.get(b"authorization", b"")):
-            refusal = self._unauthorized(scope)
-        elif not _within(headers.get(b"content-length"), self.limits.max_body):
+        scope["polar_ft.claim"] = claim
+        if scope["path"] != OPEN_ROUTE and self.connections.is_reserved(scope["client"]):
+            # Its body is not read: it would keep a place that is for /health.
+            answer = error_response(503, "too many connections are open; try again", {"Retry-After": "1"})
+            await answer(scope, receive, send)
+            return
+        if not _within(headers.get(b"content-length"), self.limits.body_bytes):
             await self._too_large()(scope, receive, send)
             return
-        elif scope["method"] == "POST" and self.in_flight.count >= self.limits.max_requests:
-            refusal = error_response(
-                429, f"{self.in_flight.count} requests are waiting; try again", {"Retry-After": "1"}
-            )
-        limited = self._limited(receive)
+        refusal = self._refusal(scope, headers)
         if refusal is not None:
             # The body is read to its end, else the client would see a closed connection instead of the
             # answer.
             try:
-                await _drain(limited)
+                await _drain(self._limited(receive, None))
             except HTTPException:
                 refusal.headers["Connection"] = "close"
-            await refusal(scope, limited, send)
+            await refusal(scope, receive, send)
             return
-        if scope["method"] != "POST":
-            await self.app(scope, limited, send)
-            return
-        self.in_flight.count += 1
         try:
-            await self.app(scope, limited, send)
+            await self.app(scope, self._limited(receive, claim if scope["method"] == "POST" else None), send)
         finally:
-            self.in_flight.count -= 1
+            claim.give_back()
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
+        """The answer to a request that is refused by its header; None if it is not."""
+        if self.loopback_only and not _names_loopback(headers.get(b"host", b"")):
+            return error_response(
+                421,
+                "only requests to localhost are answered; give the server a key, or --allow-unauthenticated",
+            )
+        if not self._may(scope["path"], headers.get(b"authorization", b"")):
+            return self._unauthorized(scope)
+        if scope["method"] == "POST" and self.in_use.requests >= self.limits.max_requests:
+            error = overloaded(f"{self.in_use.requests} requests are waiting; try again")
+            return error_response(error.status_code, error.detail, dict(error.headers or {}))
+        return None
 
     def _may(self, path: str, authorization: bytes) -> bool:
         if self._key is None or path == OPEN_ROUTE:
@@ -190,36 +188,38 @@ class Guard:
 
     def _too_large(self) -> Response:
         return error_response(
-            413, f"the body has more than {self.limits.max_body} bytes; send fewer inputs at once"
+            413, f"the body has more than {self.limits.body_bytes} bytes; send fewer inputs at once"
         )
 
-    def _limited(self, receive: Receive) -> Receive:
-        """Wraps ``receive`` with the limits of size and time of the body."""
+    def _limited(self, receive: Receive, claim: Claim | None) -> Receive:
+        """Wraps ``receive`` with the limits of size and time of the body, and claims what it takes."""
         size, complete = 0, False
-        deadline = time.monotonic() + self.limits.timeout
+        started = time.monotonic()
 
         async def limited() -> Message:
             nonlocal size, complete
             if complete:  # the next message is that the client disconnects
                 return await receive()
+            deadline = started + self.limits.read_timeout + size / SLOWEST_BODY
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - time.monotonic()))
             except asyncio.TimeoutError:
-                raise HTTPException(408, f"the body did not come within {self.limits.timeout:g} s") from None
-            size += len(message.get("body", b""))
-            if size > self.limits.max_body:
-                raise HTTPException(413, f"the body has more than {self.limits.max_body} bytes")
+                seconds = time.monotonic() - started
+                raise HTTPException(
+                    408, f"the body is too slow: {size} bytes in {seconds:.0f} s", {"Connection": "close"}
+                ) from None
+            part = len(message.get("body", b""))
+            size += part
+            if size > self.limits.body_bytes:
+                raise HTTPException(413, f"the body has more than {self.limits.body_bytes} bytes")
             complete = not message.get("more_body", False)
+            if claim is not None:
+                claim.take_memory(part)
+                if complete:
+                    claim.take_place()
             return message
 
         return limited
-
-
-@dataclass
-class InFlight:
-    """Number of requests that are being read or answered."""
-
-    count: int = 0
 
 
 _READ_HEADERS = {b"host", b"authorization", b"content-length"}

@@ -7,26 +7,43 @@ from collections.abc import Sequence
 import numpy as np
 
 from polar_ft.errors import PolarError
-from polar_ft.groups import FieldLengths, TextGroup
+from polar_ft.groups import FieldLengths, TextGroup, windows
 from polar_ft.serving.batching import Candidate
+from polar_ft.serving.limits import BYTES_PER_TOKEN, TEXT_BYTES_PER_TOKEN
 from polar_ft.template import PolarTemplate
+
+# Characters of texts that are tokenized together; an encoding takes a hundred times their memory.
+ENCODED_AT_ONCE = 200_000
 
 
 class InputError(PolarError):
     """A request that cannot be scored; the message is for the client."""
 
 
+class TooLargeError(PolarError):
+    """A request with longer texts, or more of them, than the server reads."""
+
+
 class InputReader:
     """Makes candidates from what clients send.
+
+    Texts are bounded by their bytes before they are tokenized, which takes about a second and 200 MB for each
+    megabyte.
 
     Args:
         template: The model's template.
         vocab_size: Size of the model's embeddings; ids are smaller.
+        max_tokens: Most tokens of all sequences of a request.
+
+    Attributes:
+        max_text: Most bytes of a text.
     """
 
-    def __init__(self, template: PolarTemplate, vocab_size: int) -> None:
+    def __init__(self, template: PolarTemplate, vocab_size: int, max_tokens: int = 2**20) -> None:
         self.template = template
         self.vocab_size = vocab_size
+        self.max_tokens = max_tokens
+        self.max_text = TEXT_BYTES_PER_TOKEN * template.max_length
         # Encodes the two sides of a spelled text as they are: as reference and candidate of an empty prompt,
         # with the wrapper that adds nothing. A text that it would have to cut is refused.
         self._sides = template.with_limits(3 * template.max_length, template.max_length)
@@ -36,8 +53,22 @@ class InputReader:
 
         Raises:
             EncodeError: A reference leaves no room for the prompt.
+            TooLargeError: A text is too long, or they have too many tokens together.
         """
-        encoded = self.template.encode(groups)
+        total = 0
+        for group in groups:
+            named = [("prompt", group.prompt), ("reference", group.reference)]
+            named += [(f"candidates[{i}]", text) for i, text in enumerate(group.candidates)]
+            prompt, reference, *candidates = (self._bytes(text, name) for name, text in named)
+            total += len(candidates) * (2 * prompt + reference) + sum(candidates)
+        self._check_total(total)
+        encoded = [
+            group for window in windows(groups, ENCODED_AT_ONCE) for group in self.template.encode(window)
+        ]
+        tokens = sum(
+            len(group.branches) * len(group.prefix) + sum(map(len, group.branches)) for group in encoded
+        )
+        self._check_tokens(tokens)
         return [list(map(self._candidate, group.sequences)) for group in encoded], [g.cut for g in encoded]
 
     def from_texts(self, texts: Sequence[str]) -> list[Candidate]:
@@ -45,14 +76,20 @@ class InputReader:
 
         Raises:
             InputError: A text has another form, or is longer than the model's limit.
+            TooLargeError: A text is too long, or they have too many tokens together.
         """
+        self._check_total(sum(self._bytes(text, f"text {index}") for index, text in enumerate(texts)))
         sides = [self.split(text, index) for index, text in enumerate(texts)]
-        encoded = self._sides.encode([TextGroup("", (left,), (right,), "pretrain") for left, right in sides])
+        groups = [TextGroup("", (left,), (right,), "pretrain") for left, right in sides]
+        encoded = (
+            group for window in windows(groups, ENCODED_AT_ONCE) for group in self._sides.encode(window)
+        )
         candidates = []
         for index, group in enumerate(encoded):
             [ids] = group.sequences
             self._check_length(len(ids) + group.cut.reference + sum(group.cut.candidates), f"text {index}")
             candidates.append(self._candidate(ids))
+        self._check_tokens(sum(len(candidate.ids) for candidate in candidates))
         return candidates
 
     def from_ids(self, sequences: Sequence[Sequence[int]]) -> list[Candidate]:
@@ -61,7 +98,9 @@ class InputReader:
         Raises:
             InputError: A sequence is empty or too long, has ids outside of the vocabulary, or does not end
                 with the reward token.
+            TooLargeError: They have too many tokens together.
         """
+        self._check_tokens(sum(map(len, sequences)))
         return [self._from_ids(ids, f"input {index}") for index, ids in enumerate(sequences)]
 
     def split(self, text: str, index: int = 0) -> tuple[str, str]:
@@ -109,6 +148,30 @@ class InputReader:
                 f"({self.template.reward_token!r}), whose reward is asked for"
             )
         return self._candidate(np.array(ids, dtype=np.int32))
+
+    def _bytes(self, text: str, name: str) -> int:
+        """Bytes of a text, which are checked."""
+        size = len(text) if text.isascii() else len(text.encode())
+        if size > self.max_text:
+            raise TooLargeError(
+                f"{name} has {size} bytes, more than the {self.max_text} that are read: the model reads "
+                f"at most {self.template.max_length} tokens of it"
+            )
+        return size
+
+    def _check_total(self, size: int) -> None:
+        most = BYTES_PER_TOKEN * self.max_tokens
+        if size > most:
+            raise TooLargeError(
+                f"the texts of all sequences have {size} bytes, more than {most}: send fewer inputs at once"
+            )
+
+    def _check_tokens(self, tokens: int) -> None:
+        if tokens > self.max_tokens:
+            raise TooLargeError(
+                f"the sequences have {tokens} tokens, more than the {self.max_tokens} of one request: send "
+                f"fewer inputs at once"
+            )
 
     def _candidate(self, ids: np.ndarray) -> Candidate:
         return Candidate(ids, self.template.head_length(ids))

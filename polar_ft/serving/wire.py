@@ -2,16 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictInt, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictInt,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticOmit
 
 from polar_ft.data.records import PlainText, Text, text_of
 from polar_ft.groups import FieldLengths, TextGroup, Wrapper
 
+# Faults that an error lists; after so many wrong items the others of a list are not validated.
+MOST_FAULTS = 10
+
+# Messages of a dialogue, and fields of an object.
+_MAX_MESSAGES = 1024
+_MAX_FIELDS = 32
+
+
+@dataclass
+class Faults:
+    """Context of a validation: how many items of lists were found wrong."""
+
+    count: int = 0
+
+
+def _few_faults(value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    # A list of a hundred thousand wrong items would take seconds, and gigabytes for their errors.
+    faults: Faults = info.context or Faults()
+    if faults.count > MOST_FAULTS:
+        raise PydanticOmit
+    try:
+        return validate(value)
+    except ValidationError:
+        faults.count += 1
+        raise
+
+
+def _few_messages(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, list) and len(value) > _MAX_MESSAGES:
+        raise ValueError(f"has {len(value)} messages, more than {_MAX_MESSAGES}")
+    return validate(value)
+
+
+Item = TypeVar("Item")
+
+# A list of which the first faults are listed.
+_Listed = list[Annotated[Item, WrapValidator(_few_faults)]]
+
+_Text = Annotated[Text, WrapValidator(_few_messages)]
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            raise ValueError(f"has {len(value)} fields, more than {_MAX_FIELDS}")
+        return value
 
 
 class _Engine(BaseModel):
@@ -25,9 +86,9 @@ class _Engine(BaseModel):
 class RewardInput(_Strict):
     """Candidates of one (prompt, reference) as texts; the server applies the template."""
 
-    prompt: Text
-    reference: Text = Field(description="May be empty.")
-    candidates: list[Text] = Field(min_length=1)
+    prompt: _Text
+    reference: _Text = Field(description="May be empty.")
+    candidates: _Listed[_Text] = Field(min_length=1)
     wrapper: Wrapper = Field(
         default="sft", description='How prompt and response are joined: "sft" with a line break.'
     )
@@ -56,7 +117,7 @@ class RewardRequest(RewardInput, _Asked):
 class RewardsRequest(_Asked):
     """Several (prompt, reference)."""
 
-    inputs: list[RewardInput] = Field(min_length=1)
+    inputs: _Listed[RewardInput] = Field(min_length=1)
 
 
 def _rewards_form(value: Any) -> str:
@@ -122,9 +183,11 @@ def _input_form(value: Any) -> str | None:
 
 
 _TextArm = Annotated[PlainText, Tag("text")]
-_TextsArm = Annotated[list[PlainText], Tag("texts")]
-_IdsArm = Annotated[list[StrictInt], Tag("ids")]
-_SeveralArm = Annotated[list[list[StrictInt]], Tag("ids of several")]
+# Of wrong ids only the first is named.
+_Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
+_TextsArm = Annotated[_Listed[PlainText], Tag("texts")]
+_IdsArm = Annotated[_Ids, Tag("ids")]
+_SeveralArm = Annotated[_Listed[_Ids], Tag("ids of several")]
 
 
 def _form(must_be: str) -> Discriminator:
@@ -217,6 +280,15 @@ class PoolingResponse(BaseModel):
 # ---- all
 
 
+class ScaleCard(BaseModel):
+    """The reward scale of the model, as polar-ft calibrate measured it; see `polar_ft.reward_scale`."""
+
+    centre: float
+    spread: float
+    temperature: float | None
+    quantiles: dict[str, float]
+
+
 class ModelCard(BaseModel):
     """The model that is served.
 
@@ -227,6 +299,7 @@ class ModelCard(BaseModel):
         max_response_length: Limit in tokens to which references and candidates of /v1/rewards are cut.
         template: Fingerprint of tokenizer, control tokens and limits.
         has_scale: Whether the model has a reward scale of polar-ft calibrate.
+        scale: That scale.
     """
 
     id: str
@@ -242,6 +315,7 @@ class ModelCard(BaseModel):
     device: str
     template: str
     has_scale: bool
+    scale: ScaleCard | None = None
 
 
 class ModelList(BaseModel):

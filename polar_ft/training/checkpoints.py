@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from mmengine.dist import all_gather_object, barrier, get_rank, get_world_size, is_main_process
 
+from polar_ft.conversion.checkpoint import RUN_STATE
 from polar_ft.conversion.checkpoint_files import (
+    BEST,
     UNFINISHED,
     explaining_save_errors,
     point_to,
@@ -30,11 +33,7 @@ from polar_ft.conversion.checkpoint_files import (
 from polar_ft.errors import PolarError
 from polar_ft.training.data import RewardDataset
 from polar_ft.training.ranks import beat
-
-_KEY = "polar_ft_resume"
-
-# File in the work folder with the path of the best checkpoint.
-BEST = "best_checkpoint"
+from polar_ft.training.work_folder import CHANGEABLE, current
 
 
 def checkpoint_path(runner: Any, step: int) -> Path:
@@ -55,13 +54,12 @@ def save_checkpoint(runner: Any, dataset: RewardDataset, step: int, keep: int) -
         PolarError: It could not be written.
     """
     runner.logger.info(f"Saving checkpoint at {step} iterations")
-    beat("saving")
     state = {
         "ranks": get_world_size(),
         "random": all_gather_object(_random_state()),
         "plan": plan_identity(dataset),
     }
-    runner.message_hub.update_info(_KEY, state)
+    runner.message_hub.update_info(RUN_STATE, state)
     target = checkpoint_path(runner, step)
     _save(runner, target, step)
     if is_main_process():
@@ -88,6 +86,7 @@ def _save(runner: Any, target: Path, step: int, weights_only: bool = False) -> N
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
         barrier()
+        beat("saving")
         runner.save_checkpoint(
             str(unfinished),
             target.name,
@@ -96,9 +95,12 @@ def _save(runner: Any, target: Path, step: int, weights_only: bool = False) -> N
             meta=dict(epoch=runner.epoch, iter=step),
             by_epoch=False,
         )
+        beat("saved")
         barrier()
         if is_main_process():
-            publish(unfinished / target.name, target, step, get_world_size())
+            run = current()
+            settings = None if run is None else run.identity
+            publish(unfinished / target.name, target, step, get_world_size(), settings)
             shutil.rmtree(unfinished)  # DeepSpeed leaves its zero_to_fp32.py in it
         barrier()
 
@@ -106,16 +108,12 @@ def _save(runner: Any, target: Path, step: int, weights_only: bool = False) -> N
 def restore_run_state(runner: Any, dataset: RewardDataset) -> None:
     """Restores what mmengine does not, of a run that it has loaded from a checkpoint.
 
+    Settings that the command line changes on purpose replace those of the checkpoint's optimizer.
+
     Raises:
         PolarError: The step plan is not the one that the checkpoint was trained by.
     """
-    state = runner.message_hub.get_info(_KEY)
-    if state is None:
-        runner.logger.warning(
-            "the checkpoint has no random state and no step plan (another tool or an older version wrote "
-            "it), so the rest of the run may differ from an uninterrupted one"
-        )
-        return
+    state = runner.message_hub.get_info(RUN_STATE)
     _check_plan(state["plan"], plan_identity(dataset))
     if state["ranks"] == get_world_size():
         _restore_random_state(state["random"][get_rank()])
@@ -124,6 +122,34 @@ def restore_run_state(runner: Any, dataset: RewardDataset) -> None:
             f"the checkpoint was saved by {state['ranks']} ranks and resumes with {get_world_size()}: "
             f"the steps hold the same pairs, but sums are rounded in another order, and dropout differs"
         )
+    run = current()
+    changed = {} if run is None else {n: v for n, v in run.changed().items() if n in CHANGEABLE}
+    for name, (before, now) in changed.items():
+        runner.logger.info(f"changed since the checkpoint: {name} was {before}, is {now}")
+    change_optimizer(runner.optim_wrapper.param_groups, changed)
+
+
+def change_optimizer(groups: list[dict[str, Any]], changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Gives parameter groups, which hold a checkpoint's settings, those that were changed since.
+
+    >>> groups = [{"initial_lr": 0.1, "lr": 0.03, "betas": (0.9, 0.95), "weight_decay": 0}]
+    >>> change_optimizer(groups, {"lr": (0.1, 0.5), "betas": ([0.9, 0.95], [0.9, 0.99])})
+    >>> groups
+    [{'initial_lr': 0.5, 'lr': 0.03, 'betas': (0.9, 0.99), 'weight_decay': 0}]
+
+    Args:
+        groups: Of the optimizer; changed in place. ``lr`` itself is set before every step.
+        changed: Name to old and new value; other names than the optimizer's are left out.
+    """
+    for group in groups:
+        if "lr" in changed:
+            before, now = changed["lr"]
+            # A group may have a multiple of the rate.
+            group["initial_lr"] = now * (group["initial_lr"] / before)
+        if "betas" in changed:
+            group["betas"] = tuple(changed["betas"][1])
+        if "weight_decay" in changed and group["weight_decay"] == changed["weight_decay"][0]:
+            group["weight_decay"] = changed["weight_decay"][1]
 
 
 def plan_identity(dataset: RewardDataset) -> dict[str, Any]:

@@ -24,13 +24,18 @@ from torch.utils.data import DataLoader
 from xtuner.registry import BUILDER
 
 from polar_ft.errors import PolarError
+from polar_ft.training import work_folder
 from polar_ft.training.checkpoints import checkpoint_path, restore_run_state, save_checkpoint
 from polar_ft.training.data import RewardDataset
 from polar_ft.training.engines import DeepSpeedEngine, Engine, PlainEngine
 from polar_ft.training.log import TrainingLog, report_bad_step
 from polar_ft.training.ranks import STOPPED, StopSignals, beat, report_ending
 from polar_ft.training.step import StepBatch, take_step, unwrapped
+from polar_ft.training.threads import set_threads
 from polar_ft.training.validation import Validation
+
+# A run of fewer steps is warned of.
+ENOUGH_STEPS = 20
 
 
 class TrainingLoop(BaseLoop):
@@ -127,13 +132,15 @@ class TrainingLoop(BaseLoop):
         runner, steps, first = self.runner, self._max_iters, self._iter
         engine = self._engine()
         model = unwrapped(engine.model)
+        set_threads(runner, model.llm.config, resumed=first > 0)
         self._show_plan(engine)
         if first:
             restore_run_state(runner, self.dataset)
+        if first >= steps:
+            runner.logger.info(f"the checkpoint has seen all {steps} steps, so nothing is left to train")
+        if is_main_process():
+            work_folder.begin()
         runner.call_hook("before_train")
-        if self.validation is not None:
-            self.validation.start(runner, engine, first)
-            self.stop_training |= first < steps and self.validation.ends(runner, first)
         log = TrainingLog(
             runner,
             model.llm.config.to_dict(),
@@ -142,10 +149,13 @@ class TrainingLoop(BaseLoop):
             first=first,
             steps=steps,
         )
-        beat("starting", first)
-        batches = self._batches(first)
         bad_steps = 0
         with StopSignals() as signals:
+            beat("starting", first)  # from here on a signal saves
+            if self.validation is not None:
+                self.validation.start(runner, engine, first)
+                self.stop_training |= first < steps and self.validation.ends(runner, first)
+            batches = self._batches(first)
             while self._iter < steps and not self.stop_training:
                 step = self._iter + 1
                 beat("loading", step)
@@ -201,6 +211,10 @@ class TrainingLoop(BaseLoop):
         unallocated = 2 if isinstance(engine, DeepSpeedEngine) else 12
         decision = unwrapped(engine.model).plan_checkpointing(summary.largest_pack, unallocated)
         runner.logger.info(f"memory: {decision}")
+        pairs = round(int(plan.sizes.pairs.sum()) * self._max_iters / self.steps_per_epoch)
+        warning = short_run_warning(self._max_iters, self.warmup_ratio, pairs)
+        if warning is not None:
+            runner.logger.warning(warning)
         if is_main_process():
             kept = {
                 "settings": plan.settings,
@@ -258,6 +272,27 @@ def warmup_cosine(step: int, steps: int, warmup_ratio: float, min_ratio: float) 
         return min_ratio + (1 - min_ratio) * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def short_run_warning(steps: int, warmup_ratio: float, pairs: int) -> str | None:
+    """What to do about a run with too few steps to learn anything; None for a longer one.
+
+    >>> short_run_warning(2, 0.03, pairs=84).split("; ")[1]
+    'global_batch_pairs = 4 would give 20 or more, or train on more rows or epochs'
+
+    Args:
+        steps: Of the run.
+        warmup_ratio: See `warmup_cosine`.
+        pairs: Of the run, over all epochs.
+    """
+    warmup = math.ceil(warmup_ratio * steps)
+    if steps >= ENOUGH_STEPS and steps > warmup:
+        return None
+    batch = max(1, pairs // ENOUGH_STEPS)
+    return (
+        f"the run has {steps} optimizer steps, {warmup} of them warm-up: too few to learn anything; "
+        f"global_batch_pairs = {batch} would give {ENOUGH_STEPS} or more, or train on more rows or epochs"
+    )
 
 
 def _refuse_hooks(runner: Any) -> None:

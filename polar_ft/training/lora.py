@@ -14,14 +14,8 @@ from torch import nn
 
 from polar_ft.errors import PolarError
 from polar_ft.files import first_line
-from polar_ft.model.lora import (
-    PROJECTIONS,
-    RECORD,
-    Adapter,
-    LoraSettings,
-    absolute_base,
-    base_digest,
-)
+from polar_ft.model.lora import RECORD, Adapter, absolute_base, base_digest
+from polar_ft.model.settings import PROJECTIONS, LoraSettings
 
 
 def add_adapters(decoder: Any, settings: LoraSettings, base: str) -> Adapter:

@@ -15,11 +15,12 @@ from polar_ft.conversion.adapter import merge_adapter
 from polar_ft.conversion.huggingface import write_hf_folder
 from polar_ft.model.attention import Backend
 from polar_ft.model.fused import use_fused_kernels
-from polar_ft.model.lora import Adapter, LoraSettings
-from polar_ft.model.losses import LossType, PairObjective, PenaltyType
-from polar_ft.model.memory import Checkpointing, activation_bytes_per_token, free_memory, layers_to_checkpoint
+from polar_ft.model.lora import Adapter
+from polar_ft.model.losses import PairObjective
+from polar_ft.model.memory import activation_bytes_per_token, free_memory, layers_to_checkpoint
 from polar_ft.model.packing import Pack
 from polar_ft.model.reward_model import RewardHead, packed_rewards
+from polar_ft.model.settings import Checkpointing, LoraSettings, LossType, PenaltyType
 from polar_ft.model.weights import grow_embeddings, load_backbone
 from polar_ft.template import PolarTemplate
 from polar_ft.training import lora as adapters

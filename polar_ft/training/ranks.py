@@ -1,4 +1,4 @@
-"""What each process of a run reports to the command that started it: where it is, and why it ended.
+"""What ties the processes of a run to the command that started it: where they are, and why they ended.
 
 `polar_ft.training.launch` makes a folder and names it in the environment; every process writes two small
 files there. Without such a folder (``xtuner train`` makes none) nothing is written.
@@ -6,10 +6,12 @@ files there. Without such a folder (``xtuner train`` makes none) nothing is writ
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,13 +19,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import psutil
+
 from polar_ft.files import write_atomically
 
 FOLDER_VARIABLE = "POLAR_FT_RANKS"
+# Process id of `polar_ft.training.launch`.
+LAUNCHER_VARIABLE = "POLAR_FT_LAUNCHER"
 
 # Exit status of a run that saved and stopped because of a signal: EX_TEMPFAIL of sysexits.h, nothing is
 # wrong, the same command may be tried again.
 STOPPED = 75
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+# What a rank does in a step, in this order. In a phase of ``_WAITING`` it may be done with its part.
+_PHASES = ("starting", "loading", "computing", "exchanging", "validating", "validated", "saving", "saved")
+_WAITING = frozenset({"exchanging", "validated", "saved"})
+_DOING = {"validated": "waiting after the validation of", "saved": "waiting after saving"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,8 @@ class Beat:
     Attributes:
         rank: Of the process.
         step: Optimizer step it is in, from 1.
-        phase: "loading", "computing", "exchanging" (waiting for the other ranks' gradients), "saving", …
+        phase: "loading", "computing", "exchanging" (waiting for the other ranks' gradients), "saving",
+            "saved" (waiting for the other ranks' parts), …
         time: Seconds since 1970.
     """
 
@@ -94,24 +109,50 @@ def describe_standstill(found: Sequence[Beat]) -> str:
     'rank 1 is computing step 7, and rank 0 waits for it'
     >>> describe_standstill([Beat(0, 7, "exchanging", 0.0), Beat(1, 7, "exchanging", 0.0)])
     'ranks 0, 1 are exchanging step 7; a rank of another node, or the network, holds them up'
+    >>> describe_standstill([Beat(0, 7, "validating", 0.0), Beat(1, 7, "exchanging", 0.0)])
+    'rank 1 is exchanging step 7, and rank 0 waits for it'
     """
 
     def named(ranks: Sequence[int]) -> str:
         return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
-    def place(beat: Beat) -> tuple[int, bool]:
-        return beat.step, beat.phase == "exchanging"
+    def place(beat: Beat) -> tuple[int, int]:
+        return beat.step, _PHASES.index(beat.phase)
 
     last = min(place(beat) for beat in found)
     behind = [beat for beat in found if place(beat) == last]
     others = [beat.rank for beat in found if place(beat) != last]
     ranks = [beat.rank for beat in behind]
-    where = f"{named(ranks)} {'is' if len(ranks) == 1 else 'are'} {behind[0].phase} step {behind[0].step}"
+    doing = _DOING.get(behind[0].phase, behind[0].phase)
+    where = f"{named(ranks)} {'is' if len(ranks) == 1 else 'are'} {doing} step {behind[0].step}"
     if others:
         return f"{where}, and {named(others)} wait{'s' * (len(others) == 1)} for it"
-    if behind[0].phase == "exchanging":
+    if behind[0].phase in _WAITING:
         return f"{where}; a rank of another node, or the network, holds them up"
     return where
+
+
+def killed_with_parent() -> None:
+    """Linux: has the kernel kill this process when the one that started it ends, however that ends.
+
+    Elsewhere it does nothing.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_launcher() -> None:
+    """Ends this process when the command that started the run is gone; without one it does nothing.
+
+    Raises:
+        SystemExit: It is gone already.
+    """
+    launcher = os.environ.get(LAUNCHER_VARIABLE)
+    if launcher is None:
+        return
+    killed_with_parent()
+    if int(launcher) not in {parent.pid for parent in psutil.Process().parents()}:
+        raise SystemExit(f"process {launcher}, which started this run, is gone")
 
 
 class StopSignals:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 
@@ -69,9 +70,8 @@ def _deepspeed_compiles_for_nothing() -> None:
     built on first use.
     """
     if not torch.cuda.is_available():
-        import deepspeed.comm.torch
-
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # Not `deepspeed.comm.torch`: that name is torch itself, which `deepspeed/comm/comm.py` imports.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def _checkpoints_hold_no_histories() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -27,9 +27,8 @@ from polar_ft.training.checkpoints import save_best
 from polar_ft.training.data import HeldOutPairs
 from polar_ft.training.engines import Engine
 from polar_ft.training.ranks import beat
+from polar_ft.training.settings import Metric
 from polar_ft.training.step import unwrapped
-
-Metric = Literal["accuracy", "accuracy_ties_half", "macro_accuracy", "log_loss"]
 
 SECONDS_BETWEEN_LINES = 30.0
 SUBSETS_SHOWN = 12
@@ -160,6 +159,7 @@ class Validation:
 
     def _validate(self, runner: Any, engine: Engine, step: int, save: bool = True) -> None:
         started = time.monotonic()
+        beat("validating")
         with _scoring(engine) as rewards:
             table = self.pairs.score(rewards, engine.device, _progress_lines(runner.logger, len(self.pairs)))
         # One process computes the figures, so that all decide alike.
@@ -284,7 +284,7 @@ def _progress_lines(logger: Any, pairs: int) -> Callable[[float], None]:
 
     def on_batch(share: float) -> None:
         nonlocal last
-        beat("validating")
+        beat("validating" if share < 1 else "validated")
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES and share < 1:
             logger.info(f"validation: {progress_text(int(share * pairs), pairs, now - started, share)}")

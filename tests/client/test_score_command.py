@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from polar_ft.cli import app
 from polar_ft.client.bulk import scoring
 from polar_ft.client.bulk.journal import open_journal
 from polar_ft.client.bulk.rows import parse_row_to_score
@@ -299,6 +301,41 @@ def test_command(serve, template, tokenizer_dir, tmp_path):
     assert down.returncode == 1
     assert servers[0].address in down.stderr
     assert "Traceback" not in down.stderr
+
+
+def refused(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["score", *map(str, arguments)])
+    assert isinstance(result.exception, PolarError)
+    return str(result.exception)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_a_server_is_asked(serve, tokenizer_dir, tmp_path):
+    server = serve()
+    data = write(tmp_path / "in.jsonl", make_rows(2))
+    out = tmp_path / "in.jsonl" / "new" / "out.jsonl"
+    message = refused(data, out, "--server", server.address, "--model", tokenizer_dir)
+    assert message.startswith(f"{out}: cannot be written")
+    assert "name another output" in message
+    assert server.connections == []
+
+
+def test_a_wrong_key_names_the_option(serve, tokenizer_dir, tmp_path):
+    data = write(tmp_path / "in.jsonl", make_rows(2))
+    key = tmp_path / "key"
+    key.write_text("old")
+    server = serve("sglang", key="new")
+    message = refused(
+        data,
+        tmp_path / "out.jsonl",
+        "--server",
+        server.address,
+        "--model",
+        tokenizer_dir,
+        "--api-key-file",
+        key,
+    )
+    assert "HTTP 401" in message
+    assert "check the key: --api-key-file FILE" in message
 
 
 def test_killed_command_resumes(serve, template, tokenizer_dir, tmp_path):

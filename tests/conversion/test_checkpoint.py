@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmengine.logging import HistoryBuffer
 
-from polar_ft.conversion.checkpoint import read_checkpoint
+from polar_ft.conversion.checkpoint import RUN_STATE, check_resumable, read_checkpoint
 from polar_ft.conversion.restricted_load import _ZeroStage, restricted_load
 from polar_ft.errors import PolarError
 
@@ -237,6 +240,64 @@ def test_a_pickle_that_runs_code_is_refused_by_name(tmp_path):
     ):
         read_checkpoint(file)
     assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("form", ["pickle", "torch", "zip"])
+def test_a_malicious_file_of_any_form_is_said_to_hold_code(tmp_path, protocol, form):
+    file = tmp_path / "iter_1.pth"
+    content = {"state_dict": {}, "meta": Bomb(tmp_path / "trace")}
+    if form == "torch":
+        torch.save(content, file, pickle_protocol=protocol)
+    else:
+        pickled = pickle.dumps(content, protocol=protocol)
+        file.write_bytes(pickled)
+        if form == "zip":
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("iter_1/data.pkl", pickled)
+                archive.writestr("iter_1/version", "3")
+    for read in (read_checkpoint, restricted_load):
+        with pytest.raises(PolarError) as refused:
+            read(file)
+        assert "needs posix.system, which is not known to be harmless: the file holds code and is" in str(
+            refused.value
+        )
+        assert "weights_only" not in str(refused.value)
+    assert not (tmp_path / "trace").exists()
+
+
+RESUMABLE = {
+    "meta": {"iter": 2, "epoch": 0, "seed": 0},
+    "state_dict": {"a": torch.zeros(1)},
+    "message_hub": {"runtime_info": {RUN_STATE: {"ranks": 1}}},
+    "optimizer": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"meta": {"config": "import os"}}, r"holds code \(a config in Python, in meta\) and is refused"),
+        ({"message_hub": {}}, r"was not written by polar_ft \(it holds no step plan\)"),
+        ({"optimizer": None}, "holds weights without optimizer; to train from its weights, convert it"),
+        ({"meta": Bomb(Path("/dev/null"))}, "the file holds code and is refused"),
+        ({"meta": HistoryBuffer([1.0], [1])}, "was written by another tool"),
+    ],
+)
+def test_only_our_own_checkpoints_are_resumed(tmp_path, changes, message):
+    file = tmp_path / "iter_2.pth"
+    torch.save({name: value for name, value in (RESUMABLE | changes).items() if value is not None}, file)
+    if message is None:
+        check_resumable(file, deepspeed=False)
+        with pytest.raises(PolarError, match="is a checkpoint of a run without DeepSpeed"):
+            check_resumable(file, deepspeed=True)
+        with pytest.raises(PolarError, match="is a DeepSpeed checkpoint; start the run with --deepspeed"):
+            check_resumable(tmp_path, deepspeed=False)
+        return
+    with pytest.raises(PolarError, match=message) as refused:
+        check_resumable(file, deepspeed=False)
+    assert str(file) in str(refused.value)
 
 
 def test_getattr_in_a_pickle_is_not_called(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from polar_ft.conversion.checkpoint import read_checkpoint
+from polar_ft.conversion.checkpoint_files import publish
 from polar_ft.conversion.convert import convert_checkpoint
+from polar_ft.errors import PolarError
 from polar_ft.template import PolarTemplate
+from polar_ft.tokenizer import tokenizer_digest
 from tests.conversion.test_checkpoint import RUNS
 from tests.conversion.test_huggingface import scores_of_model, scores_of_state
 
@@ -183,3 +187,47 @@ def test_an_impossible_shard_size(config_file, checkpoint, tmp_path, run_tool):
     status, _, error = run_tool(config_file, checkpoint, tmp_path / "out", "--max-shard-size", "5 apples")
     assert status == 1
     assert "--max-shard-size" in error
+
+
+def test_best_and_last_follow_the_pointer_files(
+    config_file, checkpoint, trained, tmp_path, run_tool, monkeypatch
+):
+    """By the words in the config's work folder, and by the files in any; also of a folder that was moved."""
+    monkeypatch.chdir(tmp_path)
+    work_dir = tmp_path / "work_dirs" / "config"
+    work_dir.mkdir(parents=True)
+    best = {name: tensor + 1 for name, tensor in trained.items()}
+    torch.save({"state_dict": best}, work_dir / "best_accuracy_iter_2.pth")
+    torch.save({"state_dict": trained}, work_dir / "iter_4.pth")
+    (work_dir / "last_checkpoint").write_text("/where/it/was/trained/iter_4.pth")
+
+    def head(name: str, out: str) -> torch.Tensor:
+        status, said, errors = run_tool(config_file, name, tmp_path / out)
+        assert status == 0, errors
+        assert f"next: polar-ft eval {tmp_path / out} held_out.jsonl" in said
+        return load_file(tmp_path / out / "model.safetensors")["v_head.weight"]
+
+    assert torch.equal(head("last", "last"), trained["v_head.weight"])
+    status, _, errors = run_tool(config_file, "best", tmp_path / "none")
+    assert status == 1
+    assert "no validation gave a model better than the first" in errors
+    (work_dir / "best_checkpoint").write_text(str(work_dir / "best_accuracy_iter_2.pth"))
+    assert torch.equal(head("best", "best"), best["v_head.weight"])
+    assert torch.equal(head(str(work_dir / "best_checkpoint"), "file"), best["v_head.weight"])
+    (work_dir / "best_checkpoint").write_text("gone.pth")
+    status, _, errors = run_tool(config_file, "best", tmp_path / "none")
+    assert status == 1
+    assert "best_checkpoint: names gone.pth, which is gone" in errors
+
+
+def test_a_base_with_another_tokenizer_is_refused(config_file, trained, base, tmp_path):
+    def save(tokenizer: str) -> Path:
+        unfinished = tmp_path / "unfinished" / "iter_2.pth"
+        unfinished.parent.mkdir(exist_ok=True)
+        torch.save({"state_dict": trained}, unfinished)
+        publish(unfinished, tmp_path / "iter_2.pth", 2, ranks=1, run={"tokenizer": tokenizer})
+        return tmp_path / "iter_2.pth"
+
+    with pytest.raises(PolarError, match=r"its tokenizer is not the one that .*iter_2\.pth was trained with"):
+        convert_checkpoint(config_file, save("another"), tmp_path / "out")
+    convert_checkpoint(config_file, save(tokenizer_digest(base)), tmp_path / "out")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from polar_ft import RewardModelClient
 from polar_ft.conversion import huggingface
 from polar_ft.conversion.huggingface import write_hf_folder
 from polar_ft.errors import PolarError
@@ -287,15 +288,19 @@ def test_embeddings_with_rows_to_spare(base, trained, template, tmp_path):
 
 
 def test_the_readme_says_what_works(exported, monkeypatch, capsys):
-    """Both pieces of code of the README, run as they are."""
+    """The pieces of code of the README, run as they are; only the server that the second asks is missing."""
     monkeypatch.chdir(exported.parent)
+    monkeypatch.setattr(RewardModelClient, "__call__", lambda self, rows: [float(len(self.encode(rows)))] * 2)
     blocks = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     exec(blocks[0], {})
-    pair = json.loads(capsys.readouterr().out)[0]
-    assert len(pair) == 2
+    first, second = json.loads(capsys.readouterr().out)
+    assert first != second
     exec(blocks[1], {})
-    assert len(capsys.readouterr().out.split()) == 2
+    assert json.loads(capsys.readouterr().out) == [2.0, 2.0]
+    exec(blocks[2], {})
+    by_transformers = [float(line) for line in capsys.readouterr().out.split()]
+    assert by_transformers == pytest.approx([first, second], abs=1e-4)
 
 
 # What goes wrong. Nothing may be left behind, in the folder or beside it.
@@ -388,7 +393,7 @@ def test_the_disk_is_full(base, trained, template, tmp_path, monkeypatch):
 def test_there_is_not_enough_room(base, trained, template, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(huggingface.shutil, "disk_usage", lambda path: usage)
-    fails(trained, base, template, tmp_path / "out", r"0\.00 GB are needed and 0\.00 GB are free; make room")
+    fails(trained, base, template, tmp_path / "out", r"0\.\d MB are needed and 0\.0 MB are free; make room")
 
 
 def test_a_limit_of_the_system_on_file_sizes(config_file, checkpoint, tmp_path):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from polar_ft.data.commands import data_app
 from tests.data.converters.published import published, rmb_pairs
 from tests.data.rows import WriteRows, pair, ranked
 
@@ -39,12 +45,14 @@ def test_check_of_good_rows(write_rows: WriteRows, tokenizer_folder: Path) -> No
     assert max(map(len, done.stdout.splitlines()[1:])) <= 100
 
 
-def test_check_names_every_bad_row_and_fails(write_rows: WriteRows) -> None:
+def test_check_names_twenty_bad_rows_and_fails(write_rows: WriteRows) -> None:
     path = write_rows("bad.jsonl", [pair(), *[pair(chosen=[{"role": 1, "content": ""}])] * 30])
     done = polar_ft("check", path)
     assert done.returncode == 1
-    for line in range(2, 32):
+    for line in range(2, 22):
         assert f"bad row {path}:{line}: chosen[0].role: is the number 1 — must be a string" in done.stdout
+    assert "bad.jsonl:22:" not in done.stdout
+    assert "… and 10 bad rows more (--json lists them all)" in done.stdout
     assert "1 row, 1 pair, 1 prompt, 30 bad rows" in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -61,6 +69,49 @@ def test_check_as_json_is_nothing_but_json(write_rows: WriteRows) -> None:
         "field": "weight",
         "reason": "is the number 0 — must be greater than 0",
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (published("rm-bench"), "look like the format rm-bench; polar-ft data convert rm-bench in.jsonl OUT"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, "polar-ft data convert chat-pairs in.jsonl OUT"),
+        (
+            {"question": "p", "better": "a", "worse": "b"},
+            "--map prompt=question,chosen=better,rejected=worse",
+        ),
+        ({"instruction": "p", "input": "", "output": "a"}, "Alpaca's instructions with one answer each"),
+        ({"conversations": [{"from": "human", "value": "p"}]}, "ShareGPT with one answer each"),
+        ({"prompt": "p", "reference": "", "chosen": 3, "rejected": "b"}, ""),
+    ],
+)
+def test_check_names_what_reads_another_layout(
+    row: Mapping[str, Any], says: str, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows("in.jsonl", [row] * 3)
+    done = CliRunner().invoke(data_app, ["check", "in.jsonl"])
+    assert done.exit_code == 1
+    assert says in done.stdout
+    assert ("warning" in done.stdout) == bool(says)
+
+
+def test_check_writes_the_good_rows(write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = [pair(id=n, prompt=f"{n}") for n in range(5)]
+    path = write_rows("in.jsonl", [*rows, rows[0], pair(chosen=3), pair(prompt="again")])
+    held_out = write_rows("held_out.jsonl", [rows[1]])
+    done = polar_ft("check", path, "--held-out", held_out)
+    assert done.returncode == 1
+    assert f"prompt is held out: {path}:2\n" in done.stdout
+    assert f"duplicates: {path}:6 (as {path}:1)\n" in done.stdout
+    fixed = tmp_path / "fixed.jsonl"
+    done = polar_ft("check", path, "--held-out", held_out, "--fix", fixed)
+    assert (done.returncode, done.stderr) == (0, f"{fixed}: 5 good rows, 3 left out\n")
+    assert [json.loads(line) for line in fixed.read_text().splitlines()] == [
+        rows[0],
+        *rows[2:],
+        pair(prompt="again"),
+    ]
 
 
 def test_convert_then_split_then_preview(
@@ -99,12 +150,35 @@ def test_convert_then_split_then_preview(
     assert max(map(len, done.stdout.splitlines()[1:])) <= 100
 
 
+def test_a_file_that_was_cut_off_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    content = gzip.compress(json.dumps([pair(id=f"{random.random()}") for _ in range(2000)]).encode())
+    (tmp_path / "data" / "rows.json.gz").write_bytes(content[: len(content) * 2 // 3])
+    target = tmp_path / "out.jsonl"
+    target.write_text("earlier\n")
+
+    done = polar_ft("convert", "ranked", "data", target, "--force", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "1 file cannot be used:" in done.stderr
+    assert "data/rows.json.gz:13" in done.stderr
+    assert "nothing was written; 1,3" in done.stderr
+    assert target.read_text() == "earlier\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "out.jsonl"}
+
+    done = polar_ft("convert", "ranked", "data", target, "--force", "--keep-readable", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    count = len(target.read_text().splitlines())
+    assert 1300 < count < 1340
+    assert f"{count:,} pairs from {count:,} rows" in done.stdout
+    assert "1 file could not be read to the end (named above)" in done.stdout
+
+
 def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) -> None:
     source = write_rows("rmb.jsonl", [*rmb_pairs([("a", "b")], {"a": 2.0, "b": 1.0}, "One?"), *RMB_ROWS])
     done = polar_ft("convert", "rmb", source, tmp_path / "out.jsonl")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        f"{tmp_path}/out.jsonl: 1 pair from 3 rows",
+        f"{tmp_path}/out.jsonl: 1 pair from 3 rows of 2 prompts",
         "left out 2 pairs with the answer that became the reference",
         "left out 1 prompt of which no pair was left",
     ]
@@ -120,7 +194,10 @@ def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) ->
         (["check", "in.jsonl", "--max-length", 9], "count tokens; add --tokenizer FOLDER"),
         (["check", "in.jsonl", "--tokenizer", "no/such/folder"], "no such folder"),
         (["check", "in.jsonl", "--max-line-mb", 0], "max_line_mb"),
-        (["convert", "xml", "in.jsonl", "out.jsonl"], "xml: no such format; there are chat-pairs, "),
+        (
+            ["convert", "xml", "in.jsonl", "out.jsonl"],
+            "xml: no such format; there are auto, arena, chat-pairs, ",
+        ),
         (["convert", "ranked", "in.jsonl", "out.csv"], "the name must end in .jsonl or .jsonl.gz"),
         (["convert", "hh-rlhf", "in.jsonl", "out.jsonl", "--pairing", "all"], "is no option of the format"),
         (["convert", "ranked", "in.jsonl", "in.jsonl/out.jsonl"], "cannot be written"),
@@ -139,3 +216,24 @@ def test_errors_are_one_message_and_status_1(
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_table_of_ones_own_is_recognised_mapped_and_exported(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("question;better;worse;note [x]\n2 + 2?;4;5;a\n2 + 3?;;6;b\n")
+    done = polar_ft("convert", "auto", "own.csv", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "--map prompt=question,chosen=better,rejected=worse" in " ".join(done.stderr.split())
+
+    names = ["--map", "prompt=question", "--map", "chosen=better,rejected=worse"]
+    done = polar_ft("convert", "auto", "own.csv", "out.jsonl", *names, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "own.csv: chat-pairs (doubtful): it reads 1 of the 2 rows looked at" in done.stdout
+    assert "it keeps note [x] as they are" in done.stdout
+    assert "bad row own.csv:3: better: is missing, but --map chosen=better names it" in done.stdout
+    assert "out.jsonl: 1 pair from 2 rows" in done.stdout
+
+    done = polar_ft("export", "llama-factory", "out.jsonl", "--out", "dpo.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "dpo.jsonl: 1 pair from 1 row" in done.stdout
+    assert "1 pair had other fields: not written" in done.stdout
+    assert '"dpo": {"file_name": "dpo.jsonl", "formatting": "sharegpt", "ranking": true' in done.stdout

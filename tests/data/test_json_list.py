@@ -34,7 +34,7 @@ def test_entries_are_those_of_json_loads(
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     before, json_list._READ = json_list._READ, read
     try:
-        assert list(entries(io.StringIO(f" \n{text} \n"), 10_000)) == rows
+        assert list(entries(io.BytesIO(f" \n{text} \n".encode()), 10_000)) == rows
     finally:
         json_list._READ = before
 
@@ -94,4 +94,4 @@ def test_lines_in_a_json_file_are_read_as_before(tmp_path: Path) -> None:
 
 def test_what_is_no_list_is_said() -> None:
     with pytest.raises(BrokenListError, match="is not a list"):
-        list(entries(io.StringIO('{"a": 1}'), 100))
+        list(entries(io.BytesIO(b'{"a": 1}'), 100))

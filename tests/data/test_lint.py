@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +66,48 @@ def test_counts_by_hand(write_rows: WriteRows) -> None:
     assert report.extra_fields == {"extra_field": 1}
     assert report.truncated == {}
     assert report.lengths["rejected"].max == len("text 2")
+
+
+def test_findings_name_their_rows_and_fix_writes_the_others(write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = [
+        pair(id="a"),
+        pair(id="a", subset="again"),  # the pair and the id of the first row
+        pair(chosen="five", rejected="four"),  # contradicts it
+        pair(chosen="same", rejected="same"),
+        pair(prompt="", chosen="x"),
+        pair(prompt="3 + 3?", id="b", note="kept"),
+        pair(weight=0),
+        pair(prompt=" held   out"),
+        ranked(3, 2, 1),
+        ranked(1, 1, 1),
+    ]
+    path = write_rows("in.jsonl", rows)
+    held_out = write_rows("held.jsonl", [pair(prompt="held out")])
+    good: list[Mapping[str, Any]] = []
+    report = check(as_sources(str(path)), held_out=as_sources(str(held_out)), write=good.append)
+    assert good == [rows[0], rows[5], rows[8]]
+    assert (report.rows, report.bad_rows, report.held_out_prompts, report.repeated_ids) == (9, 1, 1, 1)
+    assert report.named == {
+        "duplicate_pairs": [f"{path}:2 (as {path}:1)"],
+        "repeated_ids": [f"{path}:2 (a)"],
+        "contradictory_pairs": [f"{path}:3 (against {path}:1)"],
+        "chosen_equals_rejected": [f"{path}:4"],
+        "empty": [f"{path}:5 (prompt)"],
+        "held_out_prompts": [f"{path}:8"],
+    }
+    many = run(write_rows("many.jsonl", [pair()] * 3000))
+    assert many.duplicate_pairs == 2999
+    assert len(many.named["duplicate_pairs"]) == 20
+
+
+@pytest.mark.parametrize(("longer", "warnings"), [(18, 0), (19, 1)])
+def test_longer_answers_that_nearly_always_win_are_a_warning(
+    longer: int, warnings: int, write_rows: WriteRows
+) -> None:
+    rows = [pair(prompt=f"{i}", chosen="long" if i < longer else "x", rejected="xx") for i in range(20)]
+    report = run(write_rows("in.jsonl", [*rows, *[pair(chosen="1", rejected="2")] * 50]))
+    assert len(report.warnings) == warnings
+    assert not warnings or "95.0% of the pairs of unequal length" in report.warnings[0]
 
 
 def test_tokens_and_truncation(write_rows: WriteRows, template: PolarTemplate) -> None:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from polar_ft.data.reading import DataSource, RowProblem, as_sources, read_examples, read_rows, size_in_bytes
+from polar_ft.data.reading import (
+    DataSource,
+    RowProblem,
+    as_sources,
+    expand,
+    read_examples,
+    read_rows,
+    size_in_bytes,
+)
 from polar_ft.errors import DataError, PolarError
 from tests.data.rows import WriteRows, pair
 
@@ -85,11 +94,50 @@ def test_a_name_in_a_folder_that_exists_is_no_dataset(
 
 
 def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(PolarError, match=r"rows.csv: cannot read this kind of file; it must end in \.jsonl"):
-        read_examples(tmp_path / "rows.csv")
+    (tmp_path / "rows.txt").write_text("a,b")
+    with pytest.raises(PolarError, match=r"rows.txt: cannot read this kind of file; it must end in \.jsonl"):
+        read_examples(tmp_path / "rows.txt")
     with pytest.raises(PolarError, match=r"no data in this folder"):
         read_examples(tmp_path)
+
+
+def test_every_file_of_a_folder_is_listed_once(tmp_path: Path) -> None:
+    names = ["A.JSONL", "b.ndjson", "t.parquet/part-0.parquet", "t.parquet/year=2024/part.0.parquet"]
+    below = ["deep/c.jsonl", "deep/d.jsonl/part-0.json"]
+    ignored = [".hidden.jsonl", "notes.txt", "t.parquet/_temporary/x.parquet", "deep/.git/x.jsonl"]
+    for name in [*names, *below, *ignored]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "link.jsonl").symlink_to("b.ndjson")
+    (tmp_path / "deep" / "circle").symlink_to("..")
+    (tmp_path / "z.jsonl").symlink_to("nothing")
+    listed = [os.path.relpath(file, tmp_path) for file in expand(str(tmp_path))]
+    assert listed == [names[0], names[1], *names[2:], "z.jsonl"]
+    listed = [os.path.relpath(file, tmp_path) for file in expand(str(tmp_path), recursive=True)]
+    assert listed == [names[0], names[1], *below, *names[2:], "z.jsonl"]
+
+
+def test_a_link_to_nothing_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(PolarError, match=r"a\.jsonl: is a link to .*gone\.jsonl, which does not exist"):
+        read_examples(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(line())
+    (_, problem), (_, row) = read_rows(tmp_path)
+    assert "a.jsonl:0" not in str(problem)
+    assert "is a link to" in str(problem)
+    assert row == pair()
+
+
+def test_parquet_with_a_text_that_is_not_utf8(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = pa.array([b"good", b"caf\xe9", b"good too"], pa.binary())
+    table = pa.table({"prompt": pa.Array.from_buffers(pa.string(), 3, texts.buffers())})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    (_, first), (_, problem), (_, third) = read_rows(tmp_path / "rows.parquet")
+    assert (first, third) == ({"prompt": "good"}, {"prompt": "good too"})
+    assert "rows.parquet:2: is not valid UTF-8 (0xe9 at byte 4 of a text)" in str(problem)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +230,7 @@ def test_raising_names_the_first_twenty_and_counts_all(write_rows: WriteRows) ->
     assert f"{path}:2: weight: is the number -1 — must be greater than 0" in message
     assert f"{path}:21:" in message
     assert f"{path}:22:" not in message
-    assert message.endswith("… and 10 more; `polar-ft data check` lists them all")
+    assert message.endswith("… and 10 more; `polar-ft data check --json` lists them all")
 
 
 def test_sources_of_a_config(write_rows: WriteRows) -> None:

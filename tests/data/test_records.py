@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from polar_ft.data.records import PairRow, RankedRow, RowError, parse_row
+from polar_ft.data.records import PairRow, RankedRow, RowError, batches, parse_row
 from tests.data.rows import pair, ranked
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -97,6 +97,12 @@ def test_without_an_id_the_source_is_the_id() -> None:
         ({"id": [1]}, "id", "is a list of 1 — must be a string or a whole number"),
         ({"subset": 3}, "subset", "is the number 3 — must be a string"),
         ({"rejected": "\ud83d"}, "rejected", "half of a surrogate pair"),
+        ({"chosen": "x" * (2**20 + 1)}, "chosen", "has 1,048,577 characters, and no model reads so many"),
+        (
+            {"prompt": [{"role": "user", "content": "x" * 2**19}] * 3},
+            "prompt",
+            "has 1,572,864 characters, and no model reads so many",
+        ),
         ({"responses": []}, "responses", "is given together with chosen and rejected — keep one of"),
     ],
 )
@@ -232,3 +238,9 @@ def test_importing_needs_no_heavy_package() -> None:
 def test_responses_make_a_ranked_row() -> None:
     assert isinstance(parse_row(ranked(1, 2, 3)), RankedRow)
     assert isinstance(parse_row(pair()), PairRow)
+
+
+def test_batches_hold_so_many_rows_and_characters() -> None:
+    short, long = (parse_row(pair(prompt="x" * n)).to_example("in:1") for n in (1, 2**19))
+    sizes = [len(batch) for batch in batches([*[short] * 5, long, long, short, long, long], 3)]
+    assert sizes == [3, 3, 2, 1, 1]

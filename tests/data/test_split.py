@@ -83,8 +83,19 @@ def test_fractions_that_are_none(tmp_path: Path, fraction: float) -> None:
 
 def test_an_empty_side_is_an_error(write_rows: WriteRows, tmp_path: Path) -> None:
     path = write_rows("in.jsonl", [pair()] * 20)
-    with pytest.raises(PolarError, match=r"side is empty: 1 prompts are too few for fraction 0.3"):
+    with pytest.raises(PolarError, match=r"side is empty: 1 prompt is too few to hold some out; add rows"):
         split(path, tmp_path / "out")
+
+
+def test_the_training_side_of_a_split_cannot_be_split_again_by_the_same_seed(
+    write_rows: WriteRows, tmp_path: Path
+) -> None:
+    path = write_rows("in.jsonl", [pair(prompt=f"say {number}") for number in range(200)])
+    train, _ = split(path, tmp_path / "out")
+    again = write_rows("train.jsonl", train)
+    with pytest.raises(PolarError, match=r"are one side of an earlier split with seed 0; .* another --seed"):
+        split(again, tmp_path / "again")
+    assert all(split(again, tmp_path / "other", seed=1))
 
 
 def test_full_file_of_ranked_rows(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from polar_ft.cli import app
 from polar_ft.doctor import commands, run
 from polar_ft.doctor.settings import read_settings, read_shape
 from polar_ft.errors import PolarError
-from tests.training.runs import edit_config
+from tests.training.runs import edit_config, replace_in_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -45,6 +47,8 @@ def test_what_a_run_will_take(project: Path) -> None:
     expected = cost * time["warmup"]["seconds_per_cost"] + steps * time["warmup"]["update_seconds"]
     assert time["seconds"] == pytest.approx(expected)
     assert time["warmup"]["peak"] > 0
+    assert time["warmup"]["threads"] == int(os.environ.get("OMP_NUM_THREADS", time["warmup"]["threads"]))
+    assert time["load"] >= 0
     assert time["estimated_peak"] > 0
 
 
@@ -89,6 +93,28 @@ def test_data_that_cannot_be_used_is_a_problem(project: Path) -> None:
     assert problems == ["val_data"]
 
 
+def test_nccl_without_a_gpu_is_a_problem_of_several_processes_only(project: Path, tmp_path: Path) -> None:
+    config = edit_config("polar_tiny_cpu.py", tmp_path / "nccl.py", **paths(project))
+    replace_in_config(config, backend=('backend="gloo"', 'backend="nccl"'))
+    for gpus, problems in (("1", []), ("2", ["backend"])):
+        checks = findings("doctor", str(config), "--no-warmup", "--gpus", gpus)["checks"]
+        assert [check["name"] for check in checks if check["status"] == "problem"] == problems
+
+
+def test_offload_has_to_fit_the_machine(project: Path) -> None:
+    settings = read_settings(project / "tiny.py")
+    shape, _ = read_shape(settings, None)
+    host = 2**40
+    for device, gpus in (("cuda", 1), ("cuda", 4), ("cpu", 2)):
+        memory = run.memory_table(settings, shape, gpus=gpus, available=2**40, device=device, host=host)
+        offload = memory.estimates[-1]
+        assert memory.fits(offload)
+        # On a CPU the processes' own peaks are in the same memory.
+        needed = offload.host + (gpus * offload.peak if device == "cpu" else 0)
+        for given, fits in ((needed, True), (needed - 1, False)):
+            assert replace(memory, host=given).fits(offload) is fits
+
+
 def test_a_model_that_is_not_here_but_whose_shape_is_given(project: Path, tmp_path: Path) -> None:
     where = paths(project, pretrained_model_name_or_path="nobody/no-such-model")
     config = edit_config("polar_tiny_cpu.py", tmp_path / "elsewhere.py", **where)
@@ -113,7 +139,12 @@ def test_plan_of_the_shipped_7b_config() -> None:
     one = call("plan", config, "--gpus", "1")
     assert one.exit_code == 0
     assert "--deepspeed deepspeed_zero3_offload" in one.stdout
+    assert "needs 145 GiB of the machine's memory" in one.stdout
     assert "nothing fits" in call("plan", config, "--gpu-memory", "10").stdout
+    # ZeRO-3 with offload fits the GPU, but not a machine of 24 GiB.
+    little = call("plan", config, "--host-memory", "24").stdout
+    assert "nothing fits" in little
+    assert "more memory in the machine" in little
 
 
 def test_four_bits_and_zero3_do_not_go_together(project: Path, tmp_path: Path) -> None:

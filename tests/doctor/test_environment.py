@@ -58,7 +58,7 @@ def test_without_torch_and_xtuner_it_says_so(monkeypatch: pytest.MonkeyPatch, tm
     assert found["packages"].status == "problem"
     assert "torch" in found["packages"].found
     assert "xtuner" in found["packages"].found
-    assert "pip install 'polar-ft[train]'" in found["packages"].advice
+    assert "pip install '.[train]'" in found["packages"].advice
     assert "attention" not in found
 
 

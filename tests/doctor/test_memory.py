@@ -20,8 +20,8 @@ from polar_ft.doctor.memory import (
     layer_activations,
     model_size,
 )
-from polar_ft.model.lora import LoraSettings
 from polar_ft.model.memory import activation_bytes_per_token
+from polar_ft.model.settings import LoraSettings
 from polar_ft.model.weights import load_backbone
 from polar_ft.training.lora import add_adapters
 

@@ -77,6 +77,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
     def write(rows: list[dict], name: str = "held_out.jsonl") -> Path:
         path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         return path
 

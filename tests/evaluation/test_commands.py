@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import runpy
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from polar_ft.evaluation import commands
+from polar_ft.evaluation import evaluate, evaluator
+from polar_ft.evaluation.report import writing
 from polar_ft.template import PolarTemplate
 
 TOOL = Path(__file__).parents[2] / "tools" / "eval_preference.py"
@@ -55,7 +59,7 @@ def run_tool(monkeypatch, tmp_path, model_dir, make_scorer, capsys):
                 scorer.template = PolarTemplate.from_pretrained(folder, **limits)
             return scorer
 
-        monkeypatch.setattr(commands, "load_scorer", load)
+        monkeypatch.setattr(evaluate, "load_scorer", load)
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as exit:
@@ -71,7 +75,8 @@ def test_a_run_from_data_to_files(run_tool, model_dir, write_rows, tmp_path):
     status, out, err, settings = run_tool(model_dir, data, "--shuffle-references", "1")
     assert status == 0, err
     assert settings == {"device": None, "dtype": "auto", "allow_tokenizer_code": ()}
-    folder = tmp_path / "work_dirs" / "eval" / "polar-tiny"
+    [folder] = (tmp_path / "work_dirs" / "eval").iterdir()
+    assert folder.name.startswith("polar-tiny-held_out-")
     report = json.loads((folder / "metrics.json").read_text())
     overall = report["metrics"]["overall"]
     assert (overall["n_pairs"], overall["accuracy"], overall["n_ties"]) == (60, 1.0, 0)
@@ -145,7 +150,8 @@ def test_what_was_cut_is_shown(run_tool, model_dir, write_rows, tmp_path):
     assert settings["dtype"] == "float32"
     assert "1 of 4 pairs were cut" in " ".join(out.split())
     assert "(prompt 0, reference 0, chosen 1, rejected 0)" in " ".join(out.split())
-    first = (tmp_path / "work_dirs/eval/polar-tiny/scores.jsonl").read_text().splitlines()[0]
+    [scores] = tmp_path.glob("work_dirs/eval/*/scores.jsonl")
+    first = scores.read_text().splitlines()[0]
     # 200 bytes and <s>, of which 64 are kept.
     assert json.loads(first)["chosen_tokens"] == 201
     assert json.loads(first)["cut"]["chosen"] == 201 - 64
@@ -216,13 +222,157 @@ def test_wrong_options_are_refused(run_tool, model_dir, write_rows):
     assert "float8" in err
 
 
-def test_an_earlier_result_is_replaced_whole(run_tool, model_dir, write_rows, tmp_path):
-    run_tool(model_dir, write_rows(catalogue(10)))
-    run_tool(model_dir, write_rows(catalogue(4)))
-    folder = tmp_path / "work_dirs/eval/polar-tiny"
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Plots take most of the time of a small run."""
+    monkeypatch.setattr(writing, "make_plots", lambda *_: [])
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_other_data_and_another_model_of_the_same_name_have_folders_of_their_own(
+    run_tool, model_dir, write_rows, tmp_path
+):
+    ten, four = write_rows(catalogue(10)), write_rows(catalogue(4), "other/held_out.jsonl")
+    other = tmp_path / "elsewhere" / model_dir.name
+    shutil.copytree(model_dir, other)
+    for folder, weights in ((model_dir, b"one"), (other, b"two")):
+        (folder / "model.safetensors").write_bytes(weights)
+    for arguments in (
+        (model_dir, ten),
+        (model_dir, four),
+        (other, ten),
+        (model_dir, ten, "--pairing", "all"),
+    ):
+        status, _, err, _ = run_tool(*arguments)
+        assert status == 0, err
+    folders = sorted((tmp_path / "work_dirs/eval").iterdir())
+    assert len(folders) == 4
+    assert {folder.name[: len("polar-tiny-held_out-")] for folder in folders} == {"polar-tiny-held_out-"}
+    held = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
+    assert (
+        sorted(len((folder / "scores.jsonl").read_text().splitlines()) for folder in folders)
+        == [4] + [10] * 3
+    )
+    assert {entry["data"][0]["path"] for entry in held} == {str(ten), str(four)}
+    assert {entry["model"] for entry in held} == {str(model_dir), str(other)}
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_folder_holds_one_evaluation(run_tool, model_dir, write_rows, tmp_path):
+    ten, four = write_rows(catalogue(10)), write_rows(catalogue(4), "four.jsonl")
+    folder = tmp_path / "out"
+    assert run_tool(model_dir, ten, "--out", "out")[0] == 0
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    status, _, err, settings = run_tool(model_dir, four, "--out", "out", "--pairing", "all")
+    said = " ".join(err.split())
+    assert (status, settings) == (1, {})
+    assert "out: holds the results of another evaluation (data: " in said
+    assert f"{ten.name} (" in said
+    assert f"{four} (" in said
+    assert "pairing: adjacent, now all" in said
+    assert "--force" in said
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} == before
+    # Of scores that are read as well.
+    status, _, err, _ = run_tool("--from-scores", folder / "scores.jsonl", "--out", "out")
+    assert (status, "is the folder of the scores" in err) == (1, True)
+
+    assert run_tool(model_dir, four, "--out", "out", "--force")[0] == 0
     assert len((folder / "scores.jsonl").read_text().splitlines()) == 4
     assert json.loads((folder / "metrics.json").read_text())["metrics"]["overall"]["n_pairs"] == 4
-    assert sorted(os.listdir(folder)) == ["metrics.json", "plots", "report.html", "report.md", "scores.jsonl"]
+    assert sorted(os.listdir(folder)) == sorted(
+        ["evaluation.json", "metrics.json", "plots", "report.html", "report.md", "scores.jsonl"]
+    )
+
+
+def test_results_of_an_unknown_evaluation_are_not_replaced(run_tool, model_dir, write_rows, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.json").write_text("{}")
+    status, _, err, _ = run_tool(model_dir, write_rows(catalogue(4)), "--out", "out")
+    assert status == 1
+    assert "holds results that do not say which evaluation they are of" in " ".join(err.split())
+
+
+def never(*_):
+    pytest.fail("scored again")
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_finished_evaluation_is_shown_at_once(run_tool, model_dir, write_rows, tmp_path):
+    (model_dir / "model.safetensors").write_bytes(b"weights")
+    data = write_rows(catalogue(12))
+    status, first, _, _ = run_tool(model_dir, data)
+    [folder] = (tmp_path / "work_dirs/eval").iterdir()
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    status, again, err, settings = run_tool(model_dir, data, score=never)
+    assert (status, settings) == (0, {}), err  # the model is not loaded
+    assert again == first.replace("wrote ", "up to date: ")
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+    # Other figures of the same scores: in the same folder, without scoring.
+    status, by_turns, _, settings = run_tool(model_dir, data, "--subset-by", "turns", score=never)
+    assert (status, "turns" in by_turns, settings != {}) == (0, True, True)
+    assert len(list((tmp_path / "work_dirs/eval").iterdir())) == 1
+    # What was changed by hand, or is asked for anew, is written anew.
+    scores = folder / "scores.jsonl"
+    for options, damage in (((), True), (("--no-cache",), False)):
+        complete = scores.read_bytes()
+        if damage:
+            scores.write_bytes(complete[:-40])
+        status, _, _, settings = run_tool(model_dir, data, *options)
+        assert (status, settings != {}, scores.read_bytes()) == (0, True, complete)
+    # A changed row or model is another evaluation.
+    (model_dir / "tokenizer_config.json").write_text("{}")
+    run_tool(model_dir, data)
+    write_rows(catalogue(11))
+    run_tool(model_dir, data)
+    assert len(list((tmp_path / "work_dirs/eval").iterdir())) == 3
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_ctrl_c_says_what_is_kept_and_the_same_command_resumes(
+    run_tool, model_dir, write_rows, tmp_path, monkeypatch
+):
+    (model_dir / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(evaluator, "CHUNK_CHARS", 400)
+    data = write_rows(catalogue(40))
+    scored = []
+
+    def interrupted(example, candidate):
+        scored.append(candidate)
+        time.sleep(0.01)
+        if len(scored) == 41:
+            raise KeyboardInterrupt
+        return shares_words(example, candidate)
+
+    status, _, err, _ = run_tool(model_dir, data, "--out", "out", score=interrupted)
+    [line] = [line for line in err.splitlines() if "interrupted" in line]
+    assert status == 130
+    kept = re.fullmatch(
+        r"interrupted: (\d+) rewards of this run are kept in (.*); the same command resumes", line
+    )
+    assert 0 < int(kept[1]) <= 40
+    assert Path(kept[2]).is_file()
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    first_part = json.loads((tmp_path / "out/evaluation.json").read_text())["seconds"]
+    assert first_part >= 0.01 * int(kept[1])
+
+    status, _, err, _ = run_tool(model_dir, data, "--out", "out")
+    assert status == 0, err
+    run = json.loads((tmp_path / "out/metrics.json").read_text())["run"]
+    assert run["n_from_cache"] >= int(kept[1])
+    assert run["seconds"] > first_part  # of both parts
+    assert run["pairs_per_second"] == pytest.approx(40 / run["seconds"], rel=1e-2)
+
+
+def test_a_training_folder_is_called_one(run_tool, write_rows, tmp_path):
+    work_dir = tmp_path / "work"
+    work_dir.mkdir()
+    for name in ("polar_tiny.py", "iter_10.pth", "best_accuracy_iter_5.pth"):
+        (work_dir / name).write_bytes(b"")
+    status, _, err, _ = run_tool(work_dir, write_rows(catalogue(3)))
+    said = " ".join(err.split())
+    assert status == 1
+    assert "work: is the folder of a training run" in said
+    assert f"polar-ft convert {work_dir}/polar_tiny.py {work_dir}/best_accuracy_iter_5.pth HF_DIR" in said
 
 
 def test_figures_by_any_field(run_tool, model_dir, write_rows, tmp_path):

@@ -24,7 +24,7 @@ def run_folder(tmp_path):
                 "subset": subset(row),
                 "chosen_score": 1.0 if right(row) else -1.0,
                 "rejected_score": 0.0,
-                "input_hash": f"{texts(row):032x}",
+                "input_hash": f"{texts(row):016x}" * 2,
             }
             for row in range(40)
         ]
@@ -55,14 +55,28 @@ def test_the_table_and_the_file(run_folder, tmp_path):
     [run] = compared["runs"]
     assert run["comparison"]["overall"]["difference"] == pytest.approx(0.4)
     assert set(run["comparison"]["subsets"]["subset"]) == {"chat", "code"}
-    assert run["n_other_texts"] == 0
+    assert (run["comparison"]["n_other_texts"], run["comparison"]["matched_by"]) == (0, "texts")
 
 
 def test_other_texts_under_the_same_ids_are_a_warning(run_folder, tmp_path):
     a = run_folder("a", lambda row: True)
-    b = run_folder("b", lambda row: True, texts=lambda row: row + (row < 3) * (100 << 64))
+    b = run_folder("b", lambda row: True, texts=lambda row: row + (row < 3) * 100)
     result = invoke("compare", a, b, "--out", tmp_path)
-    assert "WARNING: 3 pairs have other texts in B" in " ".join(result.output.split())
+    said = " ".join(result.output.split())
+    assert "WARNING: 3 pairs have other texts in B" in said
+    assert "on 37 pairs that both have scored" in said
+    assert "Left out: 3 pairs that only A has, 3 pairs that only B has." in said
+
+
+def test_a_file_that_was_sorted_meanwhile_is_the_same_data(run_folder, tmp_path):
+    a, b = run_folder("a", lambda row: row < 20), run_folder("b", lambda row: row < 20)
+    lines = (b / "scores.jsonl").read_text().splitlines()
+    by_place = [json.loads(line) | {"id": f"f:{n}"} for n, line in enumerate(sorted(lines, key=hash), 1)]
+    (b / "scores.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in by_place))
+    assert invoke("compare", a, b, "--out", tmp_path).exit_code == 0
+    [run] = json.loads((tmp_path / "compare.json").read_text())["runs"]
+    overall = run["comparison"]["overall"]
+    assert (overall["n_pairs"], overall["n_only_a"], overall["n_only_b"]) == (40, 0, 0)
 
 
 def test_several_runs_against_the_first(run_folder, tmp_path):

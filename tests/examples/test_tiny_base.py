@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.tiny_base import make_tiny_base
+from polar_ft.model.tiny_base import MADE_OF, tiny_base_of
 from polar_ft.template import PolarTemplate
 from tests.encoding import encode, ids_of
 
@@ -33,6 +35,8 @@ def test_transformers_loads_every_tensor(base: Path) -> None:
 
 def test_tokenizer_needs_no_code_and_puts_one_bos(base: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
+    inputs = tokenizer("What colour?", return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask"}  # what `model(**inputs)` takes
     ids = tokenizer("What colour?").input_ids
     assert tokenizer.convert_ids_to_tokens(ids)[0] == "<s>"
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -56,3 +60,26 @@ def test_the_same_seed_gives_the_same_files(base: Path, tmp_path: Path) -> None:
     for file in base.iterdir():
         assert file.read_bytes() == (again / file.name).read_bytes()
         assert (file.read_bytes() == (other / file.name).read_bytes()) == (file.name != "model.safetensors")
+
+
+def test_a_base_is_made_again_for_other_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def rows(name: str, word: str) -> str:
+        row = {"prompt": f"{word}?", "reference": word, "chosen": word, "rejected": "No."}
+        (tmp_path / name).write_text(f"{json.dumps(row, ensure_ascii=False)}\n" * 20, encoding="utf-8")
+        return str(tmp_path / name)
+
+    def tokens(data: str | list[dict]) -> int:
+        tiny_base_of(folder, data, vocab_size=300, hidden=32)
+        return len(AutoTokenizer.from_pretrained(folder).tokenize("太阳系"))
+
+    folder = tmp_path / "models" / "base"
+    english, chinese = rows("english.jsonl", "planets"), rows("chinese.jsonl", "太阳系")
+    assert tokens(english) == 9  # a token for each byte
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert tokens(english) == 9
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+    assert tokens([{"path": chinese}]) == 1
+    assert f"{folder}: was made of other data, so it is made again" in caplog.text
+    (folder / MADE_OF).unlink()  # as of a user's own model
+    assert tokens(english) == 1
+    assert f"{folder}: does not say what it was made of, so it is used as it is" in caplog.text

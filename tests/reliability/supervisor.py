@@ -89,7 +89,9 @@ def write_project(folder: Path, **lines: object) -> Path:
         folder / "base", [t for row in rows for t in row.values()], vocab_size=400, hidden=32
     )
     data = write_rows(folder / "rows.jsonl", rows)
-    held_out = write_rows(folder / "held_out.jsonl", rows[:12])
+    # Prompts of the training data are refused here.
+    others = [row | {"prompt": f"Again: {row['prompt']}"} for row in rows[:12]]
+    held_out = write_rows(folder / "held_out.jsonl", others)
     for stage in (2, 3):
         settings = json.loads(Path(cfgs_name_path["deepspeed_zero2"]).read_text())
         settings["zero_optimization"] = {"stage": stage}

@@ -125,6 +125,14 @@ def test_an_iterable_is_not_read_ahead_of_the_scores(scorer, monkeypatch):
             {"prompt": "p", "reference": "r", "output": "o", "wrapper": "chat"},
             r"data\[1\]\.wrapper: Input should be 'sft' or 'pretrain'",
         ),
+        (
+            {"prompt": "p", "reference": "r", "chosen": "o", "rejected": "x"},
+            r"data\[1\]: has chosen and rejected; a row to score has one answer, as output",
+        ),
+        (
+            {"prompt": "p", "candidates": ["o", "x"]},
+            r"data\[1\]: has candidates; .* a row of prompt, reference",
+        ),
         ({"prompt": "p", "reference": "r", "output": "o", "outptu": "o"}, r"data\[1\]\.outptu: Extra inputs"),
     ],
 )

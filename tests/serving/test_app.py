@@ -15,7 +15,7 @@ import pytest
 from polar_ft.client import RewardModelClient
 from polar_ft.reward_scale import RewardScale
 from polar_ft.serving.app import create_app
-from polar_ft.serving.guard import Limits
+from polar_ft.serving.limits import Limits
 from polar_ft.serving.telemetry import JsonFormatter
 from tests.encoding import encode, ids_of
 from tests.serving.conftest import http
@@ -227,7 +227,7 @@ class TestLimits:
             assert "more than the 100" in message(response)
 
     def test_candidates_of_a_request(self, client, monkeypatch):
-        monkeypatch.setattr("polar_ft.serving.app.MAX_CANDIDATES", 3)
+        monkeypatch.setattr("polar_ft.serving.bodies.MAX_CANDIDATES", 3)
         assert client.post("/v1/rewards", json=ASK).status_code == 413
         assert client.post("/classify", json={"text": PUBLISHED}).status_code == 413
         assert client.post("/classify", json={"text": PUBLISHED[:3]}).status_code == 200

@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,13 @@ SECRET = "hunter2"
 
 
 @contextmanager
-def serving(*arguments: object, **environment: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The address and the process; its stderr is a pipe."""
+def serving(
+    *arguments: object, files: int | None = None, **environment: str
+) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address and the process, which may open so many files; its stderr is a pipe."""
     command = [sys.executable, "-m", "polar_ft.cli", "serve", *map(str, arguments), "--port", "0"]
+    if files is not None:
+        command = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *command]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -80,6 +85,24 @@ def test_what_was_taken_is_answered_before_it_ends(model_folder: Path, scorer: R
     assert (scored["status"], scored["candidates"]) == (200, 960)
     assert SECRET not in log
     assert KEY not in log
+
+
+def test_more_connections_than_files_and_the_end_at_ctrl_c(model_folder: Path):
+    """With 120 files, of which the process itself needs some, 150 clients connect and say nothing."""
+    with serving(model_folder, files=120) as (address, process), ExitStack() as stack:
+        place = ("127.0.0.1", int(address.rsplit(":", 1)[1]))
+        for _ in range(150):
+            stack.enter_context(socket.create_connection(place, 5))
+        for _ in range(3):
+            with http(address) as client:
+                assert client.get("/health").status_code == 200
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=60)
+    assert time.monotonic() - started < 5
+    assert process.returncode == 130
+    assert len(log) < 20_000
+    assert "socket.accept" not in log
 
 
 def refused(*arguments: object, **environment: str) -> str:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from polar_ft.conversion.huggingface import write_hf_folder
 from polar_ft.model.tiny_base import make_tiny_base
 from polar_ft.model.weights import load_backbone
+from polar_ft.serving.connections import HttpServer
 from polar_ft.template import PolarTemplate
 
 TEXTS = ["Which city is the capital of China?\nBeijing.", "It is Shanghai, I think.\nNo!"] * 20
@@ -43,7 +43,7 @@ def write_tiny_reward_model(folder: Path) -> Path:
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
     """Serves an application on a free port of this machine; gives the address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    server = HttpServer(app)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from polar_ft.conversion.checkpoint import read_checkpoint
+from polar_ft.conversion.checkpoint_files import verify
+from polar_ft.training.loop import warmup_cosine
+from polar_ft.training.work_folder import owner_of
 from tests.training.conftest import STEPS, TOP_LINES, RunOnce
 from tests.training.runs import Run, edit_config
 
@@ -28,6 +31,22 @@ def test_a_resumed_run_ends_with_the_same_weights(
     assert set(ours) == set(theirs)
     for tensor in theirs:
         assert torch.equal(ours[tensor], theirs[tensor]), tensor
+
+
+def test_what_is_changed_on_purpose_takes_effect(project: Path, run_once: RunOnce, plain_run: Run):
+    """Another learning rate and twice as many epochs, after the end: the rate follows the new schedule."""
+    named = ["--cfg-options", "max_epochs=2", "lr=0.01"]
+    command = ["polar-ft", "train", str(project / "tiny.py"), "--resume", str(plain_run.checkpoint), *named]
+    resumed = run_once("resumed_longer", *command)
+    assert resumed.status == 0, resumed.tail
+    assert "changed since the checkpoint: lr was 0.03, is 0.01" in resumed.output
+    assert resumed.scalars("lr") == {
+        step: pytest.approx(0.01 * warmup_cosine(step - 1, 2 * STEPS, 0.03, 0.1))
+        for step in range(STEPS + 1, 2 * STEPS + 1)
+    }
+    settings = verify(resumed.checkpoint).run
+    assert (settings["lr"], settings["max_epochs"]) == (0.01, 2)
+    assert owner_of(resumed.work_dir) == settings
 
 
 def test_other_data_is_no_way_to_go_on(project: Path, run_once: RunOnce, plain_run: Run):

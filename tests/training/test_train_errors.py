@@ -21,6 +21,7 @@ from tests.training.runs import Run, edit_config, make_rows, write_rows
 # Case → what the message must hold; {project} is the folder of the runs.
 MESSAGES = {
     "model_path": ["{project}/no_such_model", "no such folder", "check the spelling"],
+    "held_out": ["val_data: 1 of its 1 prompts are also in data ({project}/leak.jsonl:1 and {project}/rows"],
     "data_path": ["{project}/no_such_rows.jsonl", "no such file", "check the spelling"],
     "config_path": ["{project}/no_such_config.py", "no such config file"],
     "bad_rows": ["{project}/bad_rows.jsonl:2", "chosen", "{project}/bad_rows.jsonl:4", "JSON"],
@@ -60,6 +61,8 @@ def _config(case: str, project: Path) -> Path:
             return edit_config("polar_7b_custom.py", out, **paths, allow_tokenizer_code=())
         case "data_path":
             lines = {"data": str(project / "no_such_rows.jsonl")}
+        case "held_out":
+            lines = {"val_data": str(write_rows(project / "leak.jsonl", make_rows(1)))}
         case "bad_rows":
             lines = {"data": str(_bad_rows(project / "bad_rows.jsonl"))}
         case "reward_token_id":

@@ -12,5 +12,16 @@ several styles have ``style``; ``policy`` is the model that wrote an answer.
 
 from polar_ft.data.converters.conversion import CONVERTERS, Conversion, convert_file
 from polar_ft.data.converters.format import Converted, Format
+from polar_ft.data.converters.mapping import parse_mapping
+from polar_ft.data.converters.recognise import Recognised, recognise_file
 
-__all__ = ["CONVERTERS", "Conversion", "Converted", "Format", "convert_file"]
+__all__ = [
+    "CONVERTERS",
+    "Conversion",
+    "Converted",
+    "Format",
+    "Recognised",
+    "convert_file",
+    "parse_mapping",
+    "recognise_file",
+]

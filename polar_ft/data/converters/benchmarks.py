@@ -8,9 +8,10 @@ styles of a correct and of a wrong answer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
-from polar_ft.data.converters.format import Converted, Layout, described, labelled_row
+from polar_ft.data.converters.format import Converted, Layout, described, labelled_row, with_extras
 from polar_ft.data.records import RowError
 
 # rewardbench/constants.py of github.com/allenai/reward-bench, as read on 2026-11-21.
@@ -61,7 +62,7 @@ def rewardbench(row: Mapping[str, Any]) -> Converted:
     for side, model in (("chosen", pair.chosen_model), ("rejected", pair.rejected_model)):
         if model is not None:
             result[f"{side}_policy"] = model
-    return Converted([result | pair.rest()])
+    return Converted([with_extras(result, pair.rest())])
 
 
 class RewardBench2Row(Layout):
@@ -119,18 +120,21 @@ def rewardbench_2(row: Mapping[str, Any], *, reference: Literal["best", "none"] 
         for (text, correct), policy in zip(answers, policies or (), strict=True)
     ]
     common = {"id": ranked.id, "subset": ranked.subset, "benchmark": "rewardbench-2", "prompt": ranked.prompt}
-    return Converted([labelled_row(common, responses, reference) | ranked.rest()])
+    return Converted([with_extras(labelled_row(common, responses, reference), ranked.rest())])
 
 
 # The order of the answers in the file.
 STYLES = ("concise", "detailed_plain", "detailed_markdown")
 
 
+Domain = Literal["chat", "code", "math", "safety-refuse", "safety-response"]
+
+
 class RMBenchRow(Layout):
-    """A row of THU-KEG/RM-Bench."""
+    """A row of THU-KEG/RM-Bench; those of its files for one domain do not name it."""
 
     LAYOUT = "rm-bench"
-    READ = "README of github.com/THU-KEG/RM-Bench, 2026-11-21"
+    READ = "README and data of github.com/THU-KEG/RM-Bench at 73c52d7, 2026-11-24"
 
     id: int | str = described("a string")
     prompt: str = described("a text")
@@ -140,25 +144,41 @@ class RMBenchRow(Layout):
     rejected: list[str] = described(
         "a list of three texts (concise, detailed, detailed with markdown)", min_length=3, max_length=3
     )
-    domain: str = described("a string")
+    domain: str | None = described("a string", default=None)
 
 
-def rm_bench(row: Mapping[str, Any], *, reference: Literal["best", "none"] = "none") -> Converted:
+def domain_of(path: str) -> dict[str, str]:
+    """The domain of RM-Bench's rows in a file whose name begins with it, as an option of `rm_bench`.
+
+    >>> domain_of("data/safety-refuse_filtered.json"), domain_of("data/total_dataset.json")
+    ({'domain': 'safety-refuse'}, {})
+    """
+    name = Path(path).name.partition("_")[0]
+    return {"domain": name} if name in get_args(Domain) else {}
+
+
+def rm_bench(
+    row: Mapping[str, Any],
+    *,
+    reference: Literal["best", "none"] = "none",
+    domain: Domain | None = None,
+) -> Converted:
     """Converts a row of RM-Bench: correct answers have score 1, wrong ones 0, each with its ``style``.
 
     The domain is the subset. The reference is empty. All three correct answers against all three wrong ones
     are the nine comparisons whose averages are the easy, normal and hard figures.
 
-    Reads data/total_dataset.json of the repository (one list) or the data of the hub. Written from the
-    README, without access to the files.
+    Reads data/total_dataset.json of the repository (one list), the data of the hub, or the repository's files
+    of one domain (data/chat_filtered.json and so on), whose rows do not name it.
 
     Args:
         row: The row.
+        domain: Domain of a row that does not name one; `domain_of` takes it from the name of the file.
         reference: "best" makes the concise correct answer the reference: six of the nine comparisons remain,
             and the figures are no longer those of the benchmark.
 
     Raises:
-        RowError: The row has another layout.
+        RowError: The row has another layout, or its domain is not known.
 
     >>> row = {"id": 1, "prompt": "2+2?", "chosen": ["4", "It is 4.", "**4**"],
     ...        "rejected": ["5", "It is 5.", "**5**"], "domain": "math"}
@@ -171,8 +191,14 @@ def rm_bench(row: Mapping[str, Any], *, reference: Literal["best", "none"] = "no
         for correct, texts in ((True, ranked.chosen), (False, ranked.rejected))
         for style, text in zip(STYLES, texts, strict=True)
     ]
-    common = {"id": ranked.id, "subset": ranked.domain, "benchmark": "rm-bench", "prompt": ranked.prompt}
-    return Converted([labelled_row(common, responses, reference) | ranked.rest()])
+    subset = ranked.domain or domain
+    if subset is None:
+        raise RowError(
+            "domain",
+            "is missing, and the file's name does not say it, as chat_filtered.json does — give --domain",
+        )
+    common = {"id": ranked.id, "subset": subset, "benchmark": "rm-bench", "prompt": ranked.prompt}
+    return Converted([with_extras(labelled_row(common, responses, reference), ranked.rest())])
 
 
 # The four figures of the paper, by how the source begins.
@@ -188,7 +214,7 @@ class JudgeBenchRow(Layout):
     """A row of JudgeBench."""
 
     LAYOUT = "judgebench"
-    READ = "README and data of github.com/ScalerLab/JudgeBench, 2026-11-21"
+    READ = "README and data of github.com/ScalerLab/JudgeBench at e2c52c2, 2026-11-24"
 
     pair_id: str = described("a string")
     source: str = described("a string")
@@ -203,8 +229,7 @@ class JudgeBenchRow(Layout):
 def judgebench(row: Mapping[str, Any]) -> Converted:
     """Converts a pair of JudgeBench: the answer that the label prefers is chosen; the reference is empty.
 
-    ``subset`` is the source of the question, ``category`` one of the four that the paper reports. Two rows of
-    the real files were read; no complete file was converted.
+    ``subset`` is the source of the question, ``category`` one of the four that the paper reports.
 
     Raises:
         RowError: The row has another layout.
@@ -227,4 +252,4 @@ def judgebench(row: Mapping[str, Any]) -> Converted:
         result |= {"chosen_policy": pair.response_model, "rejected_policy": pair.response_model}
     if pair.original_id is not None:
         result["original_id"] = pair.original_id
-    return Converted([result | pair.rest()])
+    return Converted([with_extras(result, pair.rest())])

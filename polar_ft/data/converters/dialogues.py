@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from polar_ft.data.converters.format import TIED, Converted, Layout, Turn, described, messages
+from polar_ft.data.converters.format import TIED, Converted, Layout, Turn, described, messages, with_extras
 from polar_ft.data.records import RowError
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -26,12 +26,13 @@ def hh_rlhf(row: Mapping[str, Any]) -> Converted:
     >>> pair["prompt"], pair["chosen"]
     ([{'role': 'user', 'content': 'Hi'}], [{'role': 'assistant', 'content': 'Hello!'}])
     """
-    chosen = _parse_dialogue(row, "chosen")
-    rejected = _parse_dialogue(row, "rejected")
-    _refuse_other_prompt(chosen, rejected)
+    chosen = parse_dialogue(row, "chosen")
+    rejected = parse_dialogue(row, "rejected")
+    if chosen[:-1] != rejected[:-1]:
+        raise _other_prompt(_first_difference(chosen, rejected))
     rest = {key: value for key, value in row.items() if key not in ("chosen", "rejected")}
     pair = {"prompt": chosen[:-1], "reference": "", "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    return Converted([pair | rest])
+    return Converted([with_extras(pair, rest)])
 
 
 class ChatPair(Layout):
@@ -43,6 +44,9 @@ class ChatPair(Layout):
     chosen: str | list[Turn] = described("a text, or a list of messages that ends with the better answer")
     rejected: str | list[Turn] = described("a text, or a list of messages that ends with the worse answer")
     prompt: str | list[Turn] | None = described("a text or a list of messages", default=None)
+    system: str | None = described("a text", default=None)
+    reference: Any = described("a text or a list of messages", default=None)
+    references: Any = described("a list of texts or of lists of messages", default=None)
     messages: Any = described("the same as chosen", default=None)
     prompt_id: str | None = described("a string", default=None)
     score_chosen: float | None = described("a number", default=None)
@@ -52,34 +56,39 @@ class ChatPair(Layout):
 def chat_pairs(row: Mapping[str, Any]) -> Converted:
     """Converts a pair of dialogues as lists of messages; the reference is the row's own, else empty.
 
-    The prompt is all turns except the last; if chosen and rejected are only answers, it is the field
-    ``prompt``. A pair of equal scores is dropped as a tie.
+    The prompt is what both dialogues begin with. A field ``prompt`` is put before dialogues that do not begin
+    with it, a text in ``system`` becomes the first message. An answer is the last message of the assistant;
+    where the dialogues differ earlier, it is all messages from there on (such as a tool call, its result and
+    what follows), without one of the user. A pair of equal scores is dropped as a tie.
 
     Reads HuggingFaceH4/ultrafeedback_binarized (splits train_prefs and test_prefs), Skywork's
     Skywork-Reward-Preference-80K, and the forms that TRL documents. Written from the data cards, without
     access to these files.
 
     Raises:
-        RowError: The row has another layout, the two dialogues do not have the same prompt, or the rejected
-            answer has the higher score.
+        RowError: The row has another layout, the two dialogues do not have the same prompt, ``prompt`` or
+            ``system`` contradicts them, or the rejected answer has the higher score.
 
     >>> turns = lambda answer: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
     >>> pair = chat_pairs({"chosen": turns("Hello!"), "rejected": turns("Go."), "source": "mine"}).rows[0]
     >>> pair["prompt"], pair["rejected"], pair["source"]
     ([{'role': 'user', 'content': 'Hi'}], [{'role': 'assistant', 'content': 'Go.'}], 'mine')
+    >>> row = {"prompt": "Hi", "system": "Be brief.", "chosen": "Hello!", "rejected": "Go."}
+    >>> [turn["content"] for turn in chat_pairs(row).rows[0]["prompt"]]
+    ['Be brief.', 'Hi']
     """
     pair = ChatPair.of(row)
-    prompt: Any = (
-        pair.prompt if isinstance(pair.prompt, str) or pair.prompt is None else messages(pair.prompt)
-    )
-    chosen, rejected = _turns(pair.chosen, "chosen"), _turns(pair.rejected, "rejected")
-    _refuse_other_prompt(chosen, rejected)
-    if len(chosen) > 1:
-        prompt = chosen[:-1]
-    elif prompt is None:
+    chosen, rejected = _dialogue(pair, pair.chosen, "chosen"), _dialogue(pair, pair.rejected, "rejected")
+    at = _first_difference(chosen, rejected)
+    if any(turn["role"] in ("user", "system") for turn in (*chosen[at:], *rejected[at:])):
+        raise _other_prompt(at)
+    if at == 0:
         raise RowError("prompt", "is missing, and chosen is an answer without its prompt — add it")
     result: dict[str, Any] = {} if pair.prompt_id is None else {"id": pair.prompt_id}
-    result |= {"prompt": prompt, "reference": "", "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    result["prompt"] = chosen[:at]
+    own = {"reference": pair.reference, "references": pair.references}
+    result |= {key: value for key, value in own.items() if value is not None} or {"reference": ""}
+    result |= {"chosen": chosen[at:], "rejected": rejected[at:]}
     if pair.score_chosen is not None and pair.score_rejected is not None:
         margin = pair.score_chosen - pair.score_rejected
         if margin < 0:
@@ -87,30 +96,81 @@ def chat_pairs(row: Mapping[str, Any]) -> Converted:
         if margin == 0:
             return Converted([], {TIED: 1})
         result |= {"margin": margin, "chosen_score": pair.score_chosen, "rejected_score": pair.score_rejected}
-    return Converted([result | pair.rest()])
+    return Converted([with_extras(result, pair.rest())])
 
 
-def _turns(answer: str | list[Turn], key: str) -> list[dict[str, str]]:
+Turns = list[dict[str, str]]
+
+
+def _dialogue(pair: ChatPair, answer: str | list[Turn], key: str) -> Turns:
+    """A complete dialogue: the system message, the prompt and the answer of one side, each once."""
     turns = messages([Turn(role="assistant", content=answer)] if isinstance(answer, str) else answer)
     if not turns or turns[-1]["role"] != "assistant":
         raise RowError(key, "does not end with a message of the assistant — there is no answer to rank")
+    if pair.prompt is not None:
+        turns = _after_prompt(pair.prompt, turns, key)
+    if not pair.system:
+        return turns
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": pair.system}, *turns]
+    if turns[0]["content"].strip() != pair.system.strip():
+        raise RowError("system", f"is not the system message of {key} — which of the two is meant? Keep one")
     return turns
 
 
-def _refuse_other_prompt(chosen: list[dict[str, str]], rejected: list[dict[str, str]]) -> None:
-    if chosen[:-1] == rejected[:-1]:
-        return
-    turn = next(
-        (i for i, (a, b) in enumerate(zip(chosen[:-1], rejected[:-1], strict=False)) if a != b),
-        min(len(chosen), len(rejected)) - 1,
-    )
-    raise RowError(
-        "rejected",
-        f"has another prompt than chosen from turn {turn + 1} on — mend it or leave the row out",
+def _after_prompt(given: str | list[Turn], turns: Turns, key: str) -> Turns:
+    """Puts the prompt before the turns of a side, unless they begin with it."""
+    prompt = [{"role": "user", "content": given}] if isinstance(given, str) else messages(given)
+    system = prompt[:1] if prompt and prompt[0]["role"] == "system" else []
+    if _begins_with(turns, prompt) or not prompt:
+        return turns
+    if _begins_with(turns[1:], prompt) and turns[0]["role"] == "system":
+        return turns
+    if system and _begins_with(turns, prompt[1:]):
+        return [*system, *turns]
+    if isinstance(given, str) and turns[0]["role"] != "assistant" and any(_same(t, prompt[0]) for t in turns):
+        return turns  # a text can be a later question of the dialogue
+    # A prompt of only a system message, or one that ends with an answer, is followed by a question.
+    if turns[0]["role"] == "system" or (turns[0]["role"] == "user" and prompt[-1]["role"] == "user"):
+        raise RowError(
+            "prompt",
+            f"is not what {key} begins with, which has a prompt of its own — which of the two is meant? "
+            "Keep one of them",
+        )
+    return [*prompt, *turns]
+
+
+def _begins_with(turns: Turns, prompt: Turns) -> bool:
+    """Whether the first turns are the prompt."""
+    return 0 < len(prompt) <= len(turns) and all(map(_same, turns, prompt))
+
+
+def _same(one: dict[str, str], other: dict[str, str]) -> bool:
+    """Whether two turns say the same; white space around them does not matter."""
+    return one["role"] == other["role"] and one["content"].strip() == other["content"].strip()
+
+
+def _first_difference(chosen: Turns, rejected: Turns) -> int:
+    """Number of turns that two dialogues share, at most all but the last of each."""
+    shared = min(len(chosen), len(rejected)) - 1
+    return next((i for i in range(shared) if not _same(chosen[i], rejected[i])), shared)
+
+
+def _other_prompt(at: int) -> RowError:
+    return RowError(
+        "rejected", f"has another prompt than chosen from turn {at + 1} on — mend it or leave the row out"
     )
 
 
-def _parse_dialogue(row: Mapping[str, Any], key: str) -> list[dict[str, str]]:
+def parse_dialogue(row: Mapping[str, Any], key: str) -> Turns:
+    r"""The turns of a dialogue in one string, which ends with a turn of the assistant (it may be empty).
+
+    Raises:
+        RowError: It is no such dialogue.
+
+    >>> parse_dialogue({"prompt": "\n\nHuman: Hi\n\nAssistant:"}, "prompt")
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': ''}]
+    """
     text = row.get(key)
     if not isinstance(text, str):
         raise RowError(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from polar_ft.data.messages import plain_message
 from polar_ft.data.records import Pairing, RowError, describe
 
 TIED = "of responses that are ranked the same"
@@ -25,10 +26,12 @@ class Converted:
     Attributes:
         rows: Pair rows or ranked rows to write.
         left_out: Number of pairs of the row that are dropped, by reason.
+        guessed: Whether the row does not say where its prompt ends.
     """
 
     rows: list[dict[str, Any]]
     left_out: Mapping[str, int] = field(default_factory=dict)
+    guessed: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class Format:
         hub: Id of the data on the HuggingFace hub; empty if it is not there.
         split: Split that is read if the user names none.
         pairing: Pairing intended for its ranked rows: "all" if answers are only right or wrong.
+        of_file: Options that the path of a file gives to its rows; those that the user gives come first.
         gather: Key of a row; rows with the same key, anywhere in the data, are converted together. All rows
             of such a format are held in memory.
+        layout: Format whose layout it has; empty for one of its own.
     """
 
     convert: Callable[..., Converted]
@@ -51,12 +56,47 @@ class Format:
     hub: str = ""
     split: str = "train"
     pairing: Pairing = "adjacent"
+    of_file: Callable[[str], Mapping[str, Any]] = lambda path: {}
     gather: Callable[[Mapping[str, Any]], Hashable] | None = None
+    layout: str = ""
 
     @property
     def options(self) -> list[str]:
         """Names of the options."""
         return list(inspect.signature(self.convert).parameters)[1:]
+
+    def options_at(self, place: str) -> Mapping[str, Any]:
+        """Options that the file of a row gives, by the row's place "file:line"."""
+        return self.of_file(place.rpartition(":")[0])
+
+    def choices(self, option: str) -> tuple[str, ...]:
+        """The values that an option can have; empty if it can have any."""
+        hint = get_type_hints(self.convert)[option]
+        arms = (hint, *get_args(hint))
+        return tuple(value for arm in arms if get_origin(arm) is Literal for value in get_args(arm))
+
+
+# What determines the texts and pairs of a row: a converter writes these, or the row has none of them.
+_TEXTS = frozenset(("prompt", "reference", "references", "chosen", "rejected", "responses"))
+
+
+def with_extras(row: Mapping[str, Any], extras: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds further fields of the input to a converted row, of which they never change anything.
+
+    A field that the converter wrote, or that would give the row other texts, is kept under another name, with
+    "source_" before its own; it is left out if it says the same.
+
+    >>> with_extras({"id": 1, "subset": "chat"}, {"subset": "alpacaeval", "language": "en", "id": 1})
+    {'id': 1, 'subset': 'chat', 'source_subset': 'alpacaeval', 'language': 'en'}
+    """
+    result = dict(row)
+    for key, value in extras.items():
+        name = key
+        while name in row or name in _TEXTS or (name != key and name in extras):
+            name = f"source_{name}"
+        if name == key or key not in row or row[key] != value:
+            result[name] = value
+    return result
 
 
 AnyLayout = TypeVar("AnyLayout", bound="Layout")
@@ -80,26 +120,38 @@ class Layout(BaseModel):
         """Checks a row.
 
         Raises:
-            RowError: The row has another layout.
+            RowError: The row has another layout, or holds images, videos or sounds.
         """
+        for column in MEDIA:
+            if row.get(column):
+                raise RowError(column, "is not empty, but only text can be read — leave the row out")
         try:
             return cls.model_validate(row)
         except ValidationError as error:
             raise _layout_error(cls, row, error) from None
 
     def rest(self, *without: str) -> dict[str, Any]:
-        """The fields that the layout does not name, except those in ``without`` and those that are null."""
+        """The fields that the layout does not name, except those in ``without`` and those that are null.
+
+        For `with_extras`, which adds them to the converted row.
+        """
         extra = self.model_extra or {}
         return {key: value for key, value in extra.items() if value is not None and key not in without}
 
 
+# Columns of the files or addresses of what belongs to the texts, in LLaMA-Factory, ms-swift and TRL.
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
 class Turn(BaseModel):
-    """One message of a dialogue; other fields (such as a language) are not kept."""
+    """One message of a dialogue, as `plain_message` reads it; other fields (a language) are not kept."""
 
     model_config = ConfigDict(strict=True)
 
     role: str
     content: str
+
+    _plain = model_validator(mode="before")(plain_message)
 
 
 def messages(turns: list[Turn]) -> list[dict[str, str]]:
@@ -139,6 +191,8 @@ def _layout_error(layout: type[Layout], row: Mapping[str, Any], error: Validatio
             at, value = f"{at}.{key}", value[key]  # type: ignore[index]
         elif isinstance(value, list) and isinstance(key, int) and key < len(value):
             at, value = f"{at}[{key}]", value[key]
+    if problem["type"] == "value_error":
+        return RowError(at, str(problem["ctx"]["error"]))
     expected = fields[name].description or "something else"
     found = describe(value)
     if problem["type"] == "missing":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from polar_ft.data.converters.format import TIED, Converted
+from polar_ft.data.converters.format import TIED, Converted, with_extras
 from polar_ft.data.records import (
     Message,
     Pairing,
@@ -69,7 +69,7 @@ def ranked(
             info = {} if response is None else response.info()
             # Chosen and rejected give the order, the margin gives the difference of the scores.
             pair |= {f"{name}_{key}": value for key, value in info.items() if key != "rank"}
-        rows.append(pair | {key: value for key, value in common.items() if key not in pair})
+        rows.append(with_extras(pair, common))
     return Converted(rows, {TIED: ranking.n_ties} if ranking.n_ties else {})
 
 

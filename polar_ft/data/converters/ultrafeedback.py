@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from polar_ft.data.converters.format import Converted, Layout, described
+from polar_ft.data.converters.format import Converted, Layout, described, with_extras
 from polar_ft.data.records import RowError
 
 
@@ -83,4 +83,4 @@ def ultrafeedback(
     result["prompt"] = ranked.instruction
     if reference == "none":
         result["reference"] = ""
-    return Converted([result | {"responses": responses} | ranked.rest("models")])
+    return Converted([with_extras(result | {"responses": responses}, ranked.rest("models"))])

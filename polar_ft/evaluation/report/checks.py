@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from polar_ft.evaluation.report.numbers import count, percent, percent_interval, signed_points
 from polar_ft.evaluation.report.report import SCORES_FILE, Report
+from polar_ft.evaluation.report.texts import count, percent, percent_interval, signed_points
+from polar_ft.evaluation.statistics.baselines import Baselines
 
 # Below this many pairs an interval is wider than ±18 points around one half, and a subset says little.
 FEW_PAIRS = 30
@@ -59,21 +60,58 @@ def _scores(report: Report) -> Iterator[Finding]:
         )
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """The model against the best rule that needs no model.
+
+    Attributes:
+        rule: What the rule does: "taking the longer candidate".
+        share: Its accuracy.
+        status: "failed" where the rule is at least as good, "warning" where it is in the model's interval.
+        text: A sentence.
+    """
+
+    rule: str
+    share: float
+    status: Literal["passed", "warning", "failed"]
+    text: str
+
+
+def verdict(report: Report) -> Verdict | None:
+    """What matters first: is the model better than a rule without one? None without a scored pair."""
+    overall = report.metrics.overall
+    if overall.accuracy is None or overall.interval is None:
+        return None
+    share, rule = max((share, name) for name, share in _rules(report.metrics.baselines))
+    points = percent(abs(overall.accuracy - share))
+    if overall.accuracy <= share:
+        worse = f"better, by {points} points." if overall.accuracy < share else "as good as the model."
+        return Verdict(rule, share, "failed", f"The rule is {worse}")
+    if overall.interval[0] <= share:
+        said = f"The model is {points} points better, which is within its interval: not shown to be better."
+        return Verdict(rule, share, "warning", said)
+    return Verdict(rule, share, "passed", f"The model is {points} points better than the rule.")
+
+
+def _rules(baselines: Baselines) -> list[tuple[str, float]]:
+    """Rules without a model, with their accuracy where it is known."""
+    rules = (
+        ("taking the longer candidate", baselines.longer_wins),
+        ("taking the shorter candidate", baselines.shorter_wins),
+        ("taking the candidate most like the reference", baselines.most_like_reference),
+    )
+    known = [(name, rule.overall) for name, rule in rules if rule is not None and rule.overall is not None]
+    return [("chance", baselines.chance), *known]
+
+
 def _baselines(report: Report) -> Iterator[Finding]:
-    overall, baselines = report.metrics.overall, report.metrics.baselines
+    overall = report.metrics.overall
     if overall.interval is None:
         return
-    rules = (
-        ("chance", baselines.chance),
-        ("taking the longer candidate", baselines.longer_wins and baselines.longer_wins.overall),
-        ("taking the shorter candidate", baselines.shorter_wins and baselines.shorter_wins.overall),
-        (
-            "taking the candidate most like the reference",
-            baselines.most_like_reference and baselines.most_like_reference.overall,
-        ),
-    )
     low = overall.interval[0]
-    unbeaten = [f"{name} ({percent(share)} %)" for name, share in rules if share and low <= share]
+    unbeaten = [
+        f"{name} ({percent(share)} %)" for name, share in _rules(report.metrics.baselines) if low <= share
+    ]
     if unbeaten:
         yield Finding(
             "warning",

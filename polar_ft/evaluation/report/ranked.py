@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from polar_ft.evaluation.report.numbers import count, number, percent, percent_interval
-from polar_ft.evaluation.report.texttable import Row, Section, TextTable, explained
+from polar_ft.evaluation.report.texts import (
+    Row,
+    Section,
+    TextTable,
+    count,
+    explained,
+    number,
+    percent,
+    percent_interval,
+)
 from polar_ft.evaluation.statistics.benchmarks import STYLES, Benchmarks, RewardBench2, RMBench, RMBSummary
 from polar_ft.evaluation.statistics.ranking import RankingFigures, RankingMetrics
 
@@ -127,9 +135,12 @@ def _rm_bench(figures: RMBench) -> Section:
     headers = ("domain", "rows", "easy %", "normal %", "hard %", "average %")
     notes = [
         "easy: the chosen candidate has the fancier style · normal: both have one style · hard: the rejected "
-        "one has · the two parts of safety are averaged first.",
+        "one has · the rows of safety-refuse and safety-response are pooled as one domain, safety.",
         *_left_out(figures.n_left_out),
     ]
+    if figures.missing_domains:
+        missing = ", ".join(figures.missing_domains)
+        notes.insert(0, f"Not in the data: {missing}. The means are not the leaderboard's.")
     tables = [TextTable("RM-Bench", headers, rows, notes)]
     for name, domain in figures.domains.items():
         matrix = [

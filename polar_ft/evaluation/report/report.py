@@ -31,8 +31,10 @@ class RunInfo(BaseModel):
     Attributes:
         model: The model folder, as it was named.
         model_sha256: Hash of its weights.
-        engine: What computed the scores.
+        engine: What computed the scores, or what they were read from.
         data: The held-out files, or the file of scores, as they were named.
+        results_sha256: Hash of the files of scores that the figures are of.
+        subset_by: Fields whose values the figures are reported by.
         created: UTC time, ISO 8601.
         versions: Version of each package that decides a score.
         dtype: In which the model computed.
@@ -47,7 +49,7 @@ class RunInfo(BaseModel):
         shuffle_seed: Seed of the shuffled references; None where they were not asked for.
         n_same_reference: Pairs whose reference text stayed what it was, for want of another one.
         n_from_cache: Candidates whose score was known from an earlier run.
-        seconds: Time spent scoring, all passes included.
+        seconds: Time spent scoring, all passes and all parts of an interrupted run included.
         pairs_per_second: Over that time, the pairs of all passes counted.
     """
 
@@ -57,6 +59,8 @@ class RunInfo(BaseModel):
     model_sha256: str | None = None
     engine: str | None = None
     data: list[DataFile]
+    results_sha256: str | None = None
+    subset_by: list[str] = []
     created: str
     versions: dict[str, str]
     dtype: str | None = None

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from polar_ft.evaluation.figures import Breakdown, Figures, OtherReference
-from polar_ft.evaluation.report.numbers import (
+from polar_ft.evaluation.report.ranked import benchmark_sections, ranking_section
+from polar_ft.evaluation.report.report import Report
+from polar_ft.evaluation.report.texts import (
+    MAX_ROWS,
+    Row,
+    Section,
+    TextTable,
     count,
+    explained,
+    largest,
     number,
     p_value,
     percent,
     percent_interval,
     signed_points,
 )
-from polar_ft.evaluation.report.ranked import benchmark_sections, ranking_section
-from polar_ft.evaluation.report.report import Report
-from polar_ft.evaluation.report.texttable import MAX_ROWS, Row, Section, TextTable, explained, largest
 from polar_ft.evaluation.statistics.accuracy import Interval, MacroMetrics, PairMetrics
 from polar_ft.evaluation.statistics.baselines import Baseline
 from polar_ft.evaluation.statistics.calibration import Calibration

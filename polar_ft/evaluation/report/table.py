@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from polar_ft.evaluation.figures import OtherReference
 from polar_ft.evaluation.report.checks import make_checks
-from polar_ft.evaluation.report.numbers import number, percent, percent_interval
+from polar_ft.evaluation.report.ranked import benchmark_sections, ranking_section
 from polar_ft.evaluation.report.report import Report
 from polar_ft.evaluation.report.sections import baseline_mean, baseline_of
-from polar_ft.evaluation.report.texttable import largest
-from polar_ft.evaluation.report.visible import visible
+from polar_ft.evaluation.report.texts import (
+    TextTable,
+    largest,
+    number,
+    percent,
+    percent_interval,
+    visible,
+)
 from polar_ft.evaluation.statistics.accuracy import MacroMetrics, PairMetrics
 from polar_ft.evaluation.statistics.baselines import Baseline
 
@@ -22,12 +30,18 @@ MAX_SUBSETS = 100
 
 
 def screen_tables(report: Report) -> list[Table]:
-    """The accuracy by every field, and the ranked rows where there are some; each fits `TABLE_WIDTH`."""
+    """The accuracy by every field, ranked rows and summaries of benchmarks; each fits `TABLE_WIDTH`."""
     tables = [metrics_table(report, field) for field in list(report.metrics.subsets)[1:]]
-    tables.insert(0, metrics_table(report))
-    if report.metrics.ranking is not None:
-        tables.append(_ranking_table(report))
-    return tables
+    return [metrics_table(report), *tables, *map(_text_table, _ranked_tables(report))]
+
+
+def _ranked_tables(report: Report) -> list[TextTable]:
+    """Best of N, and of each benchmark the figures that it publishes; the report has their parts too."""
+    figures = report.metrics
+    sections = [] if figures.ranking is None else [ranking_section(figures.ranking)]
+    if figures.benchmarks is not None:
+        sections += benchmark_sections(figures.benchmarks)
+    return [section.tables[0] for section in sections]
 
 
 def metrics_table(report: Report, field: str | None = None) -> Table:
@@ -80,6 +94,7 @@ def notes(report: Report) -> list[str]:
             f"Without a model, on the same pairs: {', '.join(rules)} (equal as half), chance "
             f"{percent(baselines.chance)} %."
         )
+    lines += [f"{table.caption}: {note}" for table in _ranked_tables(report)[1:] for note in table.notes]
     for check in make_checks(report):
         loud = check.status in ("failed", "warning")
         status = check.status.upper() if loud else check.status
@@ -147,25 +162,15 @@ def _cells(
     return [cells[column] for column in columns]
 
 
-def _ranking_table(report: Report) -> Table:
-    figures = report.metrics.ranking
-    assert figures is not None
-    table = _table(padding=1, names="ranked rows")
-    for header in ("rows", "best of\nN, %", "95 %\ninterval", "chance\n%", "Kendall\nτ-b", "Spear-\nman ρ"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for name, metrics in (*figures.subsets.items(), (None, figures.overall)):
-        if name is None:
+def _text_table(shown: TextTable) -> Table:
+    """A table of the report for the screen; its caption stands over the names."""
+    table = _table(padding=1, names=shown.caption)
+    for header in shown.headers[1:]:
+        table.add_column(fill(header, 10), justify="right", no_wrap=True)
+    for row in shown.rows:
+        if row.strong:
             table.add_section()
-        table.add_row(
-            "all rows" if name is None else _plain(name),
-            str(metrics.n_rows),
-            percent(metrics.best_of_n),
-            percent_interval(metrics.best_of_n_ci95),
-            percent(metrics.chance),
-            number(metrics.kendall_tau_b),
-            number(metrics.spearman),
-            style="bold" if name is None else None,
-        )
+        table.add_row(_plain(row.name), *row.cells, style="bold" if row.strong else None)
     return table
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.pairs import PairTable
-from polar_ft.evaluation.report.checks import make_checks
-from polar_ft.evaluation.report.numbers import count, percent, percent_interval
+from polar_ft.evaluation.report.checks import make_checks, verdict
 from polar_ft.evaluation.report.pages.html import html_report
 from polar_ft.evaluation.report.plots.drawing import to_png
 from polar_ft.evaluation.report.plots.plots import make_plots
 from polar_ft.evaluation.report.report import HTML_FILE, MARKDOWN_FILE, METRICS_FILE, PLOTS_FOLDER, Report
 from polar_ft.evaluation.report.sections import TextTable, make_sections
-from polar_ft.evaluation.report.visible import visible
+from polar_ft.evaluation.report.texts import count, percent, percent_interval, visible
 from polar_ft.evaluation.report.worst import WorstPair
 
 # What Markdown, or the HTML that Markdown may hold, would take for its own.
@@ -87,6 +86,11 @@ def markdown_report(report: Report) -> str:
         f"**{percent(overall.accuracy)} %** of {count(overall.n_scored, 'scored pair')} right "
         f"(95 % interval {percent_interval(overall.interval)}), by `polar-ft eval`.",
         "",
+        *(
+            [f"The best rule without a model ({judged.rule}): {percent(judged.share)} %. {judged.text}", ""]
+            if (judged := verdict(report))
+            else []
+        ),
         *(
             f"- **{check.status}**, {_escape(check.name)}: {_escape(check.text)}"
             for check in make_checks(report)

@@ -25,6 +25,8 @@ from polar_ft.evaluation.statistics.ranking import best_of_n
 
 REWARDBENCH_2_SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
 
+RM_BENCH_DOMAINS = ("chat", "code", "math", "safety")
+
 STYLES = ("concise", "detailed_plain", "detailed_markdown")
 
 
@@ -108,12 +110,13 @@ class RMBench(BaseModel):
     """RM-Bench (Liu et al. 2024, arXiv 2410.16184).
 
     Attributes:
-        domains: Domain → accuracy by style, in alphabetical order; "safety-refuse" and "safety-response" are
-            the one domain "safety".
+        domains: Domain → accuracy by style, in alphabetical order; the rows of "safety-refuse" and
+            "safety-response" are pooled as the one domain "safety".
         easy: Unweighted mean over domains; likewise the next three.
         normal: See `easy`.
         hard: See `easy`.
-        average: See `easy`; the benchmark's headline.
+        average: See `easy`; the benchmark's headline where `missing_domains` is empty.
+        missing_domains: Domains of the published benchmark that the data does not have.
         n_left_out: Rows without finite scores, or not of the form.
     """
 
@@ -124,6 +127,7 @@ class RMBench(BaseModel):
     normal: float
     hard: float
     average: float
+    missing_domains: list[str]
     n_left_out: int
 
 
@@ -293,6 +297,7 @@ def rm_bench(rankings: Sequence[Ranking]) -> RMBench | None:
         normal=mean_of("normal"),
         hard=mean_of("hard"),
         average=mean_of("average"),
+        missing_domains=[name for name in RM_BENCH_DOMAINS if name not in domains],
         n_left_out=len(rankings) - sum(map(len, wins.values())),
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from pydantic import BaseModel, ConfigDict
-from scipy import optimize, special
 
 from polar_ft.evaluation.pairs import Floats
 from polar_ft.evaluation.statistics.accuracy import Interval, wilson_interval
@@ -97,7 +97,7 @@ def calibration(margin: Floats, n_bins: int = BINS) -> Calibration | None:
         n_pairs=len(scored),
         bins=bins,
         ece=_ece(bins),
-        brier=float(np.mean(special.expit(-scored) ** 2)),
+        brier=float(np.mean(scipy.special.expit(-scored) ** 2)),
         log_loss=_log_loss(scored),
         temperature=temperature,
         temperature_note=note,
@@ -113,7 +113,7 @@ def reliability(margin: Floats, n_bins: int = BINS) -> list[ReliabilityBin]:
         margin: Finite margins, `[pairs]`.
         n_bins: Number of bins.
     """
-    confidence = special.expit(np.abs(margin))
+    confidence = scipy.special.expit(np.abs(margin))
     credit = (np.sign(margin) + 1) / 2
     edges = np.linspace(0.5, 1.0, n_bins + 1)
     places = np.minimum(np.searchsorted(edges, confidence, side="right") - 1, n_bins - 1)
@@ -162,7 +162,7 @@ def _temperature(margin: Floats) -> tuple[float | None, str | None]:
     units = margin / scale
 
     def slope(beta: float) -> float:
-        return -float(np.mean(units * special.expit(-beta * units)))
+        return -float(np.mean(units * scipy.special.expit(-beta * units)))
 
     high = 1.0
     while slope(high) < 0:
@@ -170,4 +170,4 @@ def _temperature(margin: Floats) -> tuple[float | None, str | None]:
     low = high / 2
     while slope(low) > 0:
         low /= 2
-    return scale / optimize.brentq(slope, low, high, xtol=1e-12 * low), None
+    return scale / scipy.optimize.brentq(slope, low, high, xtol=1e-12 * low), None

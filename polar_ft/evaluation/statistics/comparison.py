@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
+import scipy  # its parts load when they are first used
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 
 from polar_ft.errors import PolarError
 from polar_ft.evaluation.pairs import Bools, Floats, Ints, PairTable
 from polar_ft.evaluation.statistics.accuracy import wilson_interval
 from polar_ft.evaluation.statistics.resampling import SEED, Interval, bootstrap_ratio, prompt_numbers
+
+Texts = NDArray[np.uint64]
 
 # More than for an interval alone, as p-values are corrected for the number of subsets.
 COMPARISON_SAMPLES = 10_000
@@ -67,6 +74,8 @@ class Comparison(BaseModel):
         n_shared: Pairs that both runs have.
         n_only_in_a: Pairs of A that B does not have; left out, as `n_only_in_b`.
         n_only_in_b: Pairs of B that A does not have.
+        matched_by: "texts", or "ids" where the runs' scores do not both say what their texts are.
+        n_other_texts: Pairs of A whose id B has with other texts: not the same pair, left out.
         n_nonfinite: Shared pairs without finite scores in both runs; left out.
         overall: All shared pairs.
         subsets: Field → value → the pairs of that subset.
@@ -78,6 +87,8 @@ class Comparison(BaseModel):
     n_shared: int
     n_only_in_a: int
     n_only_in_b: int
+    matched_by: Literal["texts", "ids"]
+    n_other_texts: int
     n_nonfinite: int
     overall: PairedDifference
     subsets: dict[str, dict[str, PairedDifference]]
@@ -94,8 +105,8 @@ def compare(
 ) -> Comparison:
     """Compares run B with run A on the pairs that both have.
 
-    Pairs are matched by `ids`. Where one id stands for several pairs of a run, or a run has no ids, the two
-    runs must hold the same pairs in the same order. Subsets and prompts are those of A.
+    Pairs are matched by their texts, or by their ids where a run's texts are not known; see `match`. Subsets
+    and prompts are those of A.
 
     Args:
         table_a: Run A.
@@ -115,7 +126,8 @@ def compare(
     >>> result.most_different
     [DifferingPair(id='z', row_a=2, row_b=0, margin_a=-3.0, margin_b=5.0)]
     """
-    rows_a, rows_b = match(table_a.ids, table_b.ids, len(table_a), len(table_b))
+    matched = match(table_a, table_b)
+    rows_a, rows_b = matched.rows_a, matched.rows_b
     margin_a, margin_b = table_a.margins[rows_a], table_b.margins[rows_b]
     prompts = None if table_a.prompts is None else table_a.prompts[rows_a]
 
@@ -137,6 +149,8 @@ def compare(
         n_shared=len(rows_a),
         n_only_in_a=len(table_a) - len(rows_a),
         n_only_in_b=len(table_b) - len(rows_b),
+        matched_by=matched.by,
+        n_other_texts=matched.n_other_texts,
         n_nonfinite=int(np.count_nonzero(~np.isfinite(margin_a) | ~np.isfinite(margin_b))),
         overall=difference(slice(None)),
         subsets=subsets,
@@ -210,7 +224,7 @@ def paired_difference(
         p_value=p_value,
         n_only_a=n_only_a,
         n_only_b=n_only_b,
-        p_mcnemar=float(stats.binomtest(n_only_a, discordant).pvalue) if discordant else 1.0,
+        p_mcnemar=float(scipy.stats.binomtest(n_only_a, discordant).pvalue) if discordant else 1.0,
     )
 
 
@@ -235,40 +249,114 @@ def holm(rows: dict[str, PairedDifference]) -> dict[str, PairedDifference]:
     return {name: row.model_copy(update={"p_holm": corrected.get(name)}) for name, row in rows.items()}
 
 
-def match(ids_a: list[str] | None, ids_b: list[str] | None, n_a: int, n_b: int) -> tuple[Ints, Ints]:
-    """Row numbers of the shared pairs in A and in B, in the order of A.
+@dataclass(frozen=True)
+class Matched:
+    """Which pair of B is which of A.
+
+    Attributes:
+        rows_a: Row numbers of the shared pairs in A, ascending, `[shared]`.
+        rows_b: Row numbers of the same pairs in B, `[shared]`.
+        by: What they were matched by.
+        n_other_texts: Pairs of A whose id B has with other texts.
+    """
+
+    rows_a: Ints
+    rows_b: Ints
+    by: Literal["texts", "ids"]
+    n_other_texts: int = 0
+
+
+def match(a: PairTable, b: PairTable) -> Matched:
+    """Finds the pairs that both runs have, by their texts where both know these, else by ids that are unique.
+
+    The order of the rows says nothing: a file may have been sorted or filtered in between. Texts that occur
+    several times are told apart by their ids; copies that these do not tell apart are matched if a run scores
+    all of them the same, so that it does not matter which is which, and are left out otherwise.
 
     Raises:
-        PolarError: The pairs cannot be matched.
+        PolarError: The pairs cannot be matched, or none is shared.
 
-    >>> match(["x", "y", "z"], ["z", "w", "x"], 3, 3)
-    (array([0, 2]), array([2, 0]))
+    >>> zeros = np.zeros(3)
+    >>> a = PairTable(zeros, zeros, ids=["x", "y", "z"], contents=np.array([7, 8, 9], np.uint64))
+    >>> b = PairTable(zeros, zeros, ids=["z", "y", "x"], contents=np.array([7, 6, 9], np.uint64))
+    >>> match(a, b)
+    Matched(rows_a=array([0, 2]), rows_b=array([0, 2]), by='texts', n_other_texts=3)
     """
-    if ids_a is None or ids_b is None:
-        if n_a != n_b:
-            which = "run A" if ids_a is None else "run B"
+    if a.contents is not None and b.contents is not None and a.contents_of == b.contents_of:
+        pairs = _same_texts(a, b, a.contents, b.contents)
+        n_other = _count_other_texts(a, b, a.contents, b.contents)
+        if not pairs:
+            though = f", though {n_other:,} of the ids are" if n_other else ""
             raise PolarError(
-                f"{which} has no ids and the runs have {n_a} and {n_b} pairs — add an id to each row, or "
-                f"compare runs over the same rows"
+                f"the runs share no pair: none of their texts are the same{though} — compare runs over the "
+                f"same data"
             )
-        return np.arange(n_a), np.arange(n_b)
-    if ids_a == ids_b:
-        return np.arange(n_a), np.arange(n_b)
-    row_b = {name: row for row, name in enumerate(ids_b)}
-    for run, ids, distinct in (("A", ids_a, len(set(ids_a))), ("B", ids_b, len(row_b))):
-        if distinct < len(ids):
+        rows = np.array(pairs, dtype=np.int64)
+        return Matched(rows[:, 0], rows[:, 1], "texts", n_other)
+    if a.ids is None or b.ids is None:
+        run = "A" if a.ids is None else "B"
+        raise PolarError(
+            f"run {run} has no ids, and the texts of the pairs are not known in both runs — pairs are not "
+            f"matched by their order: add an id to each row, or the columns prompt, chosen and rejected"
+        )
+    for run, ids in (("A", a.ids), ("B", b.ids)):
+        if len(set(ids)) < len(ids):
             raise PolarError(
-                f"run {run} has the id {_first_repeated(ids)!r} more than once, and the runs are not over "
-                f"the same rows in the same order — give each pair an id of its own"
+                f"run {run} has the id {_first_repeated(ids)!r} more than once, and the texts of the pairs "
+                f"are not known in both runs — give each pair an id of its own"
             )
-    shared = [(row, row_b[name]) for row, name in enumerate(ids_a) if name in row_b]
+    row_b = {name: row for row, name in enumerate(b.ids)}
+    shared = [(row, row_b[name]) for row, name in enumerate(a.ids) if name in row_b]
     if not shared:
         raise PolarError(
-            f"the runs share no pair: ids of A begin with {ids_a[:2]}, those of B with {ids_b[:2]} — compare "
+            f"the runs share no pair: ids of A begin with {a.ids[:2]}, those of B with {b.ids[:2]} — compare "
             f"runs over the same data"
         )
     rows = np.array(shared, dtype=np.int64)
-    return rows[:, 0], rows[:, 1]
+    return Matched(rows[:, 0], rows[:, 1], "ids")
+
+
+def _same_texts(a: PairTable, b: PairTable, texts_a: Texts, texts_b: Texts) -> list[tuple[int, int]]:
+    """Rows of A and B with the same texts."""
+    rows_of: tuple[dict[int, list[int]], dict[int, list[int]]] = defaultdict(list), defaultdict(list)
+    for rows, texts in zip(rows_of, (texts_a, texts_b), strict=True):
+        for row, text in enumerate(texts.tolist()):
+            rows[text].append(row)
+    found = []
+    for text, rows_a in rows_of[0].items():
+        rows_b = rows_of[1].get(text, [])
+        if len(rows_a) == len(rows_b) == 1:
+            found.append((rows_a[0], rows_b[0]))
+        elif rows_b:
+            found += _copies(a, b, rows_a, rows_b)
+    return sorted(found)
+
+
+def _copies(a: PairTable, b: PairTable, rows_a: list[int], rows_b: list[int]) -> list[tuple[int, int]]:
+    """Of pairs with the same texts those with the same id, and the others if a run scores them all alike."""
+    found = []
+    if a.ids is not None and b.ids is not None:
+        ids_a, ids_b = [a.ids[row] for row in rows_a], [b.ids[row] for row in rows_b]
+        for name in set(ids_a) & set(ids_b):
+            if ids_a.count(name) == ids_b.count(name) == 1:
+                found.append((rows_a[ids_a.index(name)], rows_b[ids_b.index(name)]))
+    done_a, done_b = {row for row, _ in found}, {row for _, row in found}
+    rest_a, rest_b = [r for r in rows_a if r not in done_a], [r for r in rows_b if r not in done_b]
+    if all(len(np.unique(table.margins[rest])) <= 1 for table, rest in ((a, rest_a), (b, rest_b)) if rest):
+        found += zip(rest_a, rest_b, strict=False)
+    return found
+
+
+def _count_other_texts(a: PairTable, b: PairTable, texts_a: Texts, texts_b: Texts) -> int:
+    if a.ids is None or b.ids is None:
+        return 0
+    texts_of: dict[str, set[int]] = {}
+    for name, text in zip(b.ids, texts_b.tolist(), strict=True):
+        texts_of.setdefault(name, set()).add(text)
+    return sum(
+        name in texts_of and text not in texts_of[name]
+        for name, text in zip(a.ids, texts_a.tolist(), strict=True)
+    )
 
 
 def _most_different(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
-from scipy import special, stats
 
 from polar_ft.evaluation.pairs import Bools, Floats, Ints, PairTable
 from polar_ft.evaluation.statistics.accuracy import Interval, wilson_interval
@@ -144,7 +144,9 @@ def correlation(one: ArrayLike, other: ArrayLike) -> Correlation:
     (0.9897, 1.0)
     """
     x, y = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
-    return Correlation(pearson=_pearson(x, y), spearman=_pearson(stats.rankdata(x), stats.rankdata(y)))
+    return Correlation(
+        pearson=_pearson(x, y), spearman=_pearson(scipy.stats.rankdata(x), scipy.stats.rankdata(y))
+    )
 
 
 class LengthControlled(BaseModel):
@@ -199,14 +201,14 @@ def length_controlled(margin: Floats, difference: ArrayLike, prompts: Ints | Non
     penalty = np.array([0.0, 1.0])
     weights = np.zeros(2)
     for _ in range(100):  # Newton's method; a handful of steps for a convex loss of two unknowns
-        expected = special.expit(features @ weights)
+        expected = scipy.special.expit(features @ weights)
         gradient = features.T @ (expected - credit) + penalty * weights
         hessian = (features.T * (expected * (1 - expected))) @ features + np.diag(penalty)
         step = np.linalg.solve(hessian, gradient)
         weights = weights - step
         if np.abs(step).max() < 1e-10:
             break
-    residuals = features * (credit - special.expit(features @ weights))[:, None]
+    residuals = features * (credit - scipy.special.expit(features @ weights))[:, None]
     if prompts is not None:
         numbers = prompt_numbers(prompts)
         residuals = np.stack([np.bincount(numbers, column) for column in residuals.T], axis=1)
@@ -215,10 +217,10 @@ def length_controlled(margin: Floats, difference: ArrayLike, prompts: Ints | Non
     if n_prompts > 1:
         bread = np.linalg.inv(hessian)
         covariance = bread @ (residuals.T @ residuals) @ bread * n_prompts / (n_prompts - 1)
-        half = stats.t.ppf(0.975, n_prompts - 1) * np.sqrt(covariance[0, 0])
-        ci95 = (float(special.expit(weights[0] - half)), float(special.expit(weights[0] + half)))
+        half = scipy.stats.t.ppf(0.975, n_prompts - 1) * np.sqrt(covariance[0, 0])
+        ci95 = (float(scipy.special.expit(weights[0] - half)), float(scipy.special.expit(weights[0] + half)))
     return LengthControlled(
-        accuracy=float(special.expit(weights[0])),
+        accuracy=float(scipy.special.expit(weights[0])),
         ci95=ci95,
         length_effect=float(weights[1]) if spread > 0 else None,
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from scipy import stats
 
 from polar_ft.evaluation.pairs import Floats, Ranking
 from polar_ft.evaluation.statistics.accuracy import interval_by_prompt, wilson_interval
@@ -162,7 +162,7 @@ def _signs(values: Floats) -> Floats:
 
 
 def _centred_ranks(values: Floats) -> Floats:
-    ranks = stats.rankdata(values, axis=1)
+    ranks = scipy.stats.rankdata(values, axis=1)
     return ranks - ranks.mean(axis=1, keepdims=True)
 
 

@@ -21,8 +21,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts load when they are first used
 from numpy.typing import ArrayLike
-from scipy import special, stats
 
 from polar_ft.evaluation.pairs import Floats, Ints
 
@@ -73,9 +73,9 @@ class Bootstrap:
         good for both (Hesterberg, "What teachers should know about the bootstrap", The American Statistician
         69 (2015), the expanded percentile interval).
         """
-        z = self._expansion * stats.t.ppf((1 + level) / 2, self.n_prompts - 1)
+        z = self._expansion * scipy.stats.t.ppf((1 + level) / 2, self.n_prompts - 1)
         w = self._median_bias + np.array([-z, z])
-        levels = special.ndtr(self._median_bias + w / np.maximum(1 - self.acceleration * w, _TINY))
+        levels = scipy.special.ndtr(self._median_bias + w / np.maximum(1 - self.acceleration * w, _TINY))
         low, high = np.quantile(self.samples, levels)
         return float(low), float(high)
 
@@ -89,7 +89,9 @@ class Bootstrap:
         """
         off = np.abs(self.samples - self.estimate) >= abs(self.estimate) - _TINY
         share = (np.count_nonzero(off) + 1) / (len(off) + 1)
-        return float(2 * stats.t.cdf(special.ndtri(share / 2) / self._expansion, self.n_prompts - 1))
+        return float(
+            2 * scipy.stats.t.cdf(scipy.special.ndtri(share / 2) / self._expansion, self.n_prompts - 1)
+        )
 
     @property
     def _expansion(self) -> float:
@@ -101,7 +103,7 @@ class Bootstrap:
         around = self.estimate + np.array([-_TINY, _TINY])
         share = float(np.searchsorted(self.samples, around).mean()) / len(self.samples)
         least = 0.5 / len(self.samples)
-        return float(special.ndtri(min(max(share, least), 1 - least)))
+        return float(scipy.special.ndtri(min(max(share, least), 1 - least)))
 
 
 def bootstrap_ratio(

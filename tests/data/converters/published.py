@@ -70,6 +70,15 @@ _ROWS: dict[str, dict[str, Any]] = {
         "three_most_similar_preferences": [],
         "all_preferences_unprocessed": [],
     },
+    "helpsteer2-ratings": {
+        "prompt": "2 + 2?",
+        "response": "4",
+        "helpfulness": 4,
+        "correctness": 4,
+        "coherence": 4,
+        "complexity": 0,
+        "verbosity": 0,
+    },
     "helpsteer3": {
         "domain": "stem",
         "language": "english",
@@ -78,6 +87,50 @@ _ROWS: dict[str, dict[str, Any]] = {
         "response2": "4",
         "overall_preference": 2,
         "individual_preference": [{"score": 2, "reasoning": "It is right."}],
+    },
+    "nectar": {
+        "prompt": "\n\nHuman: 2 + 2?\n\nAssistant: ",
+        "answers": [
+            {"answer": text, "model": model, "rank": rank}
+            for text, model, rank in (("5", "a", 3.0), ("4", "b", 1.0), ("four", "c", 2.0))
+        ],
+        "turns": 1,
+        "num_responses": 3,
+        "source": ["lmsys-chat-1m"],
+        "good_natured": True,
+    },
+    "pku-saferlhf": {
+        "prompt": "2 + 2?",
+        "response_0": "5",
+        "response_1": "4",
+        "prompt_source": "Alpaca3-70B",
+        "response_0_source": "Alpaca3-8B",
+        "response_1_source": "WizardLM-30B-Uncensored",
+        "is_response_0_safe": True,
+        "is_response_1_safe": False,
+        "response_0_harm_category": {"Privacy Violation": False},
+        "response_1_harm_category": {"Privacy Violation": True},
+        "response_0_severity_level": 0,
+        "response_1_severity_level": 2,
+        "better_response_id": 1,
+        "safer_response_id": 0,
+        "response_0_sha256": "ef2d",
+        "response_1_sha256": "4b22",
+    },
+    "arena": {
+        "question_id": "58210e39b3fd4441a2bd4a518bb44c2d",
+        "model_a": "chatglm-6b",
+        "model_b": "koala-13b",
+        "winner": "model_b",
+        "judge": "arena_user_973",
+        "conversation_a": _dialogue("5"),
+        "conversation_b": _dialogue("4"),
+        "turn": 1,
+        "anony": True,
+        "language": "English",
+        "tstamp": 1682351591.1322,
+        "openai_moderation": {"flagged": False},
+        "toxic_chat_tag": {"roberta-large": {"flagged": False, "probability": 0.01}},
     },
     "rewardbench": {
         "prompt": "2 + 2?",
@@ -133,6 +186,42 @@ _ROWS: dict[str, dict[str, Any]] = {
     },
 }
 _ROWS["rmb-polar"] = _ROWS["rmb"]
+_ROWS |= {
+    "tulu": {
+        "id": "ai2-adapt-dev/x_1",
+        "prompt": "2 + 2?",
+        "chosen": _dialogue("4"),
+        "rejected": _dialogue("5"),
+        "source": "ai2-adapt-dev/x",
+    },
+    "llama-factory-alpaca": {
+        "instruction": "2 + 2?",
+        "input": "",
+        "chosen": "4",
+        "rejected": "5",
+    },
+    "llama-factory-sharegpt": {
+        "conversations": [{"from": "human", "value": "2 + 2?"}],
+        "chosen": {"from": "gpt", "value": "4"},
+        "rejected": {"from": "gpt", "value": "5"},
+    },
+    "llama-factory-v1": {
+        f"{side}_messages": [
+            {"role": turn["role"], "content": [{"type": "text", "value": turn["content"]}]}
+            for turn in _dialogue(answer)
+        ]
+        for side, answer in (("chosen", "4"), ("rejected", "5"))
+    },
+    "ms-swift": {"messages": _dialogue("4"), "rejected_response": "5"},
+    "openai": {
+        "input": {"messages": _dialogue("4")[:1], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": _dialogue("4")[1:],
+        "non_preferred_output": _dialogue("5")[1:],
+    },
+    "openrlhf": {"chosen": _dialogue("4"), "rejected": _dialogue("5"), "margin": 1.0},
+    "trl": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    "trl-unpaired": {"prompt": "2 + 2?", "completion": "4", "label": True},
+}
 
 FORMATS = sorted(_ROWS)
 

@@ -102,6 +102,12 @@ def test_ranked_without_reference_pairs_all_responses() -> None:
     assert converted.left_out == {TIED: 1}
 
 
+def test_ranked_keeps_a_field_of_the_row_under_another_name() -> None:
+    (row,) = ranked(rows.ranked(3, 2, 1, margin=9, chosen_score="high")).rows
+    assert (row["margin"], row["source_margin"]) == (1.0, 9)
+    assert (row["chosen_score"], row["source_chosen_score"]) == (2.0, "high")
+
+
 @pytest.mark.parametrize("own", [{"reference": "own"}, {"references": ["one", "two"]}])
 def test_ranked_keeps_references_of_its_own(own: dict) -> None:
     for reference in ("best", "none"):
@@ -156,7 +162,7 @@ def test_nothing_is_written_where_no_row_converts(write_rows: WriteRows, tmp_pat
 def test_unknown_formats_and_options_are_refused(write_rows: WriteRows, tmp_path: Path) -> None:
     source = str(write_rows("in.jsonl", [rows.pair()]))
     with pytest.raises(
-        PolarError, match=r"alpaca: no such format; there are chat-pairs, .*, ultrafeedback-binarized"
+        PolarError, match=r"alpaca: no such format; there are auto, arena, .*, ultrafeedback-binarized"
     ):
         convert_file("alpaca", source, tmp_path / "out.jsonl")
     with pytest.raises(PolarError, match="--pairing is no option of the format hh-rlhf; leave"):

@@ -12,9 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_ft.data.converters import convert_file
-from polar_ft.data.converters.rmb import HOLDS_REFERENCE, NO_THIRD, rmb, rmb_bon, rmb_polar
+from polar_ft.data.converters.rmb import (
+    HOLDS_REFERENCE,
+    NO_THIRD,
+    TWO_SCORES,
+    UNDECIDED,
+    rmb,
+    rmb_bon,
+    rmb_polar,
+)
 from polar_ft.data.reading import read_rows
-from polar_ft.data.records import RowError
 from polar_ft.errors import PolarError
 from tests.data.converters.published import published, rmb_pairs
 from tests.data.rows import WriteRows
@@ -78,13 +85,72 @@ def test_polar_protocol_by_hand() -> None:
     assert rmb_polar(rmb_pairs([("a", "b")], SCORES)).left_out == {NO_THIRD: 1}
 
 
-def test_an_answer_with_two_scores_is_an_error() -> None:
+def test_an_answer_with_two_scores_loses_only_its_own_pairs() -> None:
     rows = rmb_pairs(PAIRS, SCORES)
-    rows[3]["reject"]["score"] = 2.0
-    for convert in (rmb, rmb_polar):
-        with pytest.raises(RowError, match=r"reject.score: is 2 in pair .*-3, but 1.5 in another pair"):
-            convert(rows)
+    rows[3]["reject"]["score"] = 2.0  # d, which is 1.5 in two other pairs
+    done = rmb(rows)
+    assert [(text(row["chosen"]), text(row["rejected"])) for row in done.rows] == [("b", "c")]
+    assert done.left_out == {TWO_SCORES: 3, HOLDS_REFERENCE: 1}
     assert len(rmb(rows, reference="none").rows) == len(PAIRS)
+    # It is the worst answer with either score: the first three are known.
+    assert [text(row["chosen"]) for row in rmb_polar(rows).rows] == ["b"]
+    rows[3]["reject"]["score"] = 4.0  # as good as the third
+    assert rmb_polar(rows).left_out == {TWO_SCORES: 1}
+
+
+def without_scores(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as the repository has them since its commit 165a8f3."""
+    for row in rows:
+        del row["chosen"]["score"], row["reject"]["score"]
+    return rows
+
+
+def test_without_scores_the_pairs_are_kept_or_decide_the_order() -> None:
+    rows = without_scores(rmb_pairs(PAIRS, SCORES))
+    (row, *others) = rmb(rows, reference="none").rows
+    assert (len(others), row["reference"], row["chosen_policy"]) == (len(PAIRS) - 1, "", "model-b")
+    assert not {key for key in row if key.endswith("score")}
+    # Nothing says which of a and b is better; b over a decides the first three, b, a, c.
+    assert rmb(rows, reference="pairs").left_out == {UNDECIDED: len(PAIRS)}
+    assert rmb_polar(rows, reference="pairs").left_out == {UNDECIDED: 1}
+    rows += without_scores(rmb_pairs([("b", "a")], SCORES))
+    done = rmb(rows, reference="pairs")
+    assert [(text(row["reference"]), text(row["chosen"]), text(row["rejected"])) for row in done.rows] == [
+        ("b", "a", "c"),
+        ("b", "a", "d"),
+        ("b", "c", "d"),
+    ]
+    assert done.left_out == {HOLDS_REFERENCE: 3}
+    (row,) = rmb_polar(rows, reference="pairs").rows
+    assert [text(row[key]) for key in ("reference", "chosen", "rejected")] == ["b", "a", "c"]
+    # Pairs that contradict each other decide nothing.
+    rows += without_scores(rmb_pairs([("c", "b")], SCORES))
+    assert rmb(rows, reference="pairs").left_out == {UNDECIDED: 7}
+
+
+def test_a_text_that_is_chosen_over_itself_decides_nothing() -> None:
+    rows = without_scores(rmb_pairs([("a", "a"), ("a", "b")], SCORES))
+    assert rmb(rows, reference="pairs").left_out == {HOLDS_REFERENCE: 2}
+
+
+def test_where_scores_are_needed_the_message_says_which_commit_has_them(
+    write_rows: WriteRows, tmp_path: Path
+) -> None:
+    source = str(write_rows("in.jsonl", without_scores(rmb_pairs(PAIRS, SCORES))))
+    for name in ("rmb", "rmb-polar"):
+        with pytest.raises(PolarError, match=r"5 cannot be used.*git checkout 94c5976 .*--reference pairs"):
+            convert_file(name, source, tmp_path / "out.jsonl")
+    with pytest.raises(PolarError, match="--reference none: the format rmb-polar has best, pairs"):
+        convert_file("rmb-polar", source, tmp_path / "out.jsonl", options={"reference": "none"})
+    done = convert_file("rmb", source, tmp_path / "out.jsonl", options={"reference": "none"})
+    assert (done.rows_in, done.prompts_in, done.pairs, done.unusable) == (5, 1, 5, 0)
+
+
+def test_rows_prompts_and_pairs_are_counted(write_rows: WriteRows, tmp_path: Path) -> None:
+    rows = rmb_pairs(PAIRS, SCORES, "One?") + without_scores(rmb_pairs(PAIRS[:2], SCORES, "Two?"))
+    done = convert_file("rmb", str(write_rows("in.jsonl", rows)), tmp_path / "out.jsonl")
+    assert (done.rows_in, done.prompts_in, done.pairs) == (7, 2, 3)
+    assert (len(done.problems), done.unusable) == (1, 2)
 
 
 def test_a_text_of_two_models_counts_once_with_the_higher_score() -> None:
@@ -170,6 +236,6 @@ def test_a_bad_row_of_a_prompt_does_not_take_the_others_away(write_rows: WriteRo
 def test_where_no_pair_is_left_the_error_says_so(write_rows: WriteRows, tmp_path: Path) -> None:
     source = write_rows("in.jsonl", rmb_pairs([("a", "b")], SCORES))
     with pytest.raises(
-        PolarError, match=r"none of its 1 rows gives a pair as rmb \(of 1 no pair was left\)$"
+        PolarError, match=r"none of its 1 rows gives a pair as rmb \(of 1 prompt no pair was left\)$"
     ):
         convert_file("rmb", str(source), tmp_path / "out.jsonl")

@@ -55,6 +55,7 @@ def test_rm_bench_for_a_model_that_looks_at_style_first(summarise: Summarise) ->
     assert (summary.easy, summary.normal, summary.hard, summary.n_left_out) == (1, 1, 0, 0)
     assert summary.average == pytest.approx(6 / 9)
     assert list(summary.domains) == ["code", "math"]
+    assert summary.missing_domains == ["chat", "safety"]
 
 
 def test_rewardbench_2_with_its_ties(summarise: Summarise) -> None:

@@ -31,6 +31,20 @@ CHINESE = {
 }
 
 
+SIDEWAYS = """[...document.querySelectorAll("*")].filter(
+    each => each.scrollWidth > each.clientWidth + 1 && getComputedStyle(each).overflowX != "visible"
+).map(each => each.outerHTML.slice(0, 200))"""
+
+# In pixels of the screen; a plot's texts shrink with it.
+SMALLEST_TEXT = """Math.min(...[...document.querySelectorAll("body *")].filter(
+    each => each.getBoundingClientRect().width
+        && [...each.childNodes].some(child => child.nodeType == 3 && child.textContent.trim())
+).map(each => {
+    const size = parseFloat(getComputedStyle(each).fontSize), plot = each.closest("svg");
+    return plot ? size * plot.getBoundingClientRect().width / plot.viewBox.baseVal.width : size;
+}))"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
@@ -73,6 +87,17 @@ def test_page_in_a_browser(browser, make_run, tmp_path, language):
         )
         assert (brightness(paper) > brightness(ink)) == (scheme == "light")
         page.close()
+
+    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    page.goto(paths[1].as_uri())
+    # On a phone nothing has to be scrolled sideways, tables neither, and every text can be read.
+    assert page.evaluate(SIDEWAYS) == []
+    assert page.evaluate(SMALLEST_TEXT) >= 14
+    # What matters stands first, before anything has to be scrolled.
+    box = page.locator(".verdict").bounding_box()
+    assert box["y"] + box["height"] < 500
+    assert "the best rule without a model" in page.locator(".verdict").inner_text()
+    page.close()
 
     page = browser.new_page()
     page.goto(paths[1].as_uri())

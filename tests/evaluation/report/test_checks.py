@@ -5,7 +5,7 @@ import pytest
 
 from polar_ft.evaluation.figures import compute_figures
 from polar_ft.evaluation.pairs import PairTable
-from polar_ft.evaluation.report.checks import make_checks
+from polar_ft.evaluation.report.checks import make_checks, verdict
 from polar_ft.evaluation.report.report import Report
 
 from .conftest import run_info
@@ -85,3 +85,38 @@ def test_notes_of_the_run(four_pairs_report):
     )
     assert checks["small subsets"][1].startswith("3 subsets with fewer than 30 scored pairs")
     assert checks["data"] == ("note", "7 pairs that the data ranks the same: left out.")
+
+
+def pairs(n_right, n_longer):
+    """A hundred pairs, of which the model has `n_right` right; in `n_longer` the chosen one is longer."""
+    at = np.arange(100)
+    return PairTable(
+        chosen_score=np.where(at < n_right, 1.0, -1.0),
+        rejected_score=np.zeros(100),
+        chosen_chars=np.where(at < n_longer, 9, 1),
+        rejected_chars=np.full(100, 5),
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_right", "n_longer", "status", "text"),
+    [
+        (90, 60, "passed", "The model is 30.0 points better than the rule."),
+        (90, 85, "warning", "The model is 5.0 points better, which is within its interval: not shown"),
+        (75, 96, "failed", "The rule is better, by 21.0 points."),
+        (75, 75, "failed", "The rule is as good as the model."),
+    ],
+)
+def test_the_model_against_the_best_rule(n_right, n_longer, status, text):
+    report = Report(metrics=compute_figures(pairs(n_right, n_longer), samples=10), run=run_info())
+    found = verdict(report)
+    assert (found.rule, found.share, found.status) == ("taking the longer candidate", n_longer / 100, status)
+    assert found.text.startswith(text)
+
+
+def test_without_any_rule_the_model_is_held_against_chance():
+    table = PairTable(chosen_score=np.array([1.0, 2.0]), rejected_score=np.zeros(2))
+    report = Report(metrics=compute_figures(table, samples=10), run=run_info())
+    assert (verdict(report).rule, verdict(report).share) == ("chance", 0.5)
+    nothing = PairTable(chosen_score=np.array([np.nan]), rejected_score=np.zeros(1))
+    assert verdict(Report(metrics=compute_figures(nothing, samples=10), run=run_info())) is None

@@ -92,6 +92,9 @@ def test_page_has_all_sections_and_needs_nothing_from_elsewhere(make_run):
 def test_figures_of_the_page(four_pairs, four_pairs_report):
     page = page_of(four_pairs_report, four_pairs, worst_pairs(four_pairs))
     assert "33.3 % of 3 scored pairs right, 95 % interval 6.1–79.2" in " ".join(page.text.split())
+    # Of three scored pairs the rules get one, and one is level: 1/2.
+    said = "50.0 % the best rule without a model: taking the shorter candidate The rule is better, by 16.7 p"
+    assert said in " ".join(page.text.split())
     assert "The 3 pairs with the lowest margins; 1 of 3 are wrong." in page.text
     assert "Scores alone are known" in page.text
 

@@ -87,8 +87,22 @@ def test_every_table_fits_100_columns_at_its_widest(make_run):
 def test_every_field_and_the_ranked_rows_have_a_table(make_run):
     text = render(*screen_tables(make_run(["chat", "code"])[0]))
     assert re.search(r"^language +pairs", text, re.MULTILINE)
-    assert cells_of(text)["all rows"][0] == "24"
+    ranked = text[text.index("Ranked rows") : text.index("RM-Bench")]
+    assert cells_of(ranked)["all rows"][0] == "24"
     assert "Kendall" in text
+
+
+def test_the_summaries_of_benchmarks_are_on_the_screen(make_run):
+    report, _ = make_run(["chat", "code"])
+    text = render(*screen_tables(report))
+    domains = report.metrics.benchmarks.rm_bench
+    assert cells_of(text)["mean of domains"] == [
+        f"{100 * share:.1f}" for share in (domains.easy, domains.normal, domains.hard, domains.average)
+    ]
+    assert re.search(r"^RM-Bench +rows", text, re.MULTILINE)
+    rmb = report.metrics.benchmarks.rmb
+    assert re.search(rf"^chat +6 +{100 * rmb.goals['chat'].accuracy:.1f} ", text, re.MULTILINE)
+    assert "RM-Bench: easy: the chosen candidate has the fancier style" in "\n".join(notes(report))
 
 
 def test_notes_say_what_the_figures_mean(four_pairs_report):

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from scipy import stats
@@ -50,6 +50,7 @@ def test_wilson_of_no_proportion(k, n):
         wilson_interval(k, n)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_holds_the_proportion_and_mirrors(k_n):
     k, n = k_n
@@ -94,6 +95,7 @@ def test_scores_that_differ_by_one_ulp_are_no_tie():
     assert (metrics.n_correct, metrics.n_ties) == (1, 0)
 
 
+@settings(deadline=None)
 @given(scored_pairs())
 def test_label_swap_gives_one_minus_accuracy_minus_ties(pairs):
     chosen, rejected = pairs
@@ -109,6 +111,7 @@ def test_label_swap_gives_one_minus_accuracy_minus_ties(pairs):
         assert right.log_loss - swapped.log_loss == pytest.approx(-right.mean_margin, rel=1e-9, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(scored_pairs(min_pairs=1), st.randoms(use_true_random=False))
 def test_order_of_the_pairs_and_names_of_the_prompts_change_nothing(pairs, random):
     margin = margins(*pairs)
@@ -132,6 +135,7 @@ def test_order_of_the_pairs_and_names_of_the_prompts_change_nothing(pairs, rando
             assert getattr(other, figure) == (value if value is None else pytest.approx(value, abs=1e-6))
 
 
+@settings(deadline=None)
 @given(scored_pairs(min_pairs=1), st.integers(2, 4))
 def test_duplicated_pairs_narrow_the_interval_alone(pairs, times):
     once = pair_metrics(*pairs)
@@ -145,6 +149,7 @@ def test_duplicated_pairs_narrow_the_interval_alone(pairs, times):
         assert more.accuracy_ci95[1] <= high + 1e-12
 
 
+@settings(deadline=None)
 @given(scored_pairs(min_pairs=1))
 def test_pairs_are_of_exactly_one_kind(pairs):
     metrics = pair_metrics(*pairs)
@@ -153,6 +158,7 @@ def test_pairs_are_of_exactly_one_kind(pairs):
     assert metrics.n_scored + metrics.n_nonfinite == metrics.n_pairs
 
 
+@settings(deadline=None)
 @given(scored_pairs(min_pairs=1), st.integers(2, 4), st.randoms(use_true_random=False))
 def test_pairs_copied_within_their_prompts_change_no_figure_by_prompt(pairs, times, random):
     margin = margins(*pairs)

@@ -126,6 +126,7 @@ def test_rm_bench_rows_of_safety_are_one_domain():
     figures = rm_bench(rows)
     assert list(figures.domains) == ["code", "safety"]
     assert figures.domains["safety"].n_rows == 3
+    assert figures.missing_domains == ["chat", "math"]
     assert figures.average == pytest.approx((1 + 1 / 3) / 2)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -17,6 +18,10 @@ from polar_ft.evaluation.statistics.comparison import compare, holm, match, pair
 def table(margin, ids=None, **columns):
     margin = np.array(margin, float)
     return PairTable(margin, np.zeros(len(margin)), ids=ids, **columns)
+
+
+def numbered(margin):
+    return table(margin, [str(row) for row in range(len(margin))])
 
 
 def test_difference_by_hand():
@@ -161,34 +166,76 @@ def test_scale_of_a_run_does_not_matter_for_what_differs_most():
     margin = rng.normal(size=50)
     other = margin.copy()
     other[7] = -3 * margin[7]
-    result = compare(table(margin), table(1000 * other), n_different=1)
+    result = compare(numbered(margin), numbered(1000 * other), n_different=1)
     assert [pair.row_a for pair in result.most_different] == [7]
-    assert compare(table(margin), table(margin)).most_different == []
+    assert compare(numbered(margin), numbered(margin)).most_different == []
 
 
 def test_pairs_that_are_not_finite_are_counted_and_differ_in_nothing():
-    result = compare(table([1, math.nan, math.inf]), table([-1, 1, 1]))
+    result = compare(numbered([1, math.nan, math.inf]), numbered([-1, 1, 1]))
     assert (result.n_shared, result.n_nonfinite, result.overall.n_pairs) == (3, 2, 1)
     assert [pair.row_a for pair in result.most_different] == [0]
 
 
-def test_rows_in_the_same_order_need_no_unique_ids():
-    rows = match(["x", "x"], ["x", "x"], 2, 2)
-    assert [part.tolist() for part in rows] == [[0, 1], [0, 1]]
-    rows = match(None, ["x", "y"], 2, 2)
-    assert [part.tolist() for part in rows] == [[0, 1], [0, 1]]
+def texts(margins, contents, ids=None, of="texts"):
+    """A run that knows its texts."""
+    found = table(margins, ids)
+    return dataclasses.replace(found, contents=np.array(contents, np.uint64), contents_of=of)
+
+
+def rows(matched):
+    return list(zip(matched.rows_a.tolist(), matched.rows_b.tolist(), strict=True))
+
+
+def test_the_texts_decide_whatever_order_and_ids_say():
+    a = texts([1, -1, 2], [10, 11, 12], ["f:1", "f:2", "f:3"])
+    b = texts([3, 4, 5, 6], [12, 10, 13, 11], ["f:1", "f:2", "f:3", "f:4"])  # sorted, and one row more
+    matched = match(a, b)
+    assert (rows(matched), matched.by) == ([(0, 1), (1, 3), (2, 0)], "texts")
+    # f:1, f:2 and f:3 are other pairs in B.
+    assert matched.n_other_texts == 3
+
+
+def test_repeated_ids_are_no_obstacle_where_texts_are_known():
+    assert rows(match(texts([1, 2], [7, 8], ["x", "x"]), texts([1, 2], [8, 7], ["x", "x"]))) == [
+        (0, 1),
+        (1, 0),
+    ]
+
+
+def test_copies_of_one_text_are_told_apart_by_id():
+    a = texts([1, 2, 3], [7, 7, 8], ["x", "y", "z"])
+    b = texts([5, 6, 7], [8, 7, 7], ["z", "y", "x"])
+    assert rows(match(a, b)) == [(0, 2), (1, 1), (2, 0)]
+
+
+def test_copies_that_nothing_tells_apart_count_where_it_does_not_matter_which_is_which():
+    same, other = texts([1, 1, 2], [7, 7, 8]), texts([1, 3, 2], [7, 7, 8])
+    assert rows(match(same, same)) == [(0, 0), (1, 1), (2, 2)]
+    assert rows(match(same, texts([4, 2], [7, 8]))) == [(0, 0), (2, 1)]
+    assert rows(match(same, other)) == [(2, 2)]  # 1 or 3 against 1: left out
+
+
+def test_hashes_of_different_things_are_not_compared():
+    a, b = texts([1, 2], [7, 8], ["x", "y"], of="input_hash"), texts([1, 2], [7, 8], ["y", "x"])
+    assert (rows(match(a, b)), match(a, b).by) == ([(0, 1), (1, 0)], "ids")
 
 
 @pytest.mark.parametrize(
-    ("ids_a", "ids_b", "sizes", "message"),
+    ("a", "b", "message"),
     [
-        (None, ["x"], (2, 1), "run A has no ids and the runs have 2 and 1 pairs"),
-        (["x"], None, (1, 2), "run B has no ids"),
-        (["x", "y", "x"], ["x", "y"], (3, 2), "run A has the id 'x' more than once"),
-        (["x", "y"], ["z", "y", "y"], (2, 3), "run B has the id 'y' more than once"),
-        (["x"], ["y"], (1, 1), "share no pair"),
+        (table([1, 2]), table([1, 2], ["x", "y"]), "run A has no ids.*not matched by their order"),
+        (table([1], ["x"]), table([1]), "run B has no ids"),
+        (table([1, 2], ["x", "x"]), table([1, 2], ["x", "x"]), "run A has the id 'x' more than once"),
+        (table([1, 2], ["x", "y"]), table([1, 2, 3], ["z", "y", "y"]), "run B has the id 'y' more than once"),
+        (table([1], ["x"]), table([1], ["y"]), "share no pair"),
+        (
+            texts([1], [7], ["x"]),
+            texts([1], [8], ["x"]),
+            "none of their texts are the same, though 1 of the ids are",
+        ),
     ],
 )
-def test_runs_that_cannot_be_matched(ids_a, ids_b, sizes, message):
+def test_runs_that_cannot_be_matched(a, b, message):
     with pytest.raises(PolarError, match=message):
-        match(ids_a, ids_b, *sizes)
+        match(a, b)

@@ -11,12 +11,11 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 import polar_ft
-from polar_ft.evaluation.report.checks import make_checks
-from polar_ft.evaluation.report.numbers import count, number, percent, percent_interval
+from polar_ft.evaluation.report.checks import make_checks, verdict
 from polar_ft.evaluation.report.plots.drawing import Plot, to_svg
 from polar_ft.evaluation.report.report import Report
 from polar_ft.evaluation.report.sections import Section, TextTable, make_sections
-from polar_ft.evaluation.report.visible import visible
+from polar_ft.evaluation.report.texts import count, number, percent, percent_interval, visible
 from polar_ft.evaluation.report.worst import FieldText, WorstPair
 
 # Of a long text this much is shown at once, the rest when it is unfolded.
@@ -43,7 +42,7 @@ class _DrawnSection:
 
 
 @dataclass(frozen=True)
-class _Tile:
+class _Figure:
     name: str
     value: str
     explanation: str
@@ -78,12 +77,13 @@ def html_report(report: Report, plots: Sequence[Plot], worst: Sequence[WorstPair
     overall = report.metrics.overall
     page = {
         "title": f"Preference accuracy of {_name(report)}",
-        "headline": f"{percent(overall.accuracy)} %",
+        "accuracy": f"{percent(overall.accuracy)} %",
         "subline": (
             f"of {count(overall.n_scored, 'scored pair')} right, 95 % interval "
             f"{percent_interval(overall.interval)}"
         ),
-        "tiles": _tiles(report),
+        "verdict": verdict(report),
+        "figures": _figures(report),
         "checks": make_checks(report),
         "sections": [_draw(section, drawn) for section in make_sections(report)],
         "worst": [_pair(pair) for pair in worst],
@@ -98,6 +98,7 @@ def html_report(report: Report, plots: Sequence[Plot], worst: Sequence[WorstPair
 def _template() -> Template:
     # Whatever the page shows passes `_shown` and is escaped: no text has to be thought of one by one.
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_shown)
+    environment.filters["percent"] = percent
     return environment.from_string((files(__package__) / "report.html.j2").read_text(encoding="utf-8"))
 
 
@@ -114,66 +115,56 @@ def _draw(section: Section, drawn: dict[str, _DrawnPlot]) -> _DrawnSection:
     return _DrawnSection(section.id, section.title, section.explanation, section.tables, plots)
 
 
-def _tiles(report: Report) -> list[_Tile]:
+def _figures(report: Report) -> list[_Figure]:
     figures = report.metrics
-    overall, baselines = figures.overall, figures.baselines
-    tiles = []
+    overall = figures.overall
+    shown = []
     if figures.macro is not None:
-        tiles.append(
-            _Tile(
+        shown.append(
+            _Figure(
                 "mean of subsets",
                 f"{percent(figures.macro.accuracy)} %",
                 f"{count(figures.macro.n_subsets, 'subset')}, each counting the same; "
                 f"95 % interval {percent_interval(figures.macro.interval)}",
             )
         )
-    rules = (
-        ("longer wins", baselines.longer_wins, "without a model: the longer candidate is taken"),
-        (
-            "most like the reference wins",
-            baselines.most_like_reference,
-            "without a model: the higher ROUGE-L F1 is taken",
-        ),
-    )
-    for name, rule, said in rules:
-        if rule is not None:
-            tiles.append(_Tile(name, f"{percent(rule.overall)} %", said))
-    tiles.append(
-        _Tile(
+    shown.append(
+        _Figure(
             "ties",
             f"{overall.n_ties:,}",
             f"exactly equal scores, not correct; as half: {percent(overall.accuracy_ties_half)} %",
         )
     )
-    tiles.append(_Tile("not finite", f"{overall.n_nonfinite:,}", "pairs with a NaN or infinite score"))
-    tiles.append(_Tile("mean margin", number(overall.mean_margin), "chosen − rejected score"))
-    tiles.append(_Tile("log-loss", number(overall.log_loss), "−log σ(margin); 0.693 is knowing nothing"))
+    if overall.n_nonfinite:
+        shown.append(_Figure("not finite", f"{overall.n_nonfinite:,}", "pairs with a NaN or infinite score"))
+    shown.append(_Figure("mean margin", number(overall.mean_margin), "chosen − rejected score"))
+    shown.append(_Figure("log-loss", number(overall.log_loss), "−log σ(margin); 0.693 is knowing nothing"))
     if figures.calibration is not None:
-        tiles.append(
-            _Tile(
+        shown.append(
+            _Figure(
                 "calibration error",
                 number(figures.calibration.ece),
                 "accuracy against confidence; 0 is perfect",
             )
         )
     if figures.length is not None and figures.length.length_controlled_accuracy is not None:
-        tiles.append(
-            _Tile(
+        shown.append(
+            _Figure(
                 "length-controlled",
                 f"{percent(figures.length.length_controlled_accuracy)} %",
                 "accuracy if both candidates were equally long",
             )
         )
     if figures.ranking is not None:
-        tiles.append(
-            _Tile(
+        shown.append(
+            _Figure(
                 "best of N",
                 f"{percent(figures.ranking.overall.best_of_n)} %",
                 f"{count(figures.ranking.overall.n_scored, 'ranked row')}; chance is "
                 f"{percent(figures.ranking.overall.chance)} %",
             )
         )
-    return tiles
+    return shown
 
 
 def _worst_explanation(report: Report, worst: Sequence[WorstPair]) -> str:

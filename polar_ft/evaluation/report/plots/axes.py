@@ -14,7 +14,7 @@ from polar_ft.evaluation.report.plots.drawing import Theme
 from polar_ft.evaluation.statistics.accuracy import Interval
 
 # Inches. Small, so that the texts of a plot that fills a phone's width can still be read.
-WIDTH, HEIGHT = 5.6, 3.6
+WIDTH, HEIGHT = 3.6, 3.2
 DASHED = (0, (4, 3))
 
 
@@ -43,7 +43,13 @@ def add_legend(figure: Figure, axes: Axes, theme: Theme) -> None:
     """Above the plot, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     legend = figure.legend(
-        handles, labels, loc="outside upper left", ncols=len(labels), columnspacing=1.2, handletextpad=0.4
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=len(labels) if sum(map(len, labels)) < 25 else 1,
+        columnspacing=1.2,
+        handletextpad=0.4,
+        labelspacing=0.2,
     )
     for text in legend.get_texts():
         text.set_color(theme.ink)

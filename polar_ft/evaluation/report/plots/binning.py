@@ -42,7 +42,8 @@ def margin_histogram(margins: Floats, bins: int = 40) -> Histogram:
     low, high = np.quantile(margins, [0.001, 0.999] if len(margins) > 1000 else [0.0, 1.0])
     low, high = min(0.0, float(low)), max(0.0, float(high))
     width = _round_width((high - low) / bins) or 1.0
-    first, last = int(np.floor(low / width)), max(int(np.ceil(high / width)), 1)
+    # A quotient that underflows to 0 still needs a bar on its side of 0.
+    first, last = min(int(np.floor(low / width)), -1 if low < 0 else 0), max(int(np.ceil(high / width)), 1)
     edges: Floats = np.arange(first, last + 1, dtype=np.float64) * width
     inside = np.clip(margins, edges[0], edges[-1])
     counts = np.histogram(inside, edges)[0]

@@ -120,7 +120,7 @@ def to_svg(plot: Plot) -> str:
     return _for_page(stream.getvalue(), plot)
 
 
-def to_png(plot: Plot, dpi: int = 144) -> bytes:
+def to_png(plot: Plot, dpi: int = 220) -> bytes:
     """The plot as a PNG with its title, on white.
 
     A text of users for which no font at hand has the characters is drawn as the number it has in the plot,
@@ -164,15 +164,15 @@ def _settings(more: dict[str, Any]) -> Iterator[None]:
         settings: dict[Any, Any] = {
             "axes.spines.right": False,
             "axes.spines.top": False,
-            "axes.titlesize": 10,
+            "axes.titlesize": 11,
             "font.family": _font_families(),
-            "font.size": 10,
-            "legend.fontsize": 9,
+            "font.size": 11,
+            "legend.fontsize": 11,
             "legend.frameon": False,
             # A subset may be called "$x$".
             "text.parse_math": False,
-            "xtick.labelsize": 9,
-            "ytick.labelsize": 9,
+            "xtick.labelsize": 11,
+            "ytick.labelsize": 11,
             **more,
         }
         matplotlib.rcParams.update(settings)

@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from polar_ft.evaluation.pairs import Floats, Ints, PairTable
-from polar_ft.evaluation.report.numbers import count
 from polar_ft.evaluation.report.plots.axes import (
     DASHED,
     HEIGHT,
@@ -23,6 +22,7 @@ from polar_ft.evaluation.report.plots.binning import ScoreBand, margin_histogram
 from polar_ft.evaluation.report.plots.drawing import Plot, Spell, Theme
 from polar_ft.evaluation.report.plots.subsets import field_plot
 from polar_ft.evaluation.report.report import Report
+from polar_ft.evaluation.report.texts import count
 from polar_ft.evaluation.statistics.calibration import Calibration
 from polar_ft.evaluation.statistics.length import LengthBias
 
@@ -102,7 +102,7 @@ def margin_plot(margins: Floats) -> Plot:
             )
         axes.axvline(0, color=theme.ink, linewidth=1)
         axes.axvline(median, color=theme.ink, linewidth=1, linestyle=DASHED, label="median")
-        axes.set_xlabel("margin: chosen − rejected score", color=theme.ink)
+        axes.set_xlabel("margin: chosen − rejected", color=theme.ink)
         axes.set_ylabel("pairs", color=theme.ink)
         axes.yaxis.set_major_formatter(thousands())
         add_grid(axes, theme, "y")
@@ -222,16 +222,16 @@ def length_difference_plot(figures: LengthBias) -> Plot:
                     elinewidth=2,
                     label=label,
                 )
-        axes.set_xticks(x, [group[0] for group in groups], fontsize=7.5)
+        axes.set_xticks(x, [group[0] for group in groups], rotation=90)
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.set_ylim(max(-0.02, min(0.4, float((accuracy - errors[0]).min()) - 0.03)), 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_xlabel(f"length of chosen − rejected in {figures.unit}: from, to", color=theme.ink)
+        axes.set_xlabel(f"chosen − rejected, {figures.unit}", color=theme.ink)
         axes.set_ylabel("accuracy", color=theme.ink)
         add_grid(axes, theme, "y")
         add_legend(figure, axes, theme)
 
-    said = "; ".join(f"{group[0].replace(chr(10), ' to ')}: {group[3]:.1%}" for group in groups)
+    said = "; ".join(f"{group[0]}: {group[3]:.1%}" for group in groups)
     return Plot(
         name="length_difference",
         title="Accuracy against length difference",
@@ -240,7 +240,7 @@ def length_difference_plot(figures: LengthBias) -> Plot:
             "the right; one that likes length climbs to the right. Bars are 95 % intervals."
         ),
         alt=f"Accuracy by length of chosen − rejected in {figures.unit}: {said}.",
-        size=(WIDTH, HEIGHT),
+        size=(WIDTH, HEIGHT + 0.8),
         draw=draw,
     )
 
@@ -287,13 +287,13 @@ def score_length_plot(chosen: tuple[Ints, Floats], rejected: tuple[Ints, Floats]
 
 
 def _range(low: int, high: int) -> str:
-    r"""The differences of a group, on two lines where it is a range.
+    """The differences of a group.
 
     >>> _range(-450, -201), _range(0, 0)
-    ('−450\n−201', '0')
+    ('−450 to −201', '0')
     """
     first, last = (f"{bound:+,}".replace("-", "−") if bound else "0" for bound in (low, high))
-    return first if first == last else f"{first}\n{last}"
+    return first if first == last else f"{first} to {last}"
 
 
 def _ends(band: ScoreBand) -> str:

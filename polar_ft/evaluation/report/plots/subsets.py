@@ -20,11 +20,11 @@ from polar_ft.evaluation.report.plots.axes import (
 )
 from polar_ft.evaluation.report.plots.drawing import Plot, Spell, Theme
 from polar_ft.evaluation.report.sections import baseline_of
-from polar_ft.evaluation.report.visible import one_line
+from polar_ft.evaluation.report.texts import one_line
 from polar_ft.evaluation.statistics.accuracy import Interval, PairMetrics
 
 _MAX_SUBSETS = 40
-_NAME_LIMIT = 24
+_NAME_LIMIT = 18
 
 # The rules that are drawn next to the model, where they are known.
 _BASELINE_MARKERS = {"longer wins": "D", "most like the reference wins": "s"}
@@ -155,7 +155,7 @@ def subset_plot(
             f"{worst.accuracy:.1%}; highest: {one_line(best.name)}, {best.accuracy:.1%}; all pairs: "
             f"{overall.accuracy:.1%}."
         ),
-        size=(WIDTH, 1.2 + 0.27 * len(rows)),
+        size=(WIDTH, 1.6 + 0.27 * len(rows)),
         draw=draw,
         labels=labels,
     )
