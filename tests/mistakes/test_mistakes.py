@@ -6,6 +6,7 @@ lines are those of a terminal of 80 columns.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -40,6 +41,8 @@ class Mistake:
     seconds: float = 3.0
     lines: int = 12
 
+
+TRAIN = ("train", "tiny.py", "--cfg-options")
 
 MISTAKES = [
     # The command line.
@@ -117,6 +120,39 @@ MISTAKES = [
         r"--max-length .* count tokens; add --tokenizer FOLDER",
     ),
     Mistake("no such format", ["data", "convert", "sharegtp", "rows.jsonl", "o.jsonl"], r"sharegtp.*hh-rlhf"),
+    # Settings; all before a model is loaded.
+    Mistake("mistyped setting", [*TRAIN, "val_dat=x.jsonl"], r"val_dat\b.*did you mean val_data\?"),
+    Mistake(
+        "another mistyped setting", [*TRAIN, "val_patince=3"], r"val_patince\b.*did you mean val_patience\?"
+    ),
+    Mistake("a rate as text", [*TRAIN, "lr='\"1e-3\"'"], r"\blr\b"),
+    Mistake("no epoch", [*TRAIN, "max_epochs=0"], r"max_epochs\b.*\b(0|1)\b"),
+    Mistake(
+        "no such ZeRO stage",
+        ["train", "tiny.py", "--deepspeed", "deepspeed_zero9"],
+        r"--deepspeed deepspeed_zero9: no such file, .*deepspeed_zero2",
+    ),
+    Mistake(
+        "mistyped option of training", ["train", "tiny.py", "--work_dir", "w"], r"did you mean --work-dir\?"
+    ),
+    Mistake("Markdown as config", ["train", "notes.md"], r"notes\.md: is no config, which is a Python file"),
+    Mistake("data as config", ["train", "rows.jsonl"], r"rows\.jsonl: is no config, which is a Python file"),
+    Mistake("data that is not there", [*TRAIN, "data=none.jsonl"], r"data: none\.jsonl: no such file"),
+    # Folders.
+    Mistake(
+        "evaluating a training folder",
+        ["eval", "work", "rows.jsonl"],
+        r"work: is the folder of a training run, .*polar-ft convert",
+    ),
+    # Reading.
+    Mistake("a table that is called JSON", ["data", "check", "table.jsonl"], r"looks like CSV"),
+    Mistake("JSON over many lines", ["data", "check", "pretty.jsonl"], r"jq"),
+    Mistake(
+        "a conversation of ShareGPT", ["data", "check", "sharegpt.jsonl"], r"looks like|polar-ft data convert"
+    ),
+    Mistake(
+        "thousands of bad rows", ["data", "check", "many.jsonl"], r"many\.jsonl:20\b.* 2,980 more", lines=60
+    ),
     # Servers.
     Mistake(
         "open to everybody",
@@ -144,6 +180,16 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "rows.jsonl", rows)
     write_rows(folder / "bad.jsonl", [rows[0], {name: rows[1][name] for name in ("prompt", "rejected")}])
     write_rows(folder / "one.jsonl", [rows[0], {**rows[0], "rejected": "No idea."}])
+    (folder / "notes.md").write_text("# Notes\n\nlr = 1e-5\n")
+    (folder / "table.jsonl").write_text("prompt,reference,chosen,rejected\nHi,Hello,Hello,Go\n")
+    (folder / "pretty.jsonl").write_text("".join(json.dumps(row, indent=2) + "\n" for row in rows[:3]))
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    write_rows(folder / "sharegpt.jsonl", [{"conversations": talk}] * 3)
+    write_rows(folder / "many.jsonl", [{"prompt": "Hi"}] * 3000)
+    (folder / "work").mkdir()
+    for name in ("tiny.py", "iter_15.pth"):
+        (folder / "work" / name).write_text("")
+    (folder / "work/last_checkpoint").write_text(str(folder / "work/iter_15.pth"))
     edit_config("polar_tiny_cpu.py", folder / "tiny.py", data=str(folder / "rows.jsonl"))
     return folder
 
