@@ -69,7 +69,6 @@ MISTAKES = [
         "no such config",
         ["train", "no_such.py"],
         r"no_such\.py: no such config file; .*ls configs",
-        seconds=6.0,  # xtuner is imported first
     ),
     Mistake(
         "no such data",
@@ -125,7 +124,7 @@ MISTAKES = [
     Mistake(
         "another mistyped setting", [*TRAIN, "val_patince=3"], r"val_patince\b.*did you mean val_patience\?"
     ),
-    Mistake("a rate as text", [*TRAIN, "lr='\"1e-3\"'"], r"\blr\b"),
+    Mistake("a rate as text", ["train", "rate.py"], r"rate\.py: lr.* number"),
     Mistake("no epoch", [*TRAIN, "max_epochs=0"], r"max_epochs\b.*\b(0|1)\b"),
     Mistake(
         "no such ZeRO stage",
@@ -148,10 +147,15 @@ MISTAKES = [
     Mistake("a table that is called JSON", ["data", "check", "table.jsonl"], r"looks like CSV"),
     Mistake("JSON over many lines", ["data", "check", "pretty.jsonl"], r"jq"),
     Mistake(
-        "a conversation of ShareGPT", ["data", "check", "sharegpt.jsonl"], r"looks like|polar-ft data convert"
+        "a conversation of ShareGPT",
+        ["data", "check", "sharegpt.jsonl"],
+        r"these rows look like ShareGPT with one answer each",
     ),
     Mistake(
-        "thousands of bad rows", ["data", "check", "many.jsonl"], r"many\.jsonl:20\b.* 2,980 more", lines=60
+        "thousands of bad rows",
+        ["data", "check", "many.jsonl"],
+        r"many\.jsonl:20\b.* 2,980 bad rows more",
+        lines=60,
     ),
     # Servers.
     Mistake(
@@ -190,7 +194,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("tiny.py", "iter_15.pth"):
         (folder / "work" / name).write_text("")
     (folder / "work/last_checkpoint").write_text(str(folder / "work/iter_15.pth"))
-    edit_config("polar_tiny_cpu.py", folder / "tiny.py", data=str(folder / "rows.jsonl"))
+    data = str(folder / "rows.jsonl")
+    edit_config("polar_tiny_cpu.py", folder / "tiny.py", data=data)
+    edit_config("polar_tiny_cpu.py", folder / "rate.py", data=data, lr="1e-3")
     return folder
 
 
