@@ -291,13 +291,13 @@ def parsed_rows(
             yield row, checked.to_example(place, pairing=pairing or source.pairing, weight=source.weight)
 
 
-def place_below(path: str, place: str) -> str:
+def place_below(folder: str | None, place: str) -> str:
     """The place of a row without the folder that was given, so that it is the same wherever the folder is.
 
-    >>> place_below("some/file.jsonl", "some/file.jsonl:3")
-    'file.jsonl:3'
+    >>> place_below("some", "some/table/file.jsonl:3"), place_below(None, "some/file.jsonl:3")
+    ('table/file.jsonl:3', 'file.jsonl:3')
     """
-    return os.path.relpath(place, printable(path)) if os.path.isdir(path) else Path(place).name
+    return os.path.relpath(place, printable(folder)) if folder is not None else Path(place).name
 
 
 def _read_parquet(file: str, on_bytes: OnBytes | None) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -123,6 +124,7 @@ def convert_file(
                     first = first or (place, row)
                     yield place, row
 
+    folder = source if os.path.isdir(source) else None
     units: Iterator[tuple[str, Any]] = read()
     if fmt.gather is not None:
         units = _gathered(units, fmt.gather, done)
@@ -130,7 +132,7 @@ def convert_file(
         for place, unit in units:
             try:
                 converted = fmt.convert(unit, **{**fmt.options_at(place), **options})
-                rows = _named(place_below(source, place), converted.rows)
+                rows = _named(folder, place, converted.rows)
                 for row in rows:
                     parse_row(row)
             except RowError as error:
@@ -173,11 +175,12 @@ def _gathered(
     yield from groups.values()
 
 
-def _named(at: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Sets the id of rows without one to their place below the source."""
+def _named(folder: str | None, place: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sets the id of rows without one to their place below the folder that is converted."""
     named = []
     for number, row in enumerate(rows, start=1):
         if row.get("id") is None:
+            at = place_below(folder, place)
             name = at if len(rows) == 1 else f"{at}-{number}"
             row = {"id": name} | {key: value for key, value in row.items() if key != "id"}
         named.append(row)
