@@ -111,7 +111,7 @@ def check_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Name bad rows, count what there is, and show what truncation cuts.
+    """Name bad rows, count the rest, and show what truncation cuts.
 
     Exits with status 1 if a row is bad or its prompt held out, unless --fix leaves it out. Also left out are
     pairs that are duplicates, contradict an earlier pair, are equal or have an empty text.

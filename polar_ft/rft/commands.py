@@ -65,7 +65,7 @@ def to_openrlhf(
     split: Split = "train",
     force: Force = False,
 ) -> None:
-    """Write questions and references for OpenRLHF: columns input and label."""
+    """Write questions and references for OpenRLHF."""
     _write(source, target, "openrlhf", layout, split, force)
 
 
