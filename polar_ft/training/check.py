@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from polar_ft.data.reading import expand, read_examples
+from polar_ft.data.split import prompt_key
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.model.base_folder import check_base
@@ -115,12 +116,12 @@ def check_rows(settings: Settings) -> None:
         PolarError: Prompts of ``val_data`` are also in ``data``; runs of white space count as one space, as
             for ``polar-ft data split``.
     """
-    held_out: dict[str, str] = {}
+    held_out: dict[int, str] = {}
     for example in read_examples(settings.val_data) if settings.val_data else ():
-        held_out.setdefault(" ".join(example.prompt.split()), example.source)
-    found: dict[str, str] = {}
+        held_out.setdefault(prompt_key(example.prompt), example.source)
+    found: dict[int, str] = {}
     for example in read_examples(settings.data) if settings.data else ():
-        prompt = " ".join(example.prompt.split())
+        prompt = prompt_key(example.prompt)
         if prompt in held_out:
             found.setdefault(prompt, example.source)
     if found:
