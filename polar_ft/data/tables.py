@@ -247,9 +247,7 @@ def _read_xlsx(file: str, max_bytes: int, on_bytes: OnBytes | None) -> Iterator[
     try:
         import openpyxl
     except ImportError as error:
-        raise PolarError(
-            f"{file}: reading Excel workbooks needs openpyxl: pip install polar-ft[tables]"
-        ) from error
+        raise PolarError(f"{file}: reading Excel workbooks needs openpyxl: pip install openpyxl") from error
     name, number = printable(file), 0
     try:
         book = openpyxl.load_workbook(file, read_only=True, data_only=True)

@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 
 from polar_ft.data.converters import convert_file, parse_mapping
@@ -127,7 +128,6 @@ def test_memory_does_not_grow_with_a_table(tmp_path: Path) -> None:
 
 
 def workbook(path: Path, rows: list[list[Any]], *more: str) -> Path:
-    openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     for row in rows:
         book.active.append(row)
@@ -168,7 +168,6 @@ def test_what_is_wrong_with_a_workbook(tmp_path: Path, rows: list[list[Any]], re
 
 def test_a_workbook_of_two_sheets_and_a_damaged_one(tmp_path: Path) -> None:
     path = workbook(tmp_path / "a.xlsx", [COLUMNS])
-    openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.load_workbook(path)
     book.create_sheet("Other").append(["x"])
     book.save(path)
