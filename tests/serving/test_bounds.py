@@ -136,8 +136,8 @@ class TestConnections:
         with served(scorer, max_body=1000, read_timeout=0.5) as address, http(address) as client:
             started = time.monotonic()
             refused = client.post("/v1/rewards", content=b"a" * 20_000_000)
-            # 76 parts of at most 256 KiB, and pauses of 10 ms between those that came after the answer: 0.64 to
-            # 0.67 s, and 0.05 s without pauses.
+            # 76 parts of at most 256 KiB, and pauses of 10 ms between those that came after the answer: it
+            # took 0.64 to 0.67 s, and 0.05 s without pauses.
             assert time.monotonic() - started > 38 * 0.01
             assert refused.status_code == 413
             time.sleep(0.6)  # an idle connection has no time-out for a header
