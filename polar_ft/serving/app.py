@@ -194,7 +194,10 @@ class Server:
             raise HTTPException(500, f"{error}; the server's log says more") from None
         finally:
             gone.cancel()
-            rewards.cancel()  # removes what is still in the queue
+            # Removes what is still in the queue, and at once: cancelling `rewards` alone would do it in the next
+            # turn of the event loop, after the request has been counted.
+            job.future.cancel()
+            rewards.cancel()
 
     async def score_engine_input(self, request: Request, form: TypeAdapter[E]) -> EngineRewards[E]:
         """Scores the input of a request in an engine's format."""
