@@ -194,7 +194,7 @@ class Server:
             raise HTTPException(500, f"{error}; the server's log says more") from None
         finally:
             gone.cancel()
-            # Removes what is still in the queue, and at once: cancelling `rewards` alone would do it in the next
+            # Removes what is still in the queue, at once: cancelling `rewards` alone would do so in the next
             # turn of the event loop, after the request has been counted.
             job.future.cancel()
             rewards.cancel()
