@@ -4,7 +4,7 @@ verl 0.7 and 0.9 take functions of an installed package::
 
     reward.custom_reward_function.path=pkg://polar_ft.rft.verl
     reward.custom_reward_function.name=compute_score
-    +reward.custom_reward_function.reward_kwargs={model: my_rm, server_address: "10.0.0.7:30000"}
+    +reward.custom_reward_function.reward_kwargs={model: my_rm, server_address: "gpu-1:30000"}
 
 verl 0.5 takes a file, which needs one line: ``from polar_ft.rft.verl import compute_score_batch``, with
 ``reward_model.reward_manager=batch``. In 0.7 the batch function needs ``reward_model.use_reward_loop=False``.

@@ -57,7 +57,7 @@ def test_verl_per_sample(settings, rewards):
     async def chunk():
         calls = [verl.compute_score("polar", output, REFERENCE, info, **settings) for output in OUTPUTS]
         # As verl hands them over if it serves a reward model itself.
-        router = {"reward_router_address": "10.0.0.1:1", "reward_model_tokenizer": object()}
+        router = {"reward_router_address": "router:1", "reward_model_tokenizer": object()}
         calls.append(verl.compute_score("polar", OUTPUTS[0], REFERENCE, info, **settings, **router))
         return await asyncio.gather(*calls)
 
