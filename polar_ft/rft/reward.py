@@ -205,12 +205,13 @@ class PolarReward:
         scored = [group for group in encoded if isinstance(group, TokenGroup)]
 
         def settle_all(done: Future[list[list[float]]]) -> None:
-            error = done.exception()
-            rewards = {} if error else dict(zip(map(id, scored), done.result(), strict=True))
-            for ask, branches in usable:
-                if error is not None:
+            try:
+                rewards = dict(zip(map(id, scored), done.result(), strict=True))
+            except BaseException as error:  # a cancellation as well: nobody may wait for ever
+                for ask, _ in usable:
                     _settle(ask.future, error)
-                    continue
+                return
+            for ask, branches in usable:
                 score = self._combine([rewards[id(group)][candidate] for group, candidate in branches])
                 truncated = any(group.cut.of(candidate) for group, candidate in branches)
                 reward = Reward(score, True, truncated, len(ask.answer))
@@ -219,9 +220,9 @@ class PolarReward:
         self.client.submit_encoded(scored).add_done_callback(settle_all)
 
     def _deliver(self, future: Future[Reward], sample: TextGroup, answer: str | None, reward: Reward) -> None:
+        _settle(future, reward)  # first: a watch that cannot write costs no reward
         if self._watch is not None:
             self._watch.add(reward.score, answer, sample.reference, reward.truncated)
-        _settle(future, reward)
 
 
 @dataclass(frozen=True, slots=True)

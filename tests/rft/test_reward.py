@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import CancelledError, Future
 
 import pytest
 
@@ -126,6 +127,27 @@ def test_a_server_that_stays_away_is_an_error_that_names_it(serve, reward_from):
     future = reward_from(server, max_wait=0.3).submit(samples(1)[0])
     with pytest.raises(PolarError, match=server.address):
         future.result(timeout=30)
+
+
+def test_requests_that_are_cancelled_leave_nobody_waiting(serve, reward_from, monkeypatch):
+    reward = reward_from(serve())
+    scoring = Future()
+    monkeypatch.setattr(reward.client, "submit_encoded", lambda groups: scoring)
+    future = reward.submit(samples(1)[0])
+    time.sleep(0.1)
+    scoring.cancel()
+    with pytest.raises(CancelledError):
+        future.result(timeout=10)
+
+
+def test_a_watch_that_cannot_write_costs_no_reward(serve, reward_from, tmp_path, monkeypatch):
+    reward = reward_from(serve(), watch=tmp_path, watch_every=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reward._watch, "add", full)
+    assert reward.submit(samples(1)[0]).result(timeout=10).answered
 
 
 def test_wrong_answers_are_never_a_reward(serve, reward_from):
