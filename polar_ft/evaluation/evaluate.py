@@ -276,6 +276,7 @@ def _default_device() -> str:
 
 
 def say(text: str) -> None:
+    """Prints a line on standard error, as it is."""
     Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 

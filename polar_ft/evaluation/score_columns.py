@@ -83,6 +83,11 @@ def _as_count(value: Any) -> int | None:
 
 
 def as_flag(value: Any) -> bool | None:
+    """The truth value that a cell spells; None where it spells none.
+
+    >>> as_flag("True"), as_flag(0), as_flag("maybe")
+    (True, False, None)
+    """
     if isinstance(value, bool):
         return value
     return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())

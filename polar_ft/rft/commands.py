@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polar_ft.data.report import show_problems
+from polar_ft.data.report import many, show_problems
 from polar_ft.errors import PolarError
 from polar_ft.options import APP_SETTINGS, Force, Split
 from polar_ft.rft.data import Framework, Source, write_rl_data
@@ -75,9 +75,11 @@ def _write(source: str, target: Path, framework: Framework, layout: Source, spli
     done = write_rl_data(source, target, framework, layout=layout, split=split)
     console = Console(highlight=False)
     show_problems(console, done.problems)
-    console.print(f"[bold]{escape(str(target))}[/]: {done.rows:,} rows for {framework}", soft_wrap=True)
+    console.print(f"[bold]{escape(str(target))}[/]: {many(done.rows, 'row')} for {framework}", soft_wrap=True)
     if done.problems:
-        console.print(f"[yellow]left out {len(done.problems):,} rows that cannot be used (named above)[/]")
+        console.print(
+            f"[yellow]left out {many(len(done.problems), 'row')} that cannot be used (named above)[/]"
+        )
 
 
 @rft_app.command("watch")

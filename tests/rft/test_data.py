@@ -109,7 +109,7 @@ def test_commands(tmp_path):
     source = write(tmp_path / "a.jsonl", [PAIR])
     target = str(tmp_path / "o.parquet")
     run = CliRunner().invoke
-    assert "1 rows for verl" in run(app, ["data", "to-verl", source, target]).output
+    assert "1 row for verl" in run(app, ["data", "to-verl", source, target]).output
     assert isinstance(run(app, ["data", "to-verl", source, target]).exception, PolarError)  # it exists
     assert run(app, ["data", "to-verl", source, target, "--force"]).exit_code == 0
     assert isinstance(run(app, ["data", "to-trl", source, target]).exception, PolarError)  # no .jsonl
