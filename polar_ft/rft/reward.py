@@ -9,6 +9,7 @@ None, never 0 in place of a reward.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +25,14 @@ from polar_ft.client.contact import ServerType
 from polar_ft.data.records import RowError
 from polar_ft.data.score_rows import parse_score_row
 from polar_ft.errors import PolarError
+from polar_ft.files import first_line
 from polar_ft.groups import TextGroup, TokenGroup, against, merge_texts
 from polar_ft.reward_scale import FILE_NAME, RewardScale
 from polar_ft.rft.answers import Thinking
 from polar_ft.rft.watch import RewardWatch
 from polar_ft.template import EncodeError
+
+LOGGER = logging.getLogger("polar_ft.rft")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +224,12 @@ class PolarReward:
         self.client.submit_encoded(scored).add_done_callback(settle_all)
 
     def _deliver(self, future: Future[Reward], sample: TextGroup, answer: str | None, reward: Reward) -> None:
-        _settle(future, reward)  # first: a watch that cannot write costs no reward
         if self._watch is not None:
-            self._watch.add(reward.score, answer, sample.reference, reward.truncated)
+            try:
+                self._watch.add(reward.score, answer, sample.reference, reward.truncated)
+            except OSError as error:  # costs no reward
+                LOGGER.warning("%s: cannot be written (%s)", self._watch.file, first_line(error))
+        _settle(future, reward)
 
 
 @dataclass(frozen=True, slots=True)
