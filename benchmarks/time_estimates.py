@@ -30,12 +30,12 @@ ALPACA = str(REPOSITORY / "examples/data/alpaca_train.jsonl")
 
 # Lines of configs/polar_tiny_cpu.py that each config changes.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "tiny": dict(data=ALPACA),
-    "tiny_lora_two_epochs": dict(
-        lora=dict(r=8, alpha=16), max_epochs=2, data=dict(path=ALPACA, max_samples=80)
+    "tiny_four_epochs": dict(data=ALPACA, max_epochs=4),
+    "tiny_lora_eight_epochs": dict(
+        lora=dict(r=8, alpha=16), max_epochs=8, data=dict(path=ALPACA, max_samples=80)
     ),
     "tiny_small_packs": dict(
-        max_packed_length=2048, global_batch_pairs=16, data=dict(path=ALPACA, max_samples=120)
+        max_packed_length=2048, global_batch_pairs=16, max_epochs=8, data=dict(path=ALPACA, max_samples=120)
     ),
 }
 
