@@ -22,13 +22,13 @@ from typing import Any, Literal
 
 from polar_ft.client.client import RewardModelClient
 from polar_ft.client.contact import ServerType
+from polar_ft.data.answers import Thinking
 from polar_ft.data.records import RowError
 from polar_ft.data.score_rows import parse_score_row
 from polar_ft.errors import PolarError
 from polar_ft.files import first_line
 from polar_ft.groups import TextGroup, TokenGroup, against, merge_texts
 from polar_ft.reward_scale import FILE_NAME, RewardScale
-from polar_ft.rft.answers import Thinking
 from polar_ft.rft.watch import RewardWatch
 from polar_ft.template import EncodeError
 
@@ -313,9 +313,8 @@ def measured_floor(model: str | os.PathLike[str]) -> float:
         PolarError: Nothing was measured.
     """
     try:
-        scale = RewardScale.load(model)
-        return scale.quantiles["p01"] - scale.spread
-    except (PolarError, KeyError) as error:
+        return RewardScale.load(model).floor
+    except PolarError as error:
         raise PolarError(
             f"{model}: an output without an answer needs a reward, and {FILE_NAME} says of none; run "
             f"polar-ft calibrate {model} DATA, or give floor=…, below what wrong answers get"
