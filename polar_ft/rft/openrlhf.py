@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from polar_ft.data.answers import END_TOKENS, response_of
+from polar_ft.data.responses import END_TOKENS, response_of
 from polar_ft.rft.reward import PolarReward, sample_of_label
 
 

@@ -23,8 +23,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
-from polar_ft.data.answers import Thinking, response_of, without_end
+from polar_ft.data.answers import Thinking
 from polar_ft.data.records import PlainText, RowError, text_of
+from polar_ft.data.responses import response_of, without_end
 from polar_ft.errors import PolarError
 from polar_ft.groups import TextGroup
 from polar_ft.serving.inputs import InputError

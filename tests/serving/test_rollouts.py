@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from polar_ft.data.answers import END_TOKENS, Thinking, without_end
+from polar_ft.data.answers import Thinking
+from polar_ft.data.responses import END_TOKENS, without_end
 from polar_ft.reward_scale import RewardScale
 from polar_ft.serving.app import create_app
 from polar_ft.serving.limits import Limits
