@@ -61,8 +61,8 @@ class RewardModelClient:
         response_cut_side: "right", as in training. The published default, "left", makes inputs that the model
             was not trained on, and is refused.
         server_type: "sglang", "vllm" or "lmdeploy"; "auto" asks the server.
-        server_address: ``host:port`` or a URL, or several of them. A request goes to the least busy server;
-            the requests of a server that fails go to the others.
+        server_address: ``host:port`` or a URL, or several of them. All candidates of a (prompt, reference)
+            go to the same server, unless it is overloaded; those of a server that fails go to the others.
         api_key: Sent as a Bearer token; None takes the environment variable POLAR_API_KEY, if it is set.
         timeout: Seconds that one request may take in total.
         max_retries: How often a request is tried per server, after connection errors, time-outs and HTTP 502,
@@ -290,9 +290,7 @@ class RewardModelClient:
         key = (asyncio.get_running_loop(), server_type, settings)
         if key not in self._transports:
             servers = [Endpoint(name, url) for name, url in self._addresses]
-            self._transports[key] = Transport(
-                servers, server_type, self._probes, settings, self.template.fingerprint
-            )
+            self._transports[key] = Transport(servers, server_type, self._probes, settings, self.template)
         return self._transports[key]
 
     def _scaled(self, rewards: list[float]) -> list[float]:

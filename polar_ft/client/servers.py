@@ -1,4 +1,4 @@
-"""The servers of a client: their addresses, which one gets the next request, and which ones pause.
+"""The servers of a client: their addresses, which one gets a request, and which ones pause.
 
 Everything here runs in one event loop, so nothing needs a lock.
 """
@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from urllib.parse import urlsplit
 
 import httpx
@@ -25,6 +26,9 @@ LOGGER = logging.getLogger("polar_ft.client")
 # Longest pause of a server that failed, in seconds.
 LONGEST_PAUSE = 30.0
 
+# How many times the mean load a server may have; as in Apache bRPC's balancer of this kind.
+LOAD_FACTOR = 1.25
+
 
 @dataclass(eq=False)
 class Endpoint:
@@ -36,7 +40,7 @@ class Endpoint:
         profile: What is known of it; None before the first contact and after a failure.
         contact: Held while it is being contacted.
         requests: Requests that it is working on.
-        tokens: Tokens of those requests.
+        tokens: Tokens of those requests, and of those that wait for it.
         answered_at: Time of its last answer; times are those of the event loop, in seconds.
         failures: Failures in a row.
         failed_at: Time of its last failure.
@@ -101,8 +105,48 @@ def _url(address: str) -> str:
     return url.rstrip("/")
 
 
+def preference(head: bytes, urls: Sequence[str]) -> list[int]:
+    """Indices of servers in the order in which a (prompt, reference) prefers them, the same in every process.
+
+    Rendezvous hashing (Thaler and Ravishankar 1998, doi 10.1109/90.663936): without a server, only what it
+    was the first choice of gets another first choice, and that spreads over all others.
+
+    Args:
+        head: Bytes that identify the (prompt, reference).
+        urls: The servers.
+
+    >>> preference(b"2 + 2?", ["http://a:1", "http://b:1", "http://c:1"])
+    [0, 1, 2]
+    >>> preference(b"2 + 2?", ["http://c:1", "http://b:1"])  # b before c, as above
+    [1, 0]
+    """
+    weights = [blake2b(url.encode(), key=blake2b(head, digest_size=16).digest()).digest() for url in urls]
+    return sorted(range(len(urls)), key=weights.__getitem__, reverse=True)
+
+
+@dataclass(eq=False)
+class Pending:
+    """One request that waits for a server, or that a server works on.
+
+    Attributes:
+        preference: The servers, the best one for its (prompt, reference) first.
+        tokens: Its tokens.
+        server: The server to which it is assigned.
+    """
+
+    preference: Sequence[Endpoint]
+    tokens: int
+    server: Endpoint | None = None
+
+
 class ServerPool:
-    """Chooses a server for each request, the least busy first; a server that failed pauses.
+    """Assigns requests to servers; a server that failed pauses.
+
+    A request goes to the first server that it prefers, so that all candidates of a (prompt, reference) find
+    its prefix in the cache of one server. Loads are bounded (Mirrokni, Thorup and Zadimoghaddam, "Consistent
+    Hashing with Bounded Loads", arXiv 1608.01350): a server with `LOAD_FACTOR` times the mean load or more,
+    measured in tokens of the requests assigned to it, gets no further one, and requests that wait for it move
+    to the next server that they prefer. They do so as well if another server has nothing to do.
 
     Args:
         servers: At least one.
@@ -115,6 +159,7 @@ class ServerPool:
         self.servers = list(servers)
         self.concurrency = concurrency
         self.retry_delay = retry_delay
+        self._urls = [server.url for server in servers]
         self._changed = asyncio.Event()
 
     @property
@@ -122,11 +167,26 @@ class ServerPool:
         """Names of all servers, for errors."""
         return ", ".join(server.name for server in self.servers)
 
-    async def acquire(self, tokens: int, give_up_at: float) -> Endpoint:
-        """Waits for a free server and takes it for a request; `release` gives it back.
+    def preference(self, head: bytes) -> list[int]:
+        """Indices of the servers in the order in which a (prompt, reference) prefers them."""
+        return preference(head, self._urls) if len(self.servers) > 1 else [0]
+
+    def enter(self, order: Sequence[int], tokens: int) -> Pending:
+        """Notes a request, so that it counts as load; `leave` ends that.
 
         Args:
+            order: The servers in the order of `preference`.
             tokens: Tokens of the request.
+        """
+        pending = Pending([self.servers[index] for index in order], tokens)
+        self._assign(pending)
+        return pending
+
+    async def acquire(self, pending: Pending, give_up_at: float) -> Endpoint:
+        """Waits until a server is free for a request and takes it; `release` gives it back.
+
+        Args:
+            pending: The request.
             give_up_at: Time until which to wait for servers that pause.
 
         Raises:
@@ -134,25 +194,29 @@ class ServerPool:
         """
         loop = asyncio.get_running_loop()
         while True:
+            server = self._assign(pending)
             now = loop.time()
-            awake = [server for server in self.servers if server.rests_until <= now]
-            free = [server for server in awake if server.requests < self._limit(server)]
-            if free:
-                server = min(free, key=lambda server: (server.tokens, server.requests))
+            awake = server.rests_until <= now
+            if awake and server.requests < self._limit(server):
                 server.requests += 1
-                server.tokens += tokens
                 return server
             wakes = min((s.rests_until for s in self.servers if s.rests_until > now), default=None)
-            if not awake and wakes is not None and wakes > give_up_at:
+            if wakes is not None and wakes > give_up_at and all(s.rests_until > now for s in self.servers):
                 raise RewardServerError(self.names, f"gave up waiting; {self.reasons()}")
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), None if wakes is None else wakes - now)
 
-    def release(self, server: Endpoint, tokens: int) -> None:
+    def release(self, server: Endpoint) -> None:
         """Gives a server back when its request has ended, in whatever way."""
         server.requests -= 1
-        server.tokens -= tokens
         self._wake()
+
+    def leave(self, pending: Pending) -> None:
+        """Notes that a request needs no server any more."""
+        if pending.server is not None:
+            pending.server.tokens -= pending.tokens
+            pending.server = None
+            self._wake()
 
     def answered(self, server: Endpoint) -> None:
         """Notes that the server answered."""
@@ -201,6 +265,30 @@ class ServerPool:
         if len(self.servers) == 1:
             return self.servers[0].last_reason
         return "; ".join(f"{s.name}: {s.last_reason}" for s in self.servers if s.last_reason)
+
+    def _assign(self, pending: Pending) -> Endpoint:
+        """Assigns a request that waits to the first server that it prefers and whose load allows it."""
+        now = asyncio.get_running_loop().time()
+        # After a pause one request probes a server; the others do not wait for what becomes of it.
+        usable = [
+            server
+            for server in pending.preference
+            if server.rests_until <= now and not (server.failures and server.requests)
+        ]
+        before = pending.server
+        if before is not None:
+            before.tokens -= pending.tokens
+        most = LOAD_FACTOR * (sum(server.tokens for server in usable) + pending.tokens) / max(1, len(usable))
+        idle = any(not server.tokens for server in usable)
+        allowed = (
+            server
+            for server in usable
+            if server.tokens < most and (not idle or server.requests < self._limit(server))
+        )
+        server = next(allowed, before or pending.preference[0])
+        server.tokens += pending.tokens
+        pending.server = server
+        return server
 
     def _limit(self, server: Endpoint) -> int:
         return 1 if server.failures else self.concurrency

@@ -1,5 +1,7 @@
 """Token ids to rewards over HTTP: inputs are divided into requests, sent in parallel, and retried.
 
+With several servers, the inputs of one (prompt, reference) go to the same one; see `ServerPool`.
+
 A request is retried, with another server if there is one, after a connection error, a time-out, or HTTP 429,
 502, 503 and 504: scoring has no side effect, so asking twice does no harm. Every other answer is final: a
 wrong request stays wrong, and the answers of a server that sends garbled ones must not be used silently.
@@ -28,9 +30,10 @@ from polar_ft.client.contact import (
     refusal,
 )
 from polar_ft.client.errors import RewardServerError, UnavailableError, WireError
-from polar_ft.client.servers import LOGGER, Endpoint, ServerPool
+from polar_ft.client.servers import LOGGER, Endpoint, Pending, ServerPool
 from polar_ft.client.wire import ROUTES, read_rewards, request_body
 from polar_ft.files import first_line
+from polar_ft.template import PolarTemplate
 
 RETRIED = (429, 502, 503, 504)
 CONNECT_SECONDS = 10.0
@@ -94,7 +97,7 @@ class Transport:
         server_type: Engine of the servers; "auto" asks them.
         probes: The known inputs of the first contact, `[inputs][tokens]`.
         settings: How requests are sent.
-        fingerprint: Fingerprint of the template that encodes the inputs.
+        template: The template that encodes the inputs.
     """
 
     def __init__(
@@ -103,13 +106,13 @@ class Transport:
         server_type: ServerType,
         probes: Sequence[np.ndarray],
         settings: Settings,
-        fingerprint: str,
+        template: PolarTemplate,
     ) -> None:
         self.pool = ServerPool(servers, concurrency=settings.concurrency, retry_delay=settings.retry_delay)
         self.server_type = server_type
         self.settings = settings
         self._probes = probes
-        self._fingerprint = fingerprint
+        self._template = template
         # Name and scores of the first server that scored the known inputs; the others must agree with it.
         self._known: tuple[str, tuple[float, ...]] | None = None
         connections = len(servers) * settings.concurrency
@@ -136,22 +139,49 @@ class Transport:
             RewardServerError: A server answered with something other than rewards, or no server answered in
                 time.
         """
-        rewards: list[list[float]] = []
-        requests = []
+        rewards = [0.0] * len(inputs)
+        # All of them are load before the first is sent, so that none goes to a server that only seems free.
+        requests = [
+            (numbers, self.pool.enter(order, sum(len(inputs[number]) for number in numbers)))
+            for order, numbers in self._divide(inputs)
+        ]
+
+        async def ask(numbers: Sequence[int], pending: Pending) -> None:
+            scored = await self._score_request([inputs[number] for number in numbers], pending)
+            for number, reward in zip(numbers, scored, strict=True):
+                rewards[number] = reward
+
+        try:
+            await _all_or_none([asyncio.ensure_future(ask(*request)) for request in requests])
+        finally:
+            for _, pending in requests:
+                self.pool.leave(pending)
+        return rewards
+
+    def _divide(self, inputs: Sequence[np.ndarray]) -> Iterator[tuple[list[int], list[int]]]:
+        """Divides inputs into requests, each of inputs that prefer the same servers.
+
+        Yields:
+            The servers in the order of preference, and the indices of the inputs.
+        """
+        shares: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+        if len(self.pool.servers) == 1:
+            shares[()] = [0], list(range(len(inputs)))
+        else:
+            heads: dict[bytes, list[int]] = {}
+            for number, ids in enumerate(inputs):
+                head = ids[: self._template.head_length(ids)].astype("<i4").tobytes()
+                heads.setdefault(head, []).append(number)
+            for head, numbers in heads.items():
+                order = self.pool.preference(head)
+                # By the first two choices: if the first fails, the others share its inputs, and each
+                # (prompt, reference) still goes to one of them.
+                shares.setdefault(tuple(order[:2]), (order, []))[1].extend(numbers)
         settings = self.settings
-        lengths = [len(ids) for ids in inputs]
-        for part in cut_into_requests(lengths, settings.tokens_per_request, settings.inputs_per_request):
-            requests.append((len(rewards), inputs[part]))
-            rewards.append([])
-        waiting = iter(requests)
-
-        async def work() -> None:
-            for number, part in waiting:
-                rewards[number] = await self._score_request(part)
-
-        workers = min(len(requests), settings.concurrency * len(self.pool.servers))
-        await _all_or_none([asyncio.ensure_future(work()) for _ in range(workers)])
-        return [reward for part in rewards for reward in part]
+        for order, numbers in shares.values():
+            lengths = [len(inputs[number]) for number in numbers]
+            for part in cut_into_requests(lengths, settings.tokens_per_request, settings.inputs_per_request):
+                yield order, numbers[part]
 
     async def contact(self) -> list[Profile | None]:
         """Contacts every server: for each its profile, None where it does not answer now.
@@ -171,13 +201,18 @@ class Transport:
             raise RewardServerError(self.pool.names, self.pool.reasons())
         return profiles
 
-    async def _score_request(self, inputs: Sequence[np.ndarray]) -> list[float]:
-        tokens = sum(map(len, inputs))
+    async def _score_request(self, inputs: Sequence[np.ndarray], pending: Pending) -> list[float]:
+        try:
+            return await self._ask_until_answered(inputs, pending)
+        finally:
+            self.pool.leave(pending)
+
+    async def _ask_until_answered(self, inputs: Sequence[np.ndarray], pending: Pending) -> list[float]:
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self.settings.max_wait
         tries_left = self.settings.max_retries * len(self.pool.servers)
         while True:
-            server = await self.pool.acquire(tokens, give_up_at)
+            server = await self.pool.acquire(pending, give_up_at)
             sent_at = loop.time()
             try:
                 profile = await self._profile(server)
@@ -195,7 +230,7 @@ class Transport:
                         else f"gave up waiting; {self.pool.reasons()}",
                     ) from None
             finally:
-                self.pool.release(server, tokens)
+                self.pool.release(server)
 
     async def _profile(self, server: Endpoint) -> Profile:
         """The server's profile, after a first contact if it failed or had no request for a while."""
@@ -225,7 +260,7 @@ class Transport:
             check_same_model(server.name, scores, *self._known)
         elif profile.wire == "vllm":
             profile = replace(profile, extra={"use_activation": False})
-        if profile.template not in (None, self._fingerprint):
+        if profile.template not in (None, self._template.fingerprint):
             LOGGER.warning(
                 "%s: has another tokenizer, or other limits, than this client; the client's are used",
                 server.name,
