@@ -112,10 +112,20 @@ class RewardWatch:
         self._total = 0
         self._seen: list[tuple[float, str | None, float, float, bool]] = []
 
-    def add(self, reward: float, answer: str | None, reference: str, truncated: bool) -> None:
+    def add(
+        self,
+        reward: float,
+        answer: str | None,
+        references: Sequence[str],
+        *,
+        raw: float,
+        truncated: bool,
+        overlong: bool = False,
+        verdict: str | None = None,
+    ) -> None:
         """Takes an output; ``answer`` is None if it had none."""
         text = answer or ""
-        seen = (reward, answer, repetition(text), overlap(text, reference), truncated)
+        seen = (reward, answer, repetition(text), max(overlap(text, r) for r in references), truncated)
         with self._lock:
             self._seen.append(seen)
             if len(self._seen) >= self._every:
