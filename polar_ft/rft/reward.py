@@ -312,8 +312,8 @@ class PolarReward:
                 right, wrong = self._rule_rewards or measured_rule_rewards(self._model)
                 if not self.floor < wrong < right:
                     raise PolarError(
-                        f"rule_rewards: right {right:g} must be above wrong {wrong:g}, and that above the floor "
-                        f"{self.floor:g} of outputs without an answer"
+                        f"rule_rewards: right {right:g} must be above wrong {wrong:g}, and that above the "
+                        f"floor {self.floor:g} of outputs without an answer"
                     )
                 self._math = _MathRewards(MathRule(self._rule_seconds), right, wrong)
             rewards = self._math
@@ -369,9 +369,12 @@ class PolarReward:
                     _settle(one.ask.future, error)
                 return
             for one, branches in usable:
-                raw = self._combine([rewards[id(group)][candidate] for group, candidate in branches])
-                truncated = any(group.cut.of(candidate) for group, candidate in branches)
-                self._deliver(one.ask, one.answer, one.references, raw, truncated=truncated)
+                try:
+                    raw = self._combine([rewards[id(group)][candidate] for group, candidate in branches])
+                    truncated = any(group.cut.of(candidate) for group, candidate in branches)
+                    self._deliver(one.ask, one.answer, one.references, raw, truncated=truncated)
+                except BaseException as error:
+                    _settle(one.ask.future, error)
 
         self.client.submit_encoded(sent).add_done_callback(settle_all)
 
