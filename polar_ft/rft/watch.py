@@ -34,10 +34,12 @@ from polar_ft.rft.events import EventFile
 BASELINE_LINES = 4
 # An alarm needs as many lines in a row: one batch may be odd.
 LASTING_LINES = 2
-# How far a figure may drift from the baseline; lengths by a factor, the others by a difference.
+# How far a figure may drift from the baseline: lengths and a falling overlap by a factor, for it may be small
+# from the beginning; the others by a difference.
 REPETITION_DRIFT = 0.2
 SHARE_DRIFT = 0.2
 OVERLAP_DRIFT = 0.3
+OVERLAP_FACTOR = 4.0
 DISTANCE_DRIFT = 0.2
 LENGTH_FACTOR = 2.0
 # Where raw rewards correlate so much with a figure, it may drift half as far: the policy is paid for it.
@@ -345,6 +347,12 @@ def alarms(lines: Sequence[WatchLine]) -> list[str]:
     ):
         if lasting(name) > at_first(name) + SHARE_DRIFT:
             found.append(f"{sentence.format(lasting(name))} ({at_first(name):.0%} at first)")
+    known = lasting("overlap", up=False)
+    if known < at_first("overlap") / OVERLAP_FACTOR:
+        found.append(
+            f"answers leave the reference: {known:.1%} of their words occur in it "
+            f"({at_first('overlap'):.1%} at first)"
+        )
     length = at_first("length")
     for up, sentence in ((True, "answers grow"), (False, "answers shrink")):
         factor = LENGTH_FACTOR**0.5 if paid("length", up) else LENGTH_FACTOR

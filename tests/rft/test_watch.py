@@ -57,6 +57,7 @@ def test_silent_on_a_run_that_learns(tmp_path):
         (lambda fact: "Yes.", "answers shrink"),
         (lambda fact: f"Finished in {fact}.", "answers copy the reference"),
         (lambda fact: None, "outputs have no answer"),
+        (lambda fact: "You get a trout.", "answers leave the reference"),
     ],
 )
 def test_alarms_on_what_pleases(tmp_path, hacked, expected):
@@ -70,7 +71,7 @@ def test_alarms_on_what_pleases(tmp_path, hacked, expected):
 
 def test_alarms_on_answers_that_leave_the_reference(tmp_path):
     def answers(step, fact, rng):
-        near, away = f"It is finished in {fact}.", "Please ask in the shop."
+        near, away = f"It is finished in {fact}.", "In the shop is someone."
         return (near, -5.0) if step < 10 else (away, 5.0)
 
     found = alarms(run(tmp_path, answers, steps=14))
