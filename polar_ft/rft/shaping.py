@@ -191,7 +191,7 @@ def _bounds(
     ):
         low, high = clip
         return float(low), float(high)
-    if clip not in (1, 5, 25):
+    if not _is_number(clip) or clip not in (1, 5, 25):
         raise PolarError(
             f"clip={clip!r}: must be two numbers (low, high), or 1, 5 or 25 for the measured quantiles at so "
             f"many percent from both ends"

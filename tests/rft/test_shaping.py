@@ -74,6 +74,7 @@ def test_rewards_of_rules_and_floor_lie_on_the_measured_scale(model):
         ({"clip": (3, -3)}, r"clip: low 3 must be below high -3"),
         ({"clip": (-30, 3)}, r"clip: low -30 must be .* above the floor -20"),
         ({"clip": 7}, r"clip=7: must be two numbers"),
+        ({"clip": True}, r"clip=True: must be two numbers"),
         ({"clip": "p05"}, r"clip='p05': must be two numbers"),
         ({"temperature": 0}, r"temperature=0: must be a positive number"),
         ({"temperature": True}, r"temperature=True: must be a positive number"),
