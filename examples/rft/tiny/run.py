@@ -2,12 +2,12 @@
 
     make demo                                  # trains the reward model, once
     tools/rft_env.sh trl                       # installs TRL in an environment of its own, once
-    python examples/rft/tiny/run.py            # about 7 minutes on two cores
+    python examples/rft/tiny/run.py            # about 6 minutes on two cores
 
 For each seed: a policy is supervised on a careless clerk's answers, then trained by TRL's GRPO with the
 demo's reward model behind `polar-ft serve`; once with the right references and once with those of other
-products, from which nothing can be learned. One more run, with those, without a KL term and with a learning
-rate five times as high, is what reward hacking looks like. The floor is compared with the rewards of right,
+products, from which nothing can be learned. One more run, of 60 steps with those, without a KL term and with
+a higher learning rate, is what reward hacking looks like. The floor is compared with the rewards of right,
 wrong and empty answers.
 
 The figures of the documentation are copied from there:
@@ -52,7 +52,7 @@ ARMS: dict[str, list[str]] = {
     "references": [],
     "shuffled": ["--shuffled"],
     # Nothing but pleasing the reward model raises its rewards, and nothing holds the policy back.
-    "hacked": ["--shuffled", "--beta", "0", "--lr", "1e-3"],
+    "hacked": ["--shuffled", "--beta", "0", "--lr", "5e-4", "--steps", "60"],
 }
 LABELS = {
     "references": ("tab:blue", "references"),
