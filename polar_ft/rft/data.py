@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from polar_ft.data.answers import Thinking
 from polar_ft.data.converters.dialogues import hh_rlhf
 from polar_ft.data.reading import RowProblem, read_rows
 from polar_ft.data.records import Message, RankedRow, RowError, Text, parse_row, text_of
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError, validation_sentences
-from polar_ft.rft.answers import Thinking
 from polar_ft.rft.rules import MathRule, Rule, final_answer
 
 Source = Literal["polar", "hh-rlhf", "math", "am"]

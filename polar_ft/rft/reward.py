@@ -22,12 +22,12 @@ from typing import Any, Literal, get_args
 
 from polar_ft.client.client import RewardModelClient
 from polar_ft.client.contact import ServerType
+from polar_ft.data.answers import Thinking
 from polar_ft.data.records import RowError
 from polar_ft.data.score_rows import parse_score_row
 from polar_ft.errors import PolarError
 from polar_ft.files import first_line
 from polar_ft.groups import TextGroup, TokenGroup, against, merge_texts
-from polar_ft.rft.answers import Thinking
 from polar_ft.rft.rules import MathRule, Rule, Verdict
 from polar_ft.rft.shaping import Normalise, measured_floor, measured_rule_rewards, normalised, shaping_of
 from polar_ft.rft.watch import RewardWatch

@@ -210,10 +210,7 @@ def _quantile(model: str | os.PathLike[str], quantiles: dict[str, float], name: 
 
 
 def measured_floor(model: str | os.PathLike[str]) -> float:
-    """The reward of an output without an answer, below what answers get: 1st percentile minus deviation.
-
-    A floor at 0 would be a reward: the zero of a reward model means nothing, and an empty text can score
-    higher than wrong answers.
+    """The floor of a model's scale; see `RewardScale.floor`.
 
     Args:
         model: A model folder with the scale that ``polar-ft calibrate`` measured.
@@ -222,8 +219,7 @@ def measured_floor(model: str | os.PathLike[str]) -> float:
         PolarError: Nothing was measured.
     """
     try:
-        scale = RewardScale.load(model)
-        return _quantile(model, scale.quantiles, "p01") - scale.spread
+        return RewardScale.load(model).floor
     except PolarError as error:
         raise PolarError(
             f"{model}: an output without an answer needs a reward, and {FILE_NAME} says of none; run "
