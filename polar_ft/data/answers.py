@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from polar_ft.errors import PolarError
+
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
     """How a policy marks its thoughts.
 
-    Everything up to the last closing tag is thought, however many tags there are and however they are
-    nested. An opening tag after that begins a thought that was never ended: no answer came. Without any tag
-    the whole output is the answer, except where the prompt has already opened the tag.
+    Everything up to the last closing tag is thought, however many tags there are, however they are nested
+    and wherever they stand, in a code block as well: a text before a tag can never be scored. An opening tag
+    after that begins a thought that was never ended: no answer came. Without any tag the whole output is the
+    answer, except where the prompt has already opened the tag.
+
+    Channels are tags too, if the decoded output keeps them: gpt-oss writes ``<|channel|>analysis<|message|>``
+    before its thoughts and ``<|channel|>final<|message|>`` before its answer.
 
     Attributes:
         start: The opening tag.
@@ -39,9 +45,29 @@ class Thinking:
         ('Four.', 'Four.')
         >>> [thinking.answer(output) for output in ("<think>It is", "<think>4</think>Four. <think>Or", " ")]
         [None, None, None]
+        >>> thinking.answer("<think>Hm.</think>Write `</think>` at the end.")
+        '` at the end.'
         >>> Thinking(opened_by_prompt=True).answer("It is 4, since")
         """
         _, closed, answer = output.rpartition(self.end)
         if self.start in answer or (self.opened_by_prompt and not closed):
             return None
         return answer.strip() or None
+
+    def reference(self, text: str) -> str:
+        """A reference without thoughts: answers are compared without theirs; one without tags as it is.
+
+        Raises:
+            PolarError: There are thoughts and no answer.
+
+        >>> [Thinking(opened_by_prompt=True).reference(text) for text in ("<think>4.</think>Four.", "4 ")]
+        ['Four.', '4 ']
+        """
+        if self.start not in text and self.end not in text:
+            return text
+        answer = Thinking(self.start, self.end).answer(text)
+        if answer is None:
+            raise PolarError(
+                f"a reference has {self.start} and no answer after {self.end}: give the answer alone"
+            )
+        return answer

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from inspect import signature
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from polar_ft.client.client import RewardModelClient
 from polar_ft.client.contact import ServerType
@@ -28,7 +28,8 @@ from polar_ft.data.score_rows import parse_score_row
 from polar_ft.errors import PolarError
 from polar_ft.files import first_line
 from polar_ft.groups import TextGroup, TokenGroup, against, merge_texts
-from polar_ft.reward_scale import FILE_NAME, RewardScale
+from polar_ft.rft.rules import MathRule, Rule, Verdict
+from polar_ft.rft.shaping import Normalise, measured_floor, measured_rule_rewards, normalised, shaping_of
 from polar_ft.rft.watch import RewardWatch
 from polar_ft.template import EncodeError
 
@@ -36,32 +37,59 @@ LOGGER = logging.getLogger("polar_ft.rft")
 
 
 @dataclass(frozen=True, slots=True)
+class Sample(TextGroup):
+    """A `TextGroup` of one candidate, the policy's output, that may ask for a rule.
+
+    Attributes:
+        rule: How its reward is found: None by the reward model, "math" by comparing final answers.
+    """
+
+    rule: Rule | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Reward:
     """The reward of one output.
 
     Attributes:
-        score: The reward model's raw reward, or the floor if there was no answer.
+        score: What the policy gets: ``raw`` after shaping.
+        raw: The reward model's reward, or the rule's, or the floor if there was no answer.
         answered: Whether there was an answer to score.
         truncated: Whether prompt, reference or answer was cut to the model's length limits.
+        overlong: Whether the answer is longer than ``max_characters``.
         length: Characters of the answer.
+        verdict: Of the rule, for samples that ask for one and have an answer.
     """
 
     score: float
+    raw: float
     answered: bool
     truncated: bool
+    overlong: bool
     length: int
+    verdict: Verdict | None = None
 
     def as_row(self) -> dict[str, float]:
         """All figures as numbers under fixed keys, as frameworks log them.
 
-        >>> Reward(-1.5, answered=True, truncated=False, length=12).as_row()
-        {'score': -1.5, 'answered': 1.0, 'truncated': 0.0, 'length': 12.0}
+        ``by_rule`` is 1 where the rule gave the reward, ``rule_right`` where it found the answer right, and
+        ``rule_failed`` where it could not read the reference or did not finish.
+
+        >>> Reward(-0.5, -1.5, answered=True, truncated=False, overlong=False, length=12).as_row()
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'score': -0.5, 'raw': -1.5, 'answered': 1.0, 'truncated': 0.0, 'overlong': 0.0, 'length': 12.0,
+         'by_rule': 0.0, 'rule_right': 0.0, 'rule_failed': 0.0}
         """
         return {
             "score": self.score,
+            "raw": self.raw,
             "answered": float(self.answered),
             "truncated": float(self.truncated),
+            "overlong": float(self.overlong),
             "length": float(self.length),
+            "by_rule": float(self.verdict in ("right", "wrong", "failed")),
+            "rule_right": float(self.verdict == "right"),
+            "rule_failed": float(self.verdict in ("failed", "no gold")),
         }
 
 
@@ -82,6 +110,18 @@ class PolarReward:
         think_start: Opening tag of thoughts; an empty text if the policy has none.
         think_end: Closing tag.
         think_in_prompt: Whether the prompt template ends with the opening tag; see `Thinking`.
+        clip: Lowest and highest reward that the reward model may give; or 1, 5 or 25 for the measured
+            quantiles at so many percent from both ends. The floor and the rewards of rules are not clipped.
+        temperature: Divides rewards; "measured" takes the scale's, which makes them logits of preference.
+        centre: Subtracted from rewards before; "measured" takes the scale's mean.
+        max_characters: Length of an answer from which the penalty is full; None for no penalty.
+        overlong_buffer: Characters before that over which it rises from 0; see `overlong_share`.
+        overlong_penalty: The full penalty, subtracted after the temperature.
+        rule_rewards: What a rule gives (right, wrong), on the reward model's scale; None takes the measured
+            quantiles at 95 and 5 %.
+        rule_seconds: Seconds that a rule may take for one answer; then the answer is wrong, and counted.
+        normalise: "group" makes (reward − mean) / deviation within the samples of one (prompt, references) of
+            a batch, "batch" over the batch; both need a framework that hands over batches.
         gather_ms: Milliseconds for which single samples wait for others to be sent with.
         watch: Folder for figures of the answers, which `polar-ft rft watch` shows; see `RewardWatch`.
         watch_every: Answers of one line there.
@@ -104,16 +144,38 @@ class PolarReward:
         think_start: str = "<think>",
         think_end: str = "</think>",
         think_in_prompt: bool = False,
+        clip: Sequence[float] | float | None = None,
+        temperature: float | Literal["measured"] | None = None,
+        centre: float | Literal["measured"] | None = None,
+        max_characters: int | None = None,
+        overlong_buffer: int = 0,
+        overlong_penalty: float = 1.0,
+        rule_rewards: Sequence[float] | None = None,
+        rule_seconds: float = 10.0,
+        normalise: Normalise = "none",
         gather_ms: float = 5.0,
         watch: str | os.PathLike[str] | None = None,
         watch_every: int = 256,
     ) -> None:
         if references not in ("max", "mean"):
             raise PolarError(f"references={references!r}: must be 'max' or 'mean'")
+        if normalise not in get_args(Normalise):
+            raise PolarError(f"normalise={normalise!r}: must be 'none', 'group' or 'batch'")
         if bool(think_start) != bool(think_end):
             raise PolarError("think_start and think_end: give both tags, or two empty texts for none")
         self.floor = measured_floor(model) if floor is None else float(floor)
         self.thinking = Thinking(think_start, think_end, think_in_prompt) if think_start else None
+        self.shaping = shaping_of(
+            model,
+            floor=self.floor,
+            clip=clip,
+            temperature=temperature,
+            centre=centre,
+            max_characters=max_characters,
+            overlong_buffer=overlong_buffer,
+            overlong_penalty=overlong_penalty,
+        )
+        self.normalise: Normalise = normalise
         self.client = RewardModelClient(
             model,
             server_address=server_address,
@@ -124,45 +186,89 @@ class PolarReward:
             # `max_wait` alone says how long a server may be away.
             max_retries=10**6,
         )
+        self._model = model
         self._combine: Callable[[list[float]], float] = max if references == "max" else fmean
+        self._rule_rewards = rule_rewards
+        self._rule_seconds = rule_seconds
+        self._math: _MathRewards | None = None
         self._watch = RewardWatch(watch, watch_every) if watch is not None else None
         self._gather_seconds = gather_ms / 1000
         self._lock = threading.Lock()
-        self._waiting: list[tuple[TextGroup, Future[Reward]]] = []
+        self._waiting: list[_Ask] = []
 
     def score(self, samples: Sequence[TextGroup]) -> list[Reward]:
         """Scores a batch; rewards come in its order.
 
         Args:
-            samples: Each with one candidate, the policy's output, thoughts included.
+            samples: Each with one candidate, the policy's output, thoughts included. With
+                ``normalise="group"`` those of one prompt with the same references are a group.
 
         Raises:
             PolarError: A sample cannot be encoded; the message names it.
             RewardServerError: No server answered within ``max_wait`` seconds, or one did not give rewards.
         """
-        futures: list[Future[Reward]] = [Future() for _ in samples]
-        self._send(list(zip(samples, futures, strict=True)))
-        return [future.result() for future in futures]
+        asks = [_Ask(sample, Future()) for sample in samples]
+        self._send(asks)
+        rewards = [ask.future.result() for ask in asks]
+        if self.normalise == "none" or not rewards:
+            return rewards
+        groups = [(s.prompt, s.references) for s in samples] if self.normalise == "group" else None
+        if groups is not None and len(set(groups)) == len(groups):
+            LOGGER.warning("normalise='group': no prompt has several samples, so every reward becomes 0")
+        scores = normalised([reward.score for reward in rewards], groups)
+        rewards = [replace(reward, score=score) for reward, score in zip(rewards, scores, strict=True)]
+        for sample, reward in zip(samples, rewards, strict=True):
+            self._add_to_watch(reward, *self._read(sample))
+        return rewards
 
     async def score_async(self, sample: TextGroup) -> Reward:
-        """Scores one sample, from a coroutine; what other coroutines and threads ask for is sent with it."""
+        """Scores one sample, from a coroutine; what other coroutines and threads ask for is sent with it.
+
+        Raises:
+            PolarError: As in `score` and `submit`.
+        """
         return await asyncio.wrap_future(self.submit(sample))
 
     def submit(self, sample: TextGroup) -> Future[Reward]:
-        """Starts scoring one sample; what is submitted within ``gather_ms`` is sent together."""
-        future: Future[Reward] = Future()
+        """Starts scoring one sample; what is submitted within ``gather_ms`` is sent together.
+
+        Raises:
+            PolarError: ``normalise`` is set, which needs batches.
+        """
+        self.check_single_calls("a caller that submits single samples")
+        ask = _Ask(sample, Future())
+        self._gather(ask)
+        return ask.future
+
+    def check_single_calls(self, framework: str) -> None:
+        """Refuses to normalise where samples come one at a time; for adapters to call when they are made.
+
+        Args:
+            framework: Named in the error.
+
+        Raises:
+            PolarError: ``normalise`` is set.
+        """
+        if self.normalise != "none":
+            raise PolarError(
+                f"normalise={self.normalise!r} needs whole batches, and {framework} asks for one sample at a "
+                f"time; leave it out (GRPO and RLOO normalise within groups themselves)"
+            )
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self.client.close()
+        if self._math is not None:
+            self._math.rule.close()
+
+    def _gather(self, ask: _Ask) -> None:
         with self._lock:
-            self._waiting.append((sample, future))
+            self._waiting.append(ask)
             first = len(self._waiting) == 1
         if first:
             timer = threading.Timer(self._gather_seconds, self._send_waiting)
             timer.daemon = True
             timer.start()
-        return future
-
-    def close(self) -> None:
-        """Closes the connections."""
-        self.client.close()
 
     def _send_waiting(self) -> None:
         with self._lock:
@@ -170,23 +276,70 @@ class PolarReward:
         try:
             self._send(waiting)
         except BaseException as error:  # in a timer's thread nobody else would learn of it
-            for _, future in waiting:
-                if not future.done():
-                    _settle(future, error)
+            for ask in waiting:
+                if not ask.future.done():
+                    _settle(ask.future, error)
 
-    def _send(self, work: Sequence[tuple[TextGroup, Future[Reward]]]) -> None:
+    def _send(self, asks: Sequence[_Ask]) -> None:
+        """Sorts samples by what gives their rewards: the floor, a rule or the reward model."""
+        scored: list[_Scored] = []
+        for ask in asks:
+            try:
+                answer, references = self._read(ask.sample)
+                if answer is None:
+                    self._deliver(ask, None, references, self.floor)
+                elif isinstance(ask.sample, Sample) and ask.sample.rule and ask.verdict is None:
+                    self._ask_rule(ask, answer, references)
+                else:
+                    scored.append(_Scored(ask, answer, references))
+            except PolarError as error:
+                _settle(ask.future, error)
+        self._ask_servers(scored)
+
+    def _read(self, sample: TextGroup) -> tuple[str | None, tuple[str, ...]]:
+        """Answer and references without thoughts; the answer is None if none came."""
+        (output,) = sample.candidates
+        if self.thinking is None:
+            return output.strip() or None, sample.references
+        try:
+            return self.thinking.answer(output), tuple(map(self.thinking.reference, sample.references))
+        except PolarError as error:
+            raise PolarError(f"{_name(sample)}: {error}") from None
+
+    def _ask_rule(self, ask: _Ask, answer: str, references: tuple[str, ...]) -> None:
+        with self._lock:
+            if self._math is None:
+                right, wrong = self._rule_rewards or measured_rule_rewards(self._model)
+                if not self.floor < wrong < right:
+                    raise PolarError(
+                        f"rule_rewards: right {right:g} must be above wrong {wrong:g}, and that above the "
+                        f"floor {self.floor:g} of outputs without an answer"
+                    )
+                self._math = _MathRewards(MathRule(self._rule_seconds), right, wrong)
+            rewards = self._math
+
+        def settle(done: Future[Verdict]) -> None:
+            try:
+                ask.verdict = done.result()
+                if ask.verdict == "no gold":  # the reward model can still compare
+                    self._gather(ask)
+                else:
+                    raw = rewards.right if ask.verdict == "right" else rewards.wrong
+                    self._deliver(ask, answer, references, raw)
+            except BaseException as error:
+                _settle(ask.future, error)
+
+        rewards.rule.check(references, answer).add_done_callback(settle)
+
+    def _ask_servers(self, asked: Sequence[_Scored]) -> None:
         """Encodes samples and asks for their rewards; each future gets its own reward or an error."""
-        asked: list[_Asked] = []
         groups: list[TextGroup] = []
-        for sample, future in work:
-            (output,) = sample.candidates
-            answer = self.thinking.answer(output) if self.thinking else output.strip()
-            if not answer:
-                self._deliver(future, sample, None, Reward(self.floor, False, False, 0))
-                continue
+        numbers: list[range] = []  # of the groups of each sample, one for each reference
+        for one in asked:
             first = len(groups)
-            groups += [replace(against(sample, text), candidates=(answer,)) for text in sample.references]
-            asked.append(_Asked(sample, answer, future, range(first, len(groups))))
+            for reference in one.references:
+                groups.append(replace(against(one.ask.sample, reference), candidates=(one.answer,)))
+            numbers.append(range(first, len(groups)))
 
         merged = merge_texts(groups)
         encoded = self.client.template.encode_each([texts.group for texts in merged])
@@ -195,59 +348,102 @@ class PolarReward:
             for place, texts in enumerate(merged)
             for number, (candidate,) in texts.members
         }
-        usable: list[tuple[_Asked, list[tuple[TokenGroup, int]]]] = []
-        for ask in asked:
+        usable: list[tuple[_Scored, list[tuple[TokenGroup, int]]]] = []
+        for one, own in zip(asked, numbers, strict=True):
             branches = []
-            for number in ask.groups:
+            for number in own:
                 group, candidate = found[number]
                 if isinstance(group, EncodeError):
-                    _settle(ask.future, PolarError(f"{ask.name}: {group}"))
+                    _settle(one.ask.future, PolarError(f"{_name(one.ask.sample)}: {group}"))
                     break
                 branches.append((group, candidate))
             else:
-                usable.append((ask, branches))
-        scored = [group for group in encoded if isinstance(group, TokenGroup)]
+                usable.append((one, branches))
+        sent = [group for group in encoded if isinstance(group, TokenGroup)]
 
         def settle_all(done: Future[list[list[float]]]) -> None:
             try:
-                rewards = dict(zip(map(id, scored), done.result(), strict=True))
+                rewards = dict(zip(map(id, sent), done.result(), strict=True))
             except BaseException as error:  # a cancellation as well: nobody may wait for ever
-                for ask, _ in usable:
-                    _settle(ask.future, error)
+                for one, _ in usable:
+                    _settle(one.ask.future, error)
                 return
-            for ask, branches in usable:
-                score = self._combine([rewards[id(group)][candidate] for group, candidate in branches])
-                truncated = any(group.cut.of(candidate) for group, candidate in branches)
-                reward = Reward(score, True, truncated, len(ask.answer))
-                self._deliver(ask.future, ask.sample, ask.answer, reward)
+            for one, branches in usable:
+                try:
+                    raw = self._combine([rewards[id(group)][candidate] for group, candidate in branches])
+                    truncated = any(group.cut.of(candidate) for group, candidate in branches)
+                    self._deliver(one.ask, one.answer, one.references, raw, truncated=truncated)
+                except BaseException as error:
+                    _settle(one.ask.future, error)
 
-        self.client.submit_encoded(scored).add_done_callback(settle_all)
+        self.client.submit_encoded(sent).add_done_callback(settle_all)
 
-    def _deliver(self, future: Future[Reward], sample: TextGroup, answer: str | None, reward: Reward) -> None:
-        if self._watch is not None:
-            try:
-                self._watch.add(reward.score, answer, sample.reference, reward.truncated)
-            except OSError as error:  # costs no reward
-                LOGGER.warning("%s: cannot be written (%s)", self._watch.file, first_line(error))
-        _settle(future, reward)
+    def _deliver(
+        self, ask: _Ask, answer: str | None, references: Sequence[str], raw: float, *, truncated: bool = False
+    ) -> None:
+        length = len(answer or "")
+        by_model = answer is not None and ask.verdict in (None, "no gold")
+        reward = Reward(
+            score=self.shaping.score(raw, length, clip=by_model),
+            raw=raw,
+            answered=answer is not None,
+            truncated=truncated,
+            overlong=self.shaping.overlong(length),
+            length=length,
+            verdict=ask.verdict,
+        )
+        if self.normalise == "none":  # otherwise when the batch is complete
+            self._add_to_watch(reward, answer, references)
+        _settle(ask.future, reward)
+
+    def _add_to_watch(self, reward: Reward, answer: str | None, references: Sequence[str]) -> None:
+        if self._watch is None:
+            return
+        try:
+            self._watch.add(
+                reward.score,
+                answer,
+                references,
+                raw=reward.raw,
+                truncated=reward.truncated,
+                overlong=reward.overlong,
+                verdict=reward.verdict,
+            )
+        except OSError as error:  # costs no reward
+            LOGGER.warning("%s: cannot be written (%s)", self._watch.file, first_line(error))
+
+
+@dataclass(slots=True)
+class _Ask:
+    """A sample under way, and the verdict of its rule once there is one."""
+
+    sample: TextGroup
+    future: Future[Reward]
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A sample under way: its answer, and the numbers of its groups, one for each reference."""
+class _Scored:
+    """A sample whose reward comes from the reward model, without thoughts."""
 
-    sample: TextGroup
+    ask: _Ask
     answer: str
-    future: Future[Reward]
-    groups: range
+    references: tuple[str, ...]
 
-    @property
-    def name(self) -> str:
-        return f"sample with the prompt that begins {self.sample.prompt[:40]!r}"
+
+@dataclass(frozen=True, slots=True)
+class _MathRewards:
+    rule: MathRule
+    right: float
+    wrong: float
+
+
+def _name(sample: TextGroup) -> str:
+    return f"sample with the prompt that begins {sample.prompt[:40]!r}"
 
 
 def _settle(future: Future[Reward], outcome: Reward | BaseException) -> None:
-    if not future.set_running_or_notify_cancel():
+    if future.done() or not future.set_running_or_notify_cancel():
         return  # whoever asked has gone
     if isinstance(outcome, BaseException):
         future.set_exception(outcome)
@@ -255,35 +451,45 @@ def _settle(future: Future[Reward], outcome: Reward | BaseException) -> None:
         future.set_result(outcome)
 
 
-def sample_of(prompt: Any, references: Sequence[Any], output: Any) -> TextGroup:
+def sample_of(prompt: Any, references: Sequence[Any], output: Any, rule: str | None = None) -> Sample:
     """A sample of a framework: prompt, references and the policy's output as texts or lists of messages.
 
     Args:
         prompt: The question, without a chat template.
         references: At least one reference answer.
         output: What the policy wrote.
+        rule: "math" for a reward by comparing final answers; None or an empty text for the reward model's.
 
     Raises:
-        RowError: A field is neither a text nor a list of messages, or there is no reference; names it.
+        RowError: A field is neither a text nor a list of messages, there is no reference, or the rule is
+            unknown; names it.
 
     >>> sample = sample_of([{"role": "user", "content": "2 + 2?"}], ["4", "IV"], "four")
-    >>> sample.prompt, sample.references, sample.candidates
-    ('2 + 2?', ('4', 'IV'), ('four',))
+    >>> sample.prompt, sample.references, sample.candidates, sample.rule
+    ('2 + 2?', ('4', 'IV'), ('four',), None)
     """
     if not references:
         raise RowError("references", "is empty — POLAR compares an output with a reference: give one a row")
+    if rule and rule not in get_args(Rule):
+        raise RowError("rule", f'is {rule!r}; must be "math", or empty for the reward model\'s reward')
     groups = [
         parse_score_row({"prompt": prompt, "reference": reference, "output": output})
         for reference in references
     ]
-    return replace(groups[0], references=tuple(group.reference for group in groups))
+    return Sample(
+        prompt=groups[0].prompt,
+        references=tuple(group.reference for group in groups),
+        candidates=groups[0].candidates,
+        rule="math" if rule else None,
+    )
 
 
-def sample_of_label(label: Any, output: str) -> TextGroup:
+def sample_of_label(label: Any, output: str) -> Sample:
     """A sample of a framework that hands over the value of a row's label column and the policy's output.
 
     Args:
-        label: ``{"prompt": …, "reference": …}``, or ``"references"`` with a list.
+        label: ``{"prompt": …, "reference": …}``, or ``"references"`` with a list; ``"rule"`` as in
+            `sample_of` if the row asks for one.
         output: What the policy wrote.
 
     Raises:
@@ -297,28 +503,7 @@ def sample_of_label(label: Any, output: str) -> TextGroup:
             "label", 'must be {"prompt": …, "reference": …} — question and reference reach the reward there'
         )
     references = label.get("references") or [label.get("reference")]
-    return sample_of(label["prompt"], references, output)
-
-
-def measured_floor(model: str | os.PathLike[str]) -> float:
-    """The reward of an output without an answer, below what answers get: 1st percentile minus deviation.
-
-    A floor at 0 would be a reward: the zero of a reward model means nothing, and an empty text can score
-    higher than wrong answers.
-
-    Args:
-        model: A model folder with the scale that ``polar-ft calibrate`` measured.
-
-    Raises:
-        PolarError: Nothing was measured.
-    """
-    try:
-        return RewardScale.load(model).floor
-    except PolarError as error:
-        raise PolarError(
-            f"{model}: an output without an answer needs a reward, and {FILE_NAME} says of none; run "
-            f"polar-ft calibrate {model} DATA, or give floor=…, below what wrong answers get"
-        ) from error
+    return sample_of(label["prompt"], references, output, label.get("rule"))
 
 
 @lru_cache
