@@ -41,6 +41,7 @@ class Label(Lenient):
     references: Listed[ShortText] | None = Field(
         default=None, description="Several, instead of one: the greatest reward counts."
     )
+    rule: str | None = Field(default=None, description="Refused unless empty: the server has no rules.")
 
     @model_validator(mode="before")
     @classmethod
@@ -53,6 +54,8 @@ class Label(Lenient):
     def _has_references(self) -> Label:
         if self.reference is None and not self.references:
             raise ValueError('must have "reference" or "references"')
+        if self.rule:
+            raise ValueError("asks for a rule, which only the adapters of polar_ft.rft have")
         return self
 
 
@@ -126,7 +129,7 @@ def add_rollout_routes(app: FastAPI, server: Server) -> None:
             answers = [rollout.answer(server.thinking) for rollout in rollouts]
             floor = None if None not in answers else _floor(server, answers.index(None))
             groups = [
-                _group(rollout.label, answer)
+                _group(rollout.label, answer, server.thinking)
                 for rollout, answer in zip(rollouts, answers, strict=True)
                 if answer is not None
             ]
@@ -184,9 +187,9 @@ def add_rollout_routes(app: FastAPI, server: Server) -> None:
         return figures.reward
 
 
-def _group(label: Label, answer: str) -> TextGroup:
+def _group(label: Label, answer: str, thinking: Thinking) -> TextGroup:
     references = texts_of_references(label.reference, label.references)
-    return TextGroup(text_of(label.prompt), references, (answer,))
+    return TextGroup(text_of(label.prompt), tuple(map(thinking.reference, references)), (answer,))
 
 
 def _floor(server: Server, number: int) -> float:

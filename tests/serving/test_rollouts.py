@@ -69,7 +69,9 @@ def test_slime(client, expected):
 def test_several_references_give_the_greatest(client, scorer):
     references = ["Shanghai.", "北京。"]
     rows = [{"prompt": QUESTION, "reference": text, "output": "It is."} for text in references]
-    label = {"prompt": QUESTION, "reference": None, "references": references}
+    # Of a reference no thoughts are compared either.
+    with_thoughts = [f"<think>Hm.</think>\n{references[0]}", references[1]]
+    label = {"prompt": QUESTION, "reference": None, "references": with_thoughts, "rule": ""}
     right = pytest.approx(max(scorer.score(rows)), abs=2e-5)
     assert client.post("/get_reward", json=openrlhf("It is.", label=label)).json()["rewards"] == [right]
     assert client.post("/slime", json=slime("It is.", label=label)).json() == right
@@ -153,6 +155,13 @@ def test_a_prompt_that_was_cut(client, expected):
             "labels[0].prompt: must be",
         ),
         ("/get_reward", {"query": "a", "prompts": ["a"], "labels": [LABEL]}, 422, "query: Input should be"),
+        ("/get_reward", openrlhf("a", label={**LABEL, "rule": "math"}), 422, "labels[0]: asks for a rule"),
+        (
+            "/slime",
+            slime("a", label={**LABEL, "reference": "<think>4"}),
+            400,
+            "a reference has <think> and no",
+        ),
         ("/slime", slime("a", label=None), 422, 'label: must be {"prompt": …, "reference": …}'),
         ("/slime", {"prompt": "a", "response": "b"}, 422, "label: Field required"),
         ("/slime", {"prompt": "a", "response": None, "label": LABEL}, 422, "response: Input should be"),
