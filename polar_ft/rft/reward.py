@@ -508,7 +508,13 @@ def sample_of_label(label: Any, output: str) -> Sample:
 
 @lru_cache
 def _shared(settings: tuple[tuple[str, Any], ...]) -> PolarReward:
-    return PolarReward(**dict(settings))
+    given = dict(settings)
+    known = list(signature(PolarReward).parameters)
+    unknown = [name for name in given if name not in known]
+    if unknown or "model" not in given:
+        problem = f"{unknown[0]} is unknown" if unknown else "model is missing"
+        raise PolarError(f"settings of the reward: {problem}; they may say {', '.join(known)}")
+    return PolarReward(**given)
 
 
 def shared_reward(settings: Mapping[str, Any]) -> PolarReward:
@@ -521,11 +527,7 @@ def shared_reward(settings: Mapping[str, Any]) -> PolarReward:
     Raises:
         PolarError: ``model`` is missing, or a name is unknown.
     """
-    known = list(signature(PolarReward).parameters)
-    unknown = [name for name in settings if name not in known]
-    if unknown or "model" not in settings:
-        problem = f"{unknown[0]} is unknown" if unknown else "model is missing"
-        raise PolarError(f"settings of the reward: {problem}; they may say {', '.join(known)}")
+    # Called for every sample, so the settings are checked only when they are new.
     return _shared(tuple(sorted((name, _hashable(value)) for name, value in settings.items())))
 
 
