@@ -13,6 +13,7 @@ END_TOKENS = (
     "<|eot_id|>",
     "<|end_of_text|>",
     "<|end|>",
+    "<|return|>",
     "<end_of_turn>",
     "<｜end▁of▁sentence｜>",
     "</s>",
