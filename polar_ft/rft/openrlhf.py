@@ -16,11 +16,14 @@ from typing import Any
 from polar_ft.data.records import RowError
 from polar_ft.rft.reward import PolarReward, sample_of_label
 
+# Control tokens that decoded outputs end with.
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")
+
 
 def make_reward_func(
     model: Any,
     *,
-    end_tokens: Sequence[str] = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>"),
+    end_tokens: Sequence[str] = END_TOKENS,
     **settings: Any,
 ) -> Callable[[Sequence[str], Sequence[str], Sequence[Any]], dict[str, Any]]:
     """Makes the function that OpenRLHF calls for each sample, many at once from threads.
@@ -37,6 +40,7 @@ def make_reward_func(
         ``reward_func(queries, prompts, labels)``.
     """
     reward = PolarReward(model, **settings)
+    reward.check_single_calls("OpenRLHF")
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
         futures = [
