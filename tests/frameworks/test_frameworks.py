@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from statistics import mean, stdev
 
 import pytest
 
@@ -63,4 +64,12 @@ def test_verl_gives_each_row_its_reward(run, rows, model, server, scored, versio
     assert ".".join(map(str, result["version"])) == version
     assert result["rewards"] == same_as(scored(calls))
     assert result["extra"]["answered"] == [float(number != 5) for number in range(64)]
-    assert set(result["extra"]) >= {"score", "answered", "truncated", "length"}
+    assert set(result["extra"]) >= {"score", "raw", "answered", "truncated", "length"}
+    if version == "0.9":
+        assert result["managed"]["rewards"] == same_as(scored(calls))
+        # 16 prompts, each with the outputs of four rows.
+        grouped = [{**calls[i // 4 * 4], "output": row["output"]} for i, row in enumerate(rows)]
+        rewards = scored(grouped)
+        groups = [rewards[first : first + 4] for first in range(0, 64, 4)]
+        expected = [(reward - mean(group)) / stdev(group) for group in groups for reward in group]
+        assert result["managed"]["normalised"] == pytest.approx(expected, abs=1e-4)
