@@ -3,14 +3,14 @@
 #
 #   tools/rft_env.sh NAME...        PYTHON=… names another interpreter (3.11 or 3.12)
 #
-# NAME is one of the list below. About 2 GB and 2 to 5 minutes each. Does nothing where the folder was already
-# made with the same packages.
+# NAME is trl, verl-0.9, verl-0.7, verl-0.5, verifiers or trinity. About 2 GB (verifiers 0.6 GB) and 2 to 5 minutes
+# each. Does nothing where the folder was already made with the same packages.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 for name in "$@"; do
-    # verl asks for any torch; first, so that it is this one.
+    # verl and Trinity ask for any torch; first, so that it is this one.
     first=("torch==2.13.0")
     # pyarrow 23 needs numpy 2, which verl 0.5 and 0.7 do not allow.
     case $name in
@@ -19,7 +19,8 @@ for name in "$@"; do
         verl-0.7) packages=("verl==0.7.0" "transformers<5" "pyarrow<23") ;;
         verl-0.5) packages=("verl==0.5.0" "transformers<5" "pyarrow<23") ;;
         verifiers) first=(); packages=("verifiers==0.4.0") ;;
-        *) echo "$name: must be trl, verl-0.9, verl-0.7, verl-0.5 or verifiers" >&2; exit 1 ;;
+        trinity) packages=("trinity-rft==0.6.0") ;;
+        *) echo "$name: must be trl, verl-0.9, verl-0.7, verl-0.5, verifiers or trinity" >&2; exit 1 ;;
     esac
     folder=$here/../.venv-rft/$name
     stamp=$folder/.installed
