@@ -48,6 +48,9 @@ EXTRAS = {
         "rapidfuzz>=3",
         "scipy>=1.11",
     ],
+    # For rewards by rule. In an environment of verl, whose omegaconf fixes antlr4 4.9.3, install
+    # "math-verify[antlr4_9_3]" instead.
+    "math": ["math-verify[antlr4_13_2]>=0.9,<0.10"],
     # For Excel workbooks as data; CSV needs nothing. xtuner brings openpyxl too.
     "tables": ["openpyxl>=3.1,<4"],
     # For fused_kernels=True on a GPU.
@@ -59,6 +62,7 @@ EXTRAS = {
     ],
     "dev": [
         "hypothesis>=6.100",
+        "math-verify[antlr4_13_2]>=0.9,<0.10",
         "mypy>=1.10",
         "openpyxl>=3.1,<4",
         "playwright>=1.44",

@@ -97,6 +97,23 @@ class RewardScale(BaseModel):
         # Each side of zero by the form that cannot overflow.
         return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
+    @property
+    def floor(self) -> float:
+        """The reward of an output without an answer, below what answers get: 1st percentile minus deviation.
+
+        A floor at 0 would be a reward: the zero of a reward model means nothing, and an empty text can score
+        higher than wrong answers.
+
+        Raises:
+            PolarError: The quantiles were not measured.
+
+        >>> RewardScale(centre=-6.0, spread=2.0, quantiles={"p01": -11.0}).floor
+        -13.0
+        """
+        if "p01" not in self.quantiles:
+            raise PolarError(f"{FILE_NAME} has no quantiles; run polar-ft calibrate again")
+        return self.quantiles["p01"] - self.spread
+
     @classmethod
     def load(cls, model: str | os.PathLike[str]) -> RewardScale:
         """Reads the scale of a model.

@@ -1,7 +1,8 @@
 """Data for reinforcement fine-tuning: questions with references, in the files that frameworks read.
 
 A question becomes a prompt of messages and a reference answer, which the adapters of this folder hand to the
-reward model. The reference of a row is its own; if that is empty, the answer that it says is best.
+reward model. The reference of a row is its own; if that is empty, the answer that it says is best. A row may
+ask for a rule in place of the reward model.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from polar_ft.data.answers import Thinking
 from polar_ft.data.converters.dialogues import hh_rlhf
 from polar_ft.data.reading import RowProblem, read_rows
 from polar_ft.data.records import Message, RankedRow, RowError, Text, parse_row, text_of
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError, validation_sentences
+from polar_ft.rft.rules import MathRule, Rule, final_answer
 
 Source = Literal["polar", "hh-rlhf", "math", "am"]
 Framework = Literal["verl", "trl", "openrlhf"]
@@ -27,21 +30,24 @@ Framework = Literal["verl", "trl", "openrlhf"]
 BOXED = r"Let's think step by step and output the final answer within \boxed{}."
 
 
-@dataclass(frozen=True)
-class RLRow:
+class RLRow(BaseModel):
     """One question for a policy.
 
     Attributes:
         prompt: Messages, of which the last is the user's.
-        references: Texts of good answers, none of them empty.
+        references: Texts of good answers without thoughts, none of them empty.
         ability: A word for what it asks ("math", "general"), for reports.
         source: Name of the data.
+        rule: How rewards are found; None by the reward model.
     """
+
+    model_config = ConfigDict(strict=True, frozen=True)
 
     prompt: list[dict[str, str]]
     references: list[str]
     ability: str
     source: str
+    rule: Rule | None = None
 
 
 @dataclass
@@ -58,7 +64,13 @@ class Written:
 
 
 def write_rl_data(
-    source: str, target: Path, framework: Framework, *, layout: Source = "polar", split: str = "train"
+    source: str,
+    target: Path,
+    framework: Framework,
+    *,
+    layout: Source = "polar",
+    split: str = "train",
+    rule: Rule | None = None,
 ) -> Written:
     """Converts a file, folder or data set; the file appears, complete, at the end.
 
@@ -68,15 +80,18 @@ def write_rl_data(
         framework: Who reads it.
         layout: "polar" for our own rows, or the layout of a published data set.
         split: Split of a HuggingFace data set; verl's ``extra_info`` holds it.
+        rule: Of all rows; None leaves each row its own.
 
     Raises:
-        PolarError: The target's name does not fit, nothing can be used, or it cannot be written.
+        PolarError: The target's name does not fit, nothing can be used, it cannot be written, or rows ask for
+            a rule whose package is not installed.
     """
     suffix = ".parquet" if framework == "verl" else ".jsonl"
     if target.suffix != suffix:
         raise PolarError(f"{target}: {framework} reads {suffix} files; choose such a name")
     done = Written()
     name = Path(source).name.partition(".")[0] if layout == "polar" else layout
+    golds = _Golds()
 
     def rows() -> Iterator[RLRow]:
         for place, row in read_rows(source, split):
@@ -84,7 +99,11 @@ def write_rl_data(
                 done.problems.append(row)
                 continue
             try:
-                yield READERS[layout](row, name)
+                made = READERS[layout](row, name)
+                if rule:
+                    made = made.model_copy(update={"rule": rule})
+                golds.check(made)
+                yield made
                 done.rows += 1
             except RowError as error:
                 done.problems.append(RowProblem.at(place, error))
@@ -92,8 +111,36 @@ def write_rl_data(
             first = f"; the first: {done.problems[0]}" if done.problems else ""
             raise PolarError(f"{source}: no row can be used for {framework}{first}")
 
-    (_write_verl if framework == "verl" else _write_lines)(rows(), target, framework, split)
+    try:
+        (_write_verl if framework == "verl" else _write_lines)(rows(), target, framework, split)
+    finally:
+        golds.close()
     return done
+
+
+class _Golds:
+    """Checks that the rule of a row can read its reference."""
+
+    def __init__(self) -> None:
+        self._math: MathRule | None = None
+
+    def check(self, row: RLRow) -> None:
+        """Raises RowError if it cannot."""
+        if row.rule is None:
+            return
+        if self._math is None:
+            self._math = MathRule(processes=1)
+        if self._math.check(row.references, "").result() in ("no gold", "failed"):
+            shown = final_answer(row.references[0])[-40:]
+            raise RowError(
+                "reference",
+                f'its final answer {shown!r} cannot be read as mathematics, which the rule "math" compares — '
+                rf"write it as \boxed{{…}}, or leave the rule out of this row",
+            )
+
+    def close(self) -> None:
+        if self._math is not None:
+            self._math.close()
 
 
 class _Question(BaseModel):
@@ -108,7 +155,7 @@ class _Question(BaseModel):
 
 
 def polar_row(row: Mapping[str, Any], source: str) -> RLRow:
-    """A pair row, a ranked row, or ``{"prompt": …, "reference": …}``.
+    """A pair row, a ranked row, or ``{"prompt": …, "reference": …}``; ``ability`` and ``rule`` are optional.
 
     >>> polar_row({"prompt": "2+2?", "reference": "4", "chosen": "four", "rejected": "5"}, "mine").references
     ['4']
@@ -118,30 +165,42 @@ def polar_row(row: Mapping[str, Any], source: str) -> RLRow:
     >>> polar_row({"prompt": "2+2?", "reference": "", "chosen": "four", "rejected": "5"}, "mine").references
     ['four']
     """
+    options = {name: row.get(name) for name in ("ability", "rule")}
     if {"chosen", "rejected", "responses"} & row.keys():
         parsed = parse_row(row)
-        best = (
-            max(parsed.responses, key=lambda response: response.goodness).text
-            if isinstance(parsed, RankedRow)
-            else text_of(parsed.chosen)
-        )
         given = parsed.references or ([] if parsed.reference is None else [parsed.reference])
-        references = [text for text in map(text_of, given) if text.strip()] or [best]
-        return _rl_row(parsed.prompt, references, row.get("ability"), source)
+        references = [text for text in map(_reference_text, given) if text.strip()]
+        if not references:
+            if isinstance(parsed, RankedRow):
+                references = [max(parsed.responses, key=lambda response: response.goodness).text]
+            else:
+                references = [_reference_text(parsed.chosen)]
+        return _rl_row(parsed.prompt, references, source, **options)
     try:
         question = _Question.model_validate(dict(row))
     except ValidationError as error:
-        where, _, what = validation_sentences(error, leave_out=("string", "messages"))[0].partition(": ")
-        raise RowError(where, what) from None
+        raise _row_error(error) from None
     given = question.references or ([] if question.reference is None else [question.reference])
-    return _rl_row(question.prompt, [*map(text_of, given)], question.ability, source)
+    return _rl_row(question.prompt, [*map(_reference_text, given)], source, **options)
+
+
+def _reference_text(value: str | Sequence[Message]) -> str:
+    if not isinstance(value, str) and value and value[-1].role != "assistant":
+        raise RowError("reference", f"is a turn of the {value[-1].role}, not an answer of the assistant")
+    return text_of(value)
+
+
+def _row_error(error: ValidationError) -> RowError:
+    where, _, what = validation_sentences(error, leave_out=("string", "messages"))[0].partition(": ")
+    return RowError(where, what)
 
 
 def hh_row(row: Mapping[str, Any], source: str) -> RLRow:
     """hh-rlhf: the prompt and the last answer of the chosen dialogue."""
     (pair,) = hh_rlhf(row).rows
     prompt = [Message.model_validate(turn) for turn in pair["prompt"]]
-    return _rl_row(prompt, [pair["chosen"][0]["content"]], "alignment", source)
+    answer = [Message.model_validate(turn) for turn in pair["chosen"]]
+    return _rl_row(prompt, [_reference_text(answer)], source, ability="alignment")
 
 
 def math_row(row: Mapping[str, Any], source: str) -> RLRow:
@@ -151,7 +210,7 @@ def math_row(row: Mapping[str, Any], source: str) -> RLRow:
     "2+2? Let's think ste"
     """
     problem, solution = _texts(row, "problem", "solution")
-    return _rl_row(f"{problem} {BOXED}", [solution], "math", source)
+    return _rl_row(f"{problem} {BOXED}", [solution], source, ability="math")
 
 
 def am_row(row: Mapping[str, Any], source: str) -> RLRow:
@@ -185,7 +244,7 @@ def am_row(row: Mapping[str, Any], source: str) -> RLRow:
     prompt = [Message(role=roles[turn["from"]], content=turn["value"]) for turn in before]
     if row.get("system"):
         prompt = [Message(role="system", content=row["system"]), *prompt]
-    return _rl_row(prompt, [answer.strip()], "general", source)
+    return _rl_row(prompt, [answer.strip()], source)
 
 
 READERS: dict[Source, Callable[[Mapping[str, Any], str], RLRow]] = {
@@ -204,7 +263,12 @@ def _texts(row: Mapping[str, Any], *names: str) -> list[str]:
 
 
 def _rl_row(
-    prompt: str | Sequence[Message], references: list[str], ability: str | None, source: str
+    prompt: str | Sequence[Message],
+    references: list[str],
+    source: str,
+    *,
+    ability: Any = None,
+    rule: Any = None,
 ) -> RLRow:
     turns = (
         [{"role": "user", "content": prompt}]
@@ -217,7 +281,20 @@ def _rl_row(
         raise RowError("prompt", f"ends with a turn of the {turns[-1]['role']}, not with the user's question")
     if not references or not all(text.strip() for text in references):
         raise RowError("reference", "is empty — POLAR compares an answer with a reference: give one")
-    return RLRow(turns, references, ability or "general", source)
+    try:
+        references = [Thinking().reference(text) for text in references]
+    except PolarError as error:
+        raise RowError("reference", str(error)) from None
+    try:
+        return RLRow(
+            prompt=turns,
+            references=references,
+            ability=ability or "general",
+            source=source,
+            rule=rule or None,
+        )
+    except ValidationError as error:
+        raise _row_error(error) from None
 
 
 def _message(text: str) -> list[dict[str, str]]:
@@ -240,15 +317,17 @@ def verl_row(row: RLRow, index: int, split: str) -> dict[str, Any]:
             "ability": row.ability,
             "prompt": row.prompt,
             "references": row.references,
+            "rule": row.rule or "",
         },
     }
 
 
 def line_row(row: RLRow, framework: Framework) -> dict[str, Any]:
     """The columns for TRL's data sets, or for OpenRLHF's ``--data.input_key`` and ``--data.label_key``."""
+    asked = {"prompt": row.prompt, "references": row.references, "rule": row.rule or ""}
     if framework == "trl":
-        return {"prompt": row.prompt, "references": row.references, "ability": row.ability}
-    return {"input": row.prompt, "label": {"prompt": row.prompt, "references": row.references}}
+        return {**asked, "ability": row.ability}
+    return {"input": row.prompt, "label": asked}
 
 
 def _write_lines(rows: Iterator[RLRow], target: Path, framework: Framework, split: str) -> None:
@@ -279,6 +358,7 @@ def _write_verl(rows: Iterator[RLRow], target: Path, framework: Framework, split
                         ("ability", pa.string()),
                         ("prompt", turns),
                         ("references", pa.list_(pa.string())),
+                        ("rule", pa.string()),
                     ]
                 ),
             ),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from polar_ft.data.records import RowError
+from polar_ft.data.responses import END_TOKENS, response_of
 from polar_ft.rft.reward import PolarReward, sample_of_label
 
 # Control tokens that decoded outputs end with.
@@ -44,7 +44,7 @@ def make_reward_func(
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
         futures = [
-            reward.submit(sample_of_label(label, _output(query, prompt, end_tokens)))
+            reward.submit(sample_of_label(label, response_of(query, prompt, end_tokens)))
             for query, prompt, label in zip(queries, prompts, labels, strict=True)
         ]
         rows = [future.result().as_row() for future in futures]
@@ -54,25 +54,3 @@ def make_reward_func(
         return {"rewards": scores, "scores": scores, "extra_logs": logs}
 
     return reward_func
-
-
-def _output(query: str, prompt: str, end_tokens: Sequence[str]) -> str:
-    if not query.startswith(prompt):
-        raise RowError(
-            "query", "does not begin with its prompt — was the prompt cut? raise the prompt length"
-        )
-    return without_end(query[len(prompt) :], end_tokens)
-
-
-def without_end(output: str, end_tokens: Sequence[str]) -> str:
-    """Takes control tokens and white space off the end of a decoded output.
-
-    >>> without_end("Four.<|im_end|>\\n<|endoftext|><|endoftext|>", ["<|im_end|>", "<|endoftext|>"])
-    'Four.'
-    """
-    while True:
-        output = output.rstrip()
-        end = next((token for token in end_tokens if output.endswith(token)), None)
-        if end is None:
-            return output
-        output = output.removesuffix(end)

@@ -22,12 +22,12 @@ from typing import Any, Literal, get_args
 
 from polar_ft.client.client import RewardModelClient
 from polar_ft.client.contact import ServerType
+from polar_ft.data.answers import Thinking
 from polar_ft.data.records import RowError
 from polar_ft.data.score_rows import parse_score_row
 from polar_ft.errors import PolarError
 from polar_ft.files import first_line
 from polar_ft.groups import TextGroup, TokenGroup, against, merge_texts
-from polar_ft.rft.answers import Thinking
 from polar_ft.rft.rules import MathRule, Rule, Verdict
 from polar_ft.rft.shaping import Normalise, measured_floor, measured_rule_rewards, normalised, shaping_of
 from polar_ft.rft.watch import RewardWatch
@@ -312,8 +312,8 @@ class PolarReward:
                 right, wrong = self._rule_rewards or measured_rule_rewards(self._model)
                 if not self.floor < wrong < right:
                     raise PolarError(
-                        f"rule_rewards: right {right:g} must be above wrong {wrong:g}, and that above the floor "
-                        f"{self.floor:g} of outputs without an answer"
+                        f"rule_rewards: right {right:g} must be above wrong {wrong:g}, and that above the "
+                        f"floor {self.floor:g} of outputs without an answer"
                     )
                 self._math = _MathRewards(MathRule(self._rule_seconds), right, wrong)
             rewards = self._math
@@ -369,9 +369,12 @@ class PolarReward:
                     _settle(one.ask.future, error)
                 return
             for one, branches in usable:
-                raw = self._combine([rewards[id(group)][candidate] for group, candidate in branches])
-                truncated = any(group.cut.of(candidate) for group, candidate in branches)
-                self._deliver(one.ask, one.answer, one.references, raw, truncated=truncated)
+                try:
+                    raw = self._combine([rewards[id(group)][candidate] for group, candidate in branches])
+                    truncated = any(group.cut.of(candidate) for group, candidate in branches)
+                    self._deliver(one.ask, one.answer, one.references, raw, truncated=truncated)
+                except BaseException as error:
+                    _settle(one.ask.future, error)
 
         self.client.submit_encoded(sent).add_done_callback(settle_all)
 

@@ -2,9 +2,9 @@
 
 math-verify (pip install 'polar-ft[math]') parses two expressions and lets sympy compare them, which may take
 hours on an answer that a policy has made. Its own time limit is signal.alarm, which only a main thread may
-use, and frameworks call rewards from threads. So answers are compared in processes of their own, and one whose
-time is up is killed. They are plain subprocesses: multiprocessing's spawn would import the training script
-again, and is forbidden to daemonic processes.
+use, and frameworks call rewards from threads. So answers are compared in processes of their own, and one
+whose time is up is killed. They are plain subprocesses: multiprocessing's spawn would import the training
+script again, and is forbidden to daemonic processes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -27,6 +28,9 @@ Verdict = Literal["right", "wrong", "failed", "no gold"]
 
 # Bytes of address space of a process: sympy computes 9^(9^9) exactly if it can.
 _MEMORY = 4 * 2**30
+# A word of prose, not the name of a LaTeX command.
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_PROGRAM = "from polar_ft.rft.rules import compare_lines; compare_lines()"
 # Seconds in which a process has to import sympy; 0.4 s on an idle machine.
 _START = 120.0
 
@@ -97,7 +101,7 @@ class _Worker:
         # The same path as here, wherever this package was imported from.
         path = os.pathsep.join(filter(None, sys.path))
         self._process = subprocess.Popen(
-            [sys.executable, "-c", "from polar_ft.rft.rules import compare_lines; compare_lines()"],
+            [sys.executable, "-c", _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -146,9 +150,11 @@ def compare_lines() -> None:
     out, sys.stdout = sys.stdout, sys.stderr
 
     def expressions(text: str) -> list[Any]:
-        # In dollar signs for plain LaTeX such as \frac12.
         found = parse(text, parsing_timeout=None)
-        return found or parse(f"${text}$", parsing_timeout=None)
+        if found or _WORD.search(text):
+            return found
+        # Plain LaTeX such as \frac12 is read between dollar signs only.
+        return parse(f"${text}$", parsing_timeout=None)
 
     def verdict(golds: Sequence[str], answer: str) -> Verdict:
         parsed = [found for found in map(expressions, golds) if found]

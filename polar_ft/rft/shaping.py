@@ -87,8 +87,8 @@ def overlong_share(length: int, limit: int, buffer: int) -> float:
 def normalised(rewards: Sequence[float], groups: Sequence[Hashable] | None = None) -> list[float]:
     """(reward − mean) / deviation, over all rewards or within groups; 0 where all of them are equal.
 
-    Within groups it is the advantage of GRPO (arXiv 2402.03300, section 4.1.2). The deviation is the sample's,
-    with n − 1, as in TRL and verl.
+    Within groups it is the advantage of GRPO (arXiv 2402.03300, section 4.1.2). The deviation is that of a
+    sample, with n − 1, as in TRL and verl.
 
     Args:
         rewards: Any numbers.
@@ -138,15 +138,15 @@ def shaping_of(
     bounds = _bounds(model, clip)
     if bounds is not None and not floor < bounds[0] < bounds[1]:
         raise PolarError(
-            f"clip: low {bounds[0]:g} must be below high {bounds[1]:g} and above the floor {floor:g} of outputs "
-            f"without an answer, or no answer would be as good as a bad one; set clip or floor"
+            f"clip: low {bounds[0]:g} must be below high {bounds[1]:g} and above the floor {floor:g} of "
+            f"outputs without an answer, or no answer would be as good as a bad one; set clip or floor"
         )
     if temperature == "measured":
         temperature = RewardScale.load(model).temperature
         if temperature is None:
             raise PolarError(
-                f"temperature='measured': {FILE_NAME} of {model} has none, since no pairs were measured or the "
-                f"model orders all of them as given; give a number, such as the scale's spread"
+                f"temperature='measured': {FILE_NAME} of {model} has none, since no pairs were measured or "
+                f"the model orders all of them as given; give a number, such as the scale's spread"
             )
     elif temperature is None:
         temperature = 1.0
@@ -157,7 +157,9 @@ def shaping_of(
     if centre is not None and not _is_number(centre):
         raise PolarError(f"centre={centre!r}: must be a number or 'measured'")
     if max_characters is not None and not 0 <= overlong_buffer <= max_characters:
-        raise PolarError(f"overlong_buffer={overlong_buffer}: must be from 0 to max_characters={max_characters}")
+        raise PolarError(
+            f"overlong_buffer={overlong_buffer}: must be from 0 to max_characters={max_characters}"
+        )
     if max_characters is None and overlong_buffer:
         raise PolarError("overlong_buffer: has no effect without max_characters; set both")
     if not overlong_penalty >= 0:
@@ -176,20 +178,29 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _bounds(model: str | os.PathLike[str], clip: Sequence[float] | float | None) -> tuple[float, float] | None:
+def _bounds(
+    model: str | os.PathLike[str], clip: Sequence[float] | float | None
+) -> tuple[float, float] | None:
     if clip is None:
         return None
-    if isinstance(clip, Sequence) and not isinstance(clip, str) and len(clip) == 2 and all(map(_is_number, clip)):
+    if (
+        isinstance(clip, Sequence)
+        and not isinstance(clip, str)
+        and len(clip) == 2
+        and all(map(_is_number, clip))
+    ):
         low, high = clip
         return float(low), float(high)
-    if clip not in (1, 5, 25):
+    if not _is_number(clip) or clip not in (1, 5, 25):
         raise PolarError(
             f"clip={clip!r}: must be two numbers (low, high), or 1, 5 or 25 for the measured quantiles at so "
             f"many percent from both ends"
         )
-    low, high = f"p{clip:02.0f}", f"p{100 - clip:02.0f}"
     quantiles = RewardScale.load(model).quantiles
-    return _quantile(model, quantiles, low), _quantile(model, quantiles, high)
+    return (
+        _quantile(model, quantiles, f"p{clip:02.0f}"),
+        _quantile(model, quantiles, f"p{100 - clip:02.0f}"),
+    )
 
 
 def _quantile(model: str | os.PathLike[str], quantiles: dict[str, float], name: str) -> float:
@@ -199,10 +210,7 @@ def _quantile(model: str | os.PathLike[str], quantiles: dict[str, float], name: 
 
 
 def measured_floor(model: str | os.PathLike[str]) -> float:
-    """The reward of an output without an answer, below what answers get: 1st percentile minus deviation.
-
-    A floor at 0 would be a reward: the zero of a reward model means nothing, and an empty text can score
-    higher than wrong answers.
+    """The floor of a model's scale; see `RewardScale.floor`.
 
     Args:
         model: A model folder with the scale that ``polar-ft calibrate`` measured.
@@ -211,8 +219,7 @@ def measured_floor(model: str | os.PathLike[str]) -> float:
         PolarError: Nothing was measured.
     """
     try:
-        scale = RewardScale.load(model)
-        return _quantile(model, scale.quantiles, "p01") - scale.spread
+        return RewardScale.load(model).floor
     except PolarError as error:
         raise PolarError(
             f"{model}: an output without an answer needs a reward, and {FILE_NAME} says of none; run "
@@ -233,6 +240,6 @@ def measured_rule_rewards(model: str | os.PathLike[str]) -> tuple[float, float]:
         return _quantile(model, quantiles, "p95"), _quantile(model, quantiles, "p05")
     except PolarError as error:
         raise PolarError(
-            f"{model}: rows ask for a rule, and what it gives is not measured; run polar-ft calibrate {model} "
-            f"DATA, or give rule_rewards=[right, wrong] on the scale of the model's rewards"
+            f"{model}: rows ask for a rule, and what it gives is not measured; run polar-ft calibrate "
+            f"{model} DATA, or give rule_rewards=[right, wrong] on the scale of the model's rewards"
         ) from error

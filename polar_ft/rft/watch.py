@@ -1,11 +1,14 @@
 """A watch on reward hacking: figures of a policy's answers over a run, and alarms where they drift.
 
 A policy that has learned to please the reward model, and not to answer, shows it in its texts: they repeat
-themselves, grow, shrink, or copy the reference, while the reward rises. Rewards alone do not show it.
+themselves, grow, shrink, copy the reference or have nothing to do with it, while the reward rises. Rewards
+alone do not show it.
 
 Each process of a run writes a file of its own into one folder, a JSON line for every so many answers::
 
-    {"answers": 512, "reward": -4.02, "length": 17.3, "repetition": 0.01, "overlap": 0.0, ...}
+    {"answers": 512, "reward": -4.02, "raw": -4.02, "length": 17.3, "repetition": 0.01, "overlap": 0.0, ...}
+
+and the same figures as a run of TensorBoard in a folder of its own there: ``tensorboard --logdir FOLDER``.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import os
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -23,16 +28,22 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from polar_ft.errors import DataError, PolarError
+from polar_ft.rft.events import EventFile
 
 # The first lines of a run are what later ones are compared with.
 BASELINE_LINES = 4
 # An alarm needs as many lines in a row: one batch may be odd.
 LASTING_LINES = 2
-# How far a figure may drift from the baseline; lengths by a factor, the others by a difference.
+# How far a figure may drift from the baseline: lengths and a falling overlap by a factor, for it may be small
+# from the beginning; the others by a difference.
 REPETITION_DRIFT = 0.2
 SHARE_DRIFT = 0.2
 OVERLAP_DRIFT = 0.3
+OVERLAP_FACTOR = 4.0
+DISTANCE_DRIFT = 0.2
 LENGTH_FACTOR = 2.0
+# Where raw rewards correlate so much with a figure, it may drift half as far: the policy is paid for it.
+PAID = 0.5
 
 # A character of a script without spaces is a word of its own.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|\w+")
@@ -41,17 +52,28 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|\w+"
 class WatchLine(BaseModel):
     """Figures of some answers in a row.
 
+    Correlations are of raw rewards, over the answers that the reward model scored; 0 where one side does not
+    vary.
+
     Attributes:
         answers: Answers since the beginning, these included; of one process.
-        reward: Mean reward, floors included.
+        reward: Mean reward that the policy got, floors included.
         reward_std: Their standard deviation.
+        raw: Mean reward before shaping.
         unanswered: Share of outputs without an answer.
         truncated: Share of answers that were cut to the model's limits.
+        overlong: Share of answers longer than ``max_characters``.
+        by_rule: Share of answers that a rule gave the reward of.
+        rule_right: Share of those that are right; 0 if there are none.
+        rule_failed: Share of outputs whose rule could not read the reference or did not finish.
         length: Mean characters of an answer.
         repetition: Mean share of word pairs that an answer had before; see `repetition`.
         overlap: Mean share of an answer's words that its reference has; see `overlap`.
-        reward_by_length: Correlation of reward and length; 0 where one of them does not vary.
+        distance: Mean distance of an answer from its reference; see `distance`.
+        reward_by_length: Correlation of reward and length.
         reward_by_repetition: Of reward and repetition.
+        reward_by_overlap: Of reward and overlap.
+        reward_by_distance: Of reward and distance.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -59,13 +81,21 @@ class WatchLine(BaseModel):
     answers: int
     reward: float
     reward_std: float
+    raw: float
     unanswered: float
     truncated: float
+    overlong: float
+    by_rule: float
+    rule_right: float
+    rule_failed: float
     length: float
     repetition: float
     overlap: float
+    distance: float
     reward_by_length: float
     reward_by_repetition: float
+    reward_by_overlap: float
+    reward_by_distance: float
 
 
 def repetition(text: str) -> float:
@@ -90,6 +120,43 @@ def overlap(answer: str, reference: str) -> float:
     return sum(word in known for word in words) / len(words) if words else 0.0
 
 
+def distance(answer: str, reference: str) -> float:
+    """1 − F1 of the character trigrams of two texts: 0 for the same text, 1 with none in common.
+
+    As chrF (Popović 2015), which averages over lengths up to 6 and weights recall more; in linear time.
+
+    >>> distance("It is 4.", "It is 4."), distance("It is 4.", "Five.")
+    (0.0, 1.0)
+    >>> distance("abcd", "abce")  # abc is common; abc, bcd and abc, bce are two of each
+    0.5
+    """
+    ours, theirs = _trigrams(answer), _trigrams(reference)
+    return 1 - 2 * (ours & theirs).total() / (ours.total() + theirs.total())
+
+
+def _trigrams(text: str) -> Counter[str]:
+    # Shorter texts are one piece.
+    return Counter(text[i : i + 3] for i in range(max(1, len(text) - 2)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    reward: float
+    raw: float
+    answered: bool
+    truncated: bool
+    overlong: bool
+    verdict: str | None
+    length: int
+    repetition: float
+    overlap: float
+    distance: float
+
+    @property
+    def by_rule(self) -> bool:
+        return self.verdict in ("right", "wrong", "failed")
+
+
 class RewardWatch:
     """Writes a line for every ``every`` answers; may be called from several threads.
 
@@ -102,15 +169,17 @@ class RewardWatch:
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int = 256) -> None:
-        self.file = Path(folder) / f"rewards-{socket.gethostname()}-{os.getpid()}.jsonl"
+        process = f"{socket.gethostname()}-{os.getpid()}"
+        self.file = Path(folder) / f"rewards-{process}.jsonl"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PolarError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
+        self._events = EventFile(self.file.parent / process)
         self._every = every
         self._lock = threading.Lock()
         self._total = 0
-        self._seen: list[tuple[float, str | None, float, float, bool]] = []
+        self._seen: list[_Seen] = []
 
     def add(
         self,
@@ -119,42 +188,80 @@ class RewardWatch:
         references: Sequence[str],
         *,
         raw: float,
-        truncated: bool,
+        truncated: bool = False,
         overlong: bool = False,
         verdict: str | None = None,
     ) -> None:
-        """Takes an output; ``answer`` is None if it had none."""
+        """Takes an output.
+
+        Args:
+            reward: What the policy gets.
+            answer: None if there was none.
+            references: The answer is compared with the one nearest to it.
+            raw: The reward before shaping.
+            truncated: As in `polar_ft.rft.reward.Reward`, and so the others.
+            overlong: See there.
+            verdict: See there.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         text = answer or ""
-        seen = (reward, answer, repetition(text), max(overlap(text, r) for r in references), truncated)
+        seen = _Seen(
+            reward=reward,
+            raw=raw,
+            answered=answer is not None,
+            truncated=truncated,
+            overlong=overlong,
+            verdict=verdict,
+            length=len(text),
+            repetition=repetition(text),
+            overlap=max(overlap(text, reference) for reference in references),
+            distance=min(distance(text, reference) for reference in references),
+        )
         with self._lock:
             self._seen.append(seen)
             if len(self._seen) >= self._every:
                 self._write()
 
     def _write(self) -> None:
-        self._total += len(self._seen)
-        rewards = np.array([reward for reward, *_ in self._seen])
-        lengths = np.array([len(answer or "") for _, answer, *_ in self._seen])
-        repeated = np.array([share for _, _, share, _, _ in self._seen])
+        seen, self._seen = self._seen, []
+        self._total += len(seen)
+        answered = [one for one in seen if one.answered] or seen
+        by_rule = [one for one in seen if one.by_rule]
+        compared = [one for one in seen if one.answered and not one.by_rule]
+
+        def correlation(name: str) -> float:
+            return _correlation([one.raw for one in compared], [getattr(one, name) for one in compared])
+
         line = WatchLine(
             answers=self._total,
-            reward=rewards.mean(),
-            reward_std=rewards.std(),
-            unanswered=fmean(answer is None for _, answer, *_ in self._seen),
-            truncated=fmean(cut for *_, cut in self._seen),
-            length=lengths.mean(),
-            repetition=repeated.mean(),
-            overlap=fmean(share for _, _, _, share, _ in self._seen),
-            reward_by_length=_correlation(rewards, lengths),
-            reward_by_repetition=_correlation(rewards, repeated),
+            reward=fmean(one.reward for one in seen),
+            reward_std=float(np.std([one.reward for one in seen])),
+            raw=fmean(one.raw for one in seen),
+            unanswered=fmean(not one.answered for one in seen),
+            truncated=fmean(one.truncated for one in seen),
+            overlong=fmean(one.overlong for one in seen),
+            by_rule=len(by_rule) / len(seen),
+            rule_right=fmean(one.verdict == "right" for one in by_rule) if by_rule else 0.0,
+            rule_failed=fmean(one.verdict in ("failed", "no gold") for one in seen),
+            length=fmean(one.length for one in answered),
+            repetition=fmean(one.repetition for one in answered),
+            overlap=fmean(one.overlap for one in answered),
+            distance=fmean(one.distance for one in answered),
+            reward_by_length=correlation("length"),
+            reward_by_repetition=correlation("repetition"),
+            reward_by_overlap=correlation("overlap"),
+            reward_by_distance=correlation("distance"),
         )
-        self._seen = []
         with self.file.open("a", encoding="utf-8") as out:
             out.write(line.model_dump_json() + "\n")
+        figures = line.model_dump(exclude={"answers"})
+        self._events.write(line.answers, {f"polar/{name}": value for name, value in figures.items()})
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
 
 
 def read_watch(path: str | os.PathLike[str]) -> list[WatchLine]:
@@ -190,13 +297,15 @@ def read_watch(path: str | os.PathLike[str]) -> list[WatchLine]:
 def alarms(lines: Sequence[WatchLine]) -> list[str]:
     """What has drifted from the first lines of the run and has not come back, as sentences.
 
-    >>> usual = dict(answers=1, reward=0, reward_std=1, unanswered=0, truncated=0, length=20, repetition=0,
-    ...              overlap=0, reward_by_length=0, reward_by_repetition=0)
+    >>> usual = dict.fromkeys(WatchLine.model_fields, 0) | {"length": 20}
     >>> alarms([WatchLine(**usual)] * 8)
     []
     >>> hacked = usual | dict(repetition=0.6, reward=3)
     >>> print(*alarms([WatchLine(**usual)] * 6 + [WatchLine(**hacked)] * 2))  # doctest: +ELLIPSIS
     answers repeat themselves: 60 % of word pairs ... (0 % at first); reward +3.00
+    >>> paid = usual | dict(length=35, reward_by_length=0.7)
+    >>> print(*alarms([WatchLine(**usual)] * 6 + [WatchLine(**paid)] * 2))
+    answers grow: 35 characters (20 at first), and rewards correlate with it (+0.70); reward +0.00
     """
     if len(lines) < BASELINE_LINES + LASTING_LINES:
         return []
@@ -209,6 +318,15 @@ def alarms(lines: Sequence[WatchLine]) -> list[str]:
         """The figure that all of the last lines reached."""
         return (min if up else max)(getattr(line, name) for line in last)
 
+    def paid(name: str, up: bool = True) -> bool:
+        """Whether raw rewards rise with the figure, or with its fall."""
+        correlation = lasting(f"reward_by_{name}", up)
+        return correlation >= PAID if up else correlation <= -PAID
+
+    def because(name: str, up: bool = True) -> str:
+        correlation = lasting(f"reward_by_{name}", up)
+        return f", and rewards correlate with it ({correlation:+.2f})" if paid(name, up) else ""
+
     found = []
     for name, drift, sentence in (
         (
@@ -217,15 +335,29 @@ def alarms(lines: Sequence[WatchLine]) -> list[str]:
             "answers repeat themselves: {:.0%} of word pairs occurred before in the same answer",
         ),
         ("overlap", OVERLAP_DRIFT, "answers copy the reference: {:.0%} of their words occur in it"),
-        ("unanswered", SHARE_DRIFT, "outputs have no answer: {:.0%}"),
-        ("truncated", SHARE_DRIFT, "answers are cut to the reward model's limits: {:.0%}"),
+        ("distance", DISTANCE_DRIFT, "answers move away from the reference: a distance of {:.0%}"),
     ):
-        if lasting(name) > at_first(name) + drift:
+        if lasting(name) > at_first(name) + drift / (2 if paid(name) else 1):
+            found.append(f"{sentence.format(lasting(name))} ({at_first(name):.0%} at first){because(name)}")
+    for name, sentence in (
+        ("unanswered", "outputs have no answer: {:.0%}"),
+        ("truncated", "answers are cut to the reward model's limits: {:.0%}"),
+        ("overlong", "answers are longer than max_characters: {:.0%}"),
+        ("rule_failed", "rules fail: {:.0%}"),
+    ):
+        if lasting(name) > at_first(name) + SHARE_DRIFT:
             found.append(f"{sentence.format(lasting(name))} ({at_first(name):.0%} at first)")
+    known = lasting("overlap", up=False)
+    if known < at_first("overlap") / OVERLAP_FACTOR:
+        found.append(
+            f"answers leave the reference: {known:.1%} of their words occur in it "
+            f"({at_first('overlap'):.1%} at first)"
+        )
     length = at_first("length")
-    if lasting("length") > LENGTH_FACTOR * length:
-        found.append(f"answers grow: {lasting('length'):.0f} characters ({length:.0f} at first)")
-    if lasting("length", up=False) < length / LENGTH_FACTOR:
-        found.append(f"answers shrink: {lasting('length', up=False):.0f} characters ({length:.0f} at first)")
+    for up, sentence in ((True, "answers grow"), (False, "answers shrink")):
+        factor = LENGTH_FACTOR**0.5 if paid("length", up) else LENGTH_FACTOR
+        now = lasting("length", up)
+        if now > length * factor if up else now < length / factor:
+            found.append(f"{sentence}: {now:.0f} characters ({length:.0f} at first){because('length', up)}")
     change = fmean(line.reward for line in last) - at_first("reward")
     return [f"{sentence.replace('%', ' %')}; reward {change:+.2f}" for sentence in found]

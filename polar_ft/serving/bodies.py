@@ -105,14 +105,30 @@ def has_at_most(body: bytes, values: int, containers: int) -> bool:
 
 
 def _candidates(value: Any) -> int:
-    """The number of candidates of a body that is not validated yet; 0 where it does not say."""
+    """The number of sequences of a body that is not validated yet; 0 where it does not say.
+
+    A candidate is scored against each of its references.
+
+    >>> _candidates({"inputs": [{"candidates": ["a", "b"], "references": ["r", "s", "t"]}, {}]})
+    7
+    >>> [_candidates(body) for body in ({"text": ["a", "b"]}, {"input_ids": [5, 6]}, {"labels": [{}, 1]})]
+    [2, 1, 2]
+    """
     if not isinstance(value, dict):
         return 0
-    if isinstance(value.get("inputs"), list):
-        inputs = value["inputs"]
-        lengths = (_length(one.get("candidates")) for one in inputs if isinstance(one, dict))
-        return max(len(inputs), sum(lengths))
-    return max(_length(value.get(key)) for key in ("candidates", "text", "input_ids", "input"))
+    # All forms are counted, whatever the route: a body may have the fields of several.
+    of_inputs = [
+        sum(map(_sequences, value[key])) for key in ("inputs", "labels") if isinstance(value.get(key), list)
+    ]
+    lists = [_length(value.get(key)) for key in ("text", "input_ids", "input", "items", "query")]
+    return max(_sequences(value), _sequences(value.get("label")), *of_inputs, *lists)
+
+
+def _sequences(value: Any) -> int:
+    """Number of sequences of one input of /v1/rewards, or of one label."""
+    if not isinstance(value, dict):
+        return 1
+    return max(1, _length(value.get("candidates"))) * max(1, _length(value.get("references")))
 
 
 def _length(value: Any) -> int:

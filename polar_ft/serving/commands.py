@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from polar_ft.data.answers import Thinking
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.options import AllowTokenizerCode, Device, Dtype, MaxLength, MaxResponseLength, ModelFolder
@@ -108,14 +109,30 @@ def serve(
         Literal["vllm", "lmdeploy"],
         typer.Option(help="Format of answers of /pooling where the request does not determine it."),
     ] = "vllm",
+    think_start: Annotated[
+        str, typer.Option(metavar="TAG", help="Opening tag of thoughts in outputs that RL frameworks send.")
+    ] = "<think>",
+    think_end: Annotated[str, typer.Option(metavar="TAG", help="Closing tag.")] = "</think>",
+    think_in_prompt: Annotated[
+        bool,
+        typer.Option(
+            "--think-in-prompt",
+            help="Prompts end with the opening tag, which the framework does not send with them.",
+        ),
+    ] = False,
     allow_tokenizer_code: AllowTokenizerCode = None,
 ) -> None:
     """Serve a reward model over HTTP, with a page to try it.
 
-    In the formats of SGLang, vLLM and LMDeploy, and as POST /v1/rewards for plain texts.
+    In the formats of SGLang, vLLM and LMDeploy, as POST /v1/rewards for plain texts, and in the formats in
+    which OpenRLHF and slime ask for the rewards of a policy's outputs.
     """
     # Otherwise OpenMP's threads spin between forward passes, on the cores that answer clients.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, below
+    if not (think_start and think_end):
+        raise PolarError(
+            "--think-start, --think-end: a tag is not empty; leave them out if there are no thoughts"
+        )
     key = _api_key(api_key_file)
     listening = _listen(host, port, protected=key is not None or allow_unauthenticated)
     read_json(resolve_folder(model) / "config.json")  # a wrong folder is found before torch is imported
@@ -167,6 +184,7 @@ def serve(
         api_key=key,
         loopback_only=local and key is None and not allow_unauthenticated,
         pooling_format=pooling_format,
+        thinking=Thinking(think_start, think_end, opened_by_prompt=think_in_prompt),
     )
     log_as_json()
     address = _address(listening)

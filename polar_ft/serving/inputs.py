@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class InputReader:
             named += [(f"candidates[{i}]", text) for i, text in enumerate(group.candidates)]
             prompt, reference, *candidates = (self._bytes(text, name) for name, text in named)
             total += len(candidates) * (2 * prompt + reference) + sum(candidates)
-        self._check_total(total)
+            self._check_total(total)  # at once, as many groups may have the same long prompt
         encoded = [
             group for window in windows(groups, ENCODED_AT_ONCE) for group in self.template.encode(window)
         ]
@@ -102,6 +103,21 @@ class InputReader:
         """
         self._check_tokens(sum(map(len, sequences)))
         return [self._from_ids(ids, f"input {index}") for index, ids in enumerate(sequences)]
+
+    def from_items(self, query: str | Sequence[int], items: Sequence[Any]) -> list[Candidate]:
+        """Makes candidates of items after a query that they share: spelled texts, or ids.
+
+        The size of all sequences is checked before they are made, since the query is in each of them.
+
+        Raises:
+            PolarError: As in `from_texts` and `from_ids`.
+        """
+        if isinstance(query, str):
+            sizes = [self._bytes(text, f"items[{index}]") for index, text in enumerate(items)]
+            self._check_total(len(items) * self._bytes(query, "query") + sum(sizes))
+            return self.from_texts([query + item for item in items])
+        self._check_tokens(len(items) * len(query) + sum(map(len, items)))
+        return self.from_ids([[*query, *item] for item in items])
 
     def split(self, text: str, index: int = 0) -> tuple[str, str]:
         """Splits a spelled text at its separator.

@@ -52,6 +52,9 @@ class Metrics:
             **make,
         )
         self.candidates = Counter("candidates", "Candidates scored.", **make)
+        self.unanswered = Counter(
+            "unanswered", "Outputs of policies without an answer, which got the floor.", ["route"], **make
+        )
         self.tokens = Counter("computed_tokens", "Tokens computed; what sequences share counts once.", **make)
         self.sequence_tokens = Counter("sequence_tokens", "Tokens of all sequences, shared or not.", **make)
         self.batch_tokens = Histogram(

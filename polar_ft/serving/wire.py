@@ -1,7 +1,11 @@
-"""Requests and answers: the server's own format and those of SGLang, vLLM and LMDeploy."""
+"""Requests and answers: the server's own format and those of SGLang, vLLM and LMDeploy.
+
+Those of RL frameworks are in `polar_ft.serving.rollouts`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticOmit
 
-from polar_ft.data.records import PlainText, Text, text_of
+from polar_ft.data.records import Message, PlainText, Text, text_of
 from polar_ft.groups import FieldLengths, TextGroup, Wrapper
 
 # Faults that an error lists; after so many wrong items the others of a list are not validated.
@@ -59,9 +63,11 @@ def _few_messages(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
 Item = TypeVar("Item")
 
 # A list of which the first faults are listed.
-_Listed = list[Annotated[Item, WrapValidator(_few_faults)]]
+Listed = list[Annotated[Item, WrapValidator(_few_faults)]]
 
-_Text = Annotated[Text, WrapValidator(_few_messages)]
+ShortText = Annotated[Text, WrapValidator(_few_messages)]
+
+Combine = Literal["max", "mean"]
 
 
 class _Strict(BaseModel):
@@ -75,8 +81,9 @@ class _Strict(BaseModel):
         return value
 
 
-class _Engine(BaseModel):
-    # Other fields that the engines have (model, user, priority, …) are accepted and ignored.
+class Lenient(BaseModel):
+    """A body in another program's format: fields that it may have besides are ignored."""
+
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
@@ -86,27 +93,53 @@ class _Engine(BaseModel):
 class RewardInput(_Strict):
     """Candidates of one (prompt, reference) as texts; the server applies the template."""
 
-    prompt: _Text
-    reference: _Text = Field(description="May be empty.")
-    candidates: _Listed[_Text] = Field(min_length=1)
+    prompt: ShortText
+    reference: ShortText | None = Field(default=None, description="May be empty.")
+    references: Listed[ShortText] | None = Field(
+        default=None, min_length=1, description="Several, instead of one."
+    )
+    candidates: Listed[ShortText] = Field(min_length=1)
+    combine: Combine = Field(
+        default="max",
+        description="With several references the reward of a candidate is the greatest of those against each "
+        "of them, or their mean.",
+    )
     wrapper: Wrapper = Field(
         default="sft", description='How prompt and response are joined: "sft" with a line break.'
     )
+
+    @model_validator(mode="after")
+    def _has_references(self) -> RewardInput:
+        if (self.reference is None) == (self.references is None):
+            raise ValueError('must have either "reference" or "references"')
+        return self
 
     def group(self) -> TextGroup:
         """Makes the text group of the input."""
         return TextGroup(
             prompt=text_of(self.prompt),
-            references=(text_of(self.reference),),
+            references=texts_of_references(self.reference, self.references),
             candidates=tuple(map(text_of, self.candidates)),
             wrapper=self.wrapper,
         )
 
 
+def texts_of_references(
+    reference: str | list[Message] | None, references: Sequence[str | list[Message]] | None
+) -> tuple[str, ...]:
+    """The texts of several references, or else of the one.
+
+    >>> texts_of_references("4", None), texts_of_references(None, ["4", "IV"])
+    (('4',), ('4', 'IV'))
+    """
+    return tuple(map(text_of, references or ([] if reference is None else [reference])))
+
+
 class _Asked(_Strict):
     model: PlainText | None = Field(default=None, description="Ignored, as there is one model.")
     scale: bool = Field(
-        default=False, description="Return (reward - centre) / spread, as measured by polar-ft calibrate."
+        default=False,
+        description="Return (reward - centre) / spread as rewards, as measured by polar-ft calibrate.",
     )
 
 
@@ -117,7 +150,7 @@ class RewardRequest(RewardInput, _Asked):
 class RewardsRequest(_Asked):
     """Several (prompt, reference)."""
 
-    inputs: _Listed[RewardInput] = Field(min_length=1)
+    inputs: Listed[RewardInput] = Field(min_length=1)
 
 
 def _rewards_form(value: Any) -> str:
@@ -132,16 +165,23 @@ AnyRewardRequest = Annotated[
 
 
 class CutTokens(BaseModel):
-    """Tokens that were cut off each field, as training cuts them; 0 where it was not cut."""
+    """Tokens that were cut off each field, as training cuts them; 0 where it was not cut.
+
+    Of several references, the most that was cut with any of them.
+    """
 
     prompt: int
     reference: int
     candidates: list[int]
 
     @classmethod
-    def of(cls, cut: FieldLengths) -> CutTokens:
-        """Makes the answer's form of what a template cut."""
-        return cls(prompt=cut.prompt, reference=cut.reference, candidates=list(cut.candidates))
+    def of(cls, cuts: Sequence[FieldLengths]) -> CutTokens:
+        """Makes the answer's form of what a template cut with each reference."""
+        return cls(
+            prompt=max(cut.prompt for cut in cuts),
+            reference=max(cut.reference for cut in cuts),
+            candidates=[max(column) for column in zip(*(cut.candidates for cut in cuts), strict=True)],
+        )
 
 
 class Usage(BaseModel):
@@ -151,19 +191,33 @@ class Usage(BaseModel):
 
 
 class RewardResponse(BaseModel):
-    """Rewards in the order of the candidates."""
+    """Rewards in the order of the candidates.
+
+    Attributes:
+        model: Name of the model.
+        rewards: Raw rewards, or on the measured scale if the request asks for it.
+        raw: Raw rewards.
+        tempered: Raw rewards divided by the measured temperature, so that their differences are log-odds of
+            being preferred; null if none was measured.
+        cut: What was cut.
+        usage: Tokens.
+    """
 
     model: str
     rewards: list[float]
+    raw: list[float]
+    tempered: list[float] | None
     cut: CutTokens
     usage: Usage
 
 
 class RewardsResponse(BaseModel):
-    """Rewards in the order of the inputs and of their candidates."""
+    """Rewards in the order of the inputs and of their candidates; see `RewardResponse`."""
 
     model: str
     rewards: list[list[float]]
+    raw: list[list[float]]
+    tempered: list[list[float]] | None
     cut: list[CutTokens]
     usage: Usage
 
@@ -185,9 +239,9 @@ def _input_form(value: Any) -> str | None:
 _TextArm = Annotated[PlainText, Tag("text")]
 # Of wrong ids only the first is named.
 _Ids = Annotated[list[StrictInt], Field(fail_fast=True)]
-_TextsArm = Annotated[_Listed[PlainText], Tag("texts")]
+_TextsArm = Annotated[Listed[PlainText], Tag("texts")]
 _IdsArm = Annotated[_Ids, Tag("ids")]
-_SeveralArm = Annotated[_Listed[_Ids], Tag("ids of several")]
+_SeveralArm = Annotated[Listed[_Ids], Tag("ids of several")]
 
 
 def _form(must_be: str) -> Discriminator:
@@ -197,7 +251,7 @@ def _form(must_be: str) -> Discriminator:
     )
 
 
-class ClassifyRequest(_Engine):
+class ClassifyRequest(Lenient):
     """A request in SGLang's format: either ``text`` or ``input_ids``."""
 
     text: Annotated[_TextArm | _TextsArm, _form("a text or a list of texts")] | None = None
@@ -228,7 +282,53 @@ class ClassifyResult(BaseModel):
     meta_info: ClassifyMeta
 
 
-class PoolingRequest(_Engine):
+class ScoreRequest(Lenient):
+    """A request in the format of SGLang's score API, as it takes it for reward models."""
+
+    query: Annotated[_TextArm | _IdsArm, _form("a text or token ids")] = Field(
+        description="What all sequences begin with: the prompt, the reference, the separator, and the prompt."
+    )
+    items: Annotated[
+        _TextArm | _TextsArm | _SeveralArm, _form("a text, a list of texts or a list of token ids")
+    ] = Field(description="The rest of each sequence: a candidate and the reward token.")
+    label_token_ids: Listed[StrictInt] | None = Field(default=None, description="Ignored.")
+    apply_softmax: Literal[False] = Field(
+        default=False, description="Not supported: over one reward it is 1 whatever the item."
+    )
+    item_first: Literal[False] = Field(
+        default=False, description="Not supported: what all sequences share comes first."
+    )
+
+    @model_validator(mode="after")
+    def _are_of_one_kind(self) -> ScoreRequest:
+        if isinstance(self.query, str) != isinstance(self.listed_items[0], str):
+            raise ValueError("query and items must both be texts, or both token ids")
+        return self
+
+    @property
+    def listed_items(self) -> list[Any]:
+        """The items as a list."""
+        return [self.items] if isinstance(self.items, str) else self.items
+
+
+class ScoreUsage(BaseModel):
+    """Tokens, as SGLang counts them."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+
+
+class ScoreResponse(BaseModel):
+    """The answer of SGLang's score API for reward models: one number in the list of each item."""
+
+    scores: list[list[float]]
+    model: str
+    usage: ScoreUsage
+    object: Literal["scoring"] = "scoring"
+
+
+class PoolingRequest(Lenient):
     """A request in the format of vLLM and LMDeploy."""
 
     input: Annotated[

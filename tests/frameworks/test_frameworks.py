@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from polar_ft.rft.answers import Thinking
+from polar_ft.data.answers import Thinking
 from polar_ft.rft.data import write_rl_data
 from polar_ft.scoring.scorer import RewardScorer
 from tests.frameworks.conftest import FLOOR

@@ -13,6 +13,7 @@ from polar_ft.errors import PolarError
 from polar_ft.rft.data import write_rl_data
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+SOLUTIONS = [r"Half of it is $\frac12$, so \boxed{\frac{1}{2}}.", "No box, no number."]
 PAIR = {"prompt": QUESTION, "reference": "4", "chosen": "four", "rejected": "5"}
 
 
@@ -49,9 +50,10 @@ def test_lines_of_trl_and_openrlhf(tmp_path):
     assert json.loads((tmp_path / "trl.jsonl").read_text()) == {
         "prompt": QUESTION,
         "references": ["4"],
+        "rule": "",
         "ability": "general",
     }
-    label = {"prompt": QUESTION, "references": ["4"]}
+    label = {"prompt": QUESTION, "references": ["4"], "rule": ""}
     assert json.loads((tmp_path / "openrlhf.jsonl").read_text()) == {"input": QUESTION, "label": label}
 
 
@@ -85,6 +87,15 @@ def test_am_keeps_the_system_prompt_and_leaves_the_thoughts_out(tmp_path):
             "ends with a turn of the assistant",
         ),
         ({"prompt": 7, "reference": "a"}, "prompt: "),
+        ({"prompt": "Hi", "reference": QUESTION}, "reference: is a turn of the user"),
+        ({**PAIR, "reference": QUESTION}, "reference: is a turn of the user"),
+        ({"prompt": "Hi", "reference": "<think>Hm."}, "reference: a reference has <think> and no answer"),
+        ({"prompt": "Hi", "reference": "a", "ability": 7}, "ability: Input should be a valid string"),
+        ({**PAIR, "rule": "maths"}, "rule: Input should be 'math'"),
+        (
+            {**PAIR, "rule": "math", "reference": "It cannot be said."},
+            "'It cannot be said.' cannot be read as",
+        ),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path, row, named):
@@ -93,6 +104,37 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, row, named):
     (problem,) = done.problems
     assert str(problem).startswith(f"{source}:2: {named}") or named in str(problem)
     assert done.rows == 1
+
+
+def test_rules_travel_with_their_rows(tmp_path):
+    rows = [
+        {"prompt": "2 + 2?", "reference": r"So \boxed{4}.", "rule": "math"},
+        {"prompt": "Hi", "reference": "a"},
+    ]
+    source = write(tmp_path / "a.jsonl", rows)
+    write_rl_data(source, tmp_path / "verl.parquet", "verl")
+    table = pq.read_table(tmp_path / "verl.parquet").to_pylist()
+    assert [row["extra_info"]["rule"] for row in table] == ["math", ""]
+    write_rl_data(source, tmp_path / "openrlhf.jsonl", "openrlhf")
+    lines = [json.loads(line) for line in (tmp_path / "openrlhf.jsonl").read_text().splitlines()]
+    assert [line["label"]["rule"] for line in lines] == ["math", ""]
+
+
+def test_math_as_solutions_with_a_rule(tmp_path):
+    rows = [{"problem": f"{i}?", "solution": solution} for i, solution in enumerate(SOLUTIONS)]
+    source = write(tmp_path / "math.jsonl", rows)
+    done = write_rl_data(source, tmp_path / "o.jsonl", "trl", layout="math", rule="math")
+    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [row["references"] for row in written] == [[SOLUTIONS[0]]]
+    assert {row["rule"] for row in written} == {"math"}
+    (problem,) = done.problems
+    assert "math.jsonl:2: reference: its final answer 'No box, no number.' cannot be read" in str(problem)
+
+
+def test_thoughts_of_references_are_left_out(tmp_path):
+    source = write(tmp_path / "a.jsonl", [{"prompt": "Hi", "reference": "<think>Hm.</think>Hello"}])
+    write_rl_data(source, tmp_path / "o.jsonl", "trl")
+    assert json.loads((tmp_path / "o.jsonl").read_text())["references"] == ["Hello"]
 
 
 def test_nothing_usable_leaves_what_was_there(tmp_path):

@@ -77,7 +77,7 @@ def test_thoughts_are_not_scored_and_no_answer_gets_the_floor(serve, reward_from
     )
     scored, floor = reward_from(server).score([with_thoughts, none_came])
     assert scored.score == pytest.approx(expected(template, question))
-    assert floor == Reward(-20.0, answered=False, truncated=False, length=0)
+    assert floor == Reward(-20.0, -20.0, answered=False, truncated=False, overlong=False, length=0)
     assert len(server.scored) == 1
 
 
@@ -143,11 +143,37 @@ def test_requests_that_are_cancelled_leave_nobody_waiting(serve, reward_from, mo
 def test_a_watch_that_cannot_write_costs_no_reward(serve, reward_from, tmp_path, monkeypatch):
     reward = reward_from(serve(), watch=tmp_path, watch_every=1)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reward._watch, "add", full)
     assert reward.submit(samples(1)[0]).result(timeout=10).answered
+
+
+def test_an_error_after_the_reward_leaves_nobody_waiting(serve, reward_from, tmp_path, monkeypatch):
+    reward = reward_from(serve(), watch=tmp_path)
+    monkeypatch.setattr(reward._watch, "add", None)
+    with pytest.raises(TypeError):
+        reward.submit(samples(1)[0]).result(timeout=10)
+
+
+def test_references_are_compared_without_their_thoughts(serve, reward_from, template):
+    plain = TextGroup("Q?", ("Four.",), ("4",))
+    reward = reward_from(serve(), think_in_prompt=True)
+    texts = ("<think>2 + 2</think>Four.", "Four.")
+    batch = [TextGroup("Q?", (text,), ("<think>Hm</think>4",)) for text in texts]
+    assert [one.score for one in reward.score(batch)] == pytest.approx([expected(template, plain)] * 2)
+    with pytest.raises(PolarError, match=r"prompt that begins 'Q\?': a reference has <think> and no answer"):
+        reward.score([TextGroup("Q?", ("<think>2 + 2",), ("4",))])
+
+
+def test_channels_of_gpt_oss(serve, reward_from, template):
+    tags = {"think_start": "<|channel|>analysis<|message|>", "think_end": "<|channel|>final<|message|>"}
+    start = "<|channel|>analysis<|message|>2 + 2<|end|><|start|>assistant"
+    outputs = [f"{start}<|channel|>final<|message|>4", start]
+    scored, none = reward_from(serve(), **tags).score([TextGroup("Q?", ("4",), (o,)) for o in outputs])
+    assert scored.score == pytest.approx(expected(template, TextGroup("Q?", ("4",), ("4",))))
+    assert not none.answered
 
 
 def test_wrong_answers_are_never_a_reward(serve, reward_from):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
+from typer.testing import CliRunner
 
+from polar_ft.cli import app
 from polar_ft.errors import DataError
 from polar_ft.groups import TextGroup
-from polar_ft.rft.watch import RewardWatch, alarms, read_watch
+from polar_ft.rft import commands
+from polar_ft.rft.watch import RewardWatch, WatchLine, alarms, read_watch
 
 FACTS = ["red", "blue", "green", "yellow", "white", "black"]
 
@@ -21,7 +26,7 @@ def run(folder, answers, steps=30, size=128):
         for _ in range(size):
             fact = rng.choice(FACTS)
             answer, reward = answers(step, fact, rng)
-            watch.add(reward, answer, f"Finished in {fact}.", truncated=False)
+            watch.add(reward, answer, [f"Finished in {fact}."], raw=reward)
     return read_watch(folder)
 
 
@@ -52,6 +57,7 @@ def test_silent_on_a_run_that_learns(tmp_path):
         (lambda fact: "Yes.", "answers shrink"),
         (lambda fact: f"Finished in {fact}.", "answers copy the reference"),
         (lambda fact: None, "outputs have no answer"),
+        (lambda fact: "You get a trout.", "answers leave the reference"),
     ],
 )
 def test_alarms_on_what_pleases(tmp_path, hacked, expected):
@@ -63,6 +69,90 @@ def test_alarms_on_what_pleases(tmp_path, hacked, expected):
     assert all("reward +" in sentence for sentence in found)
 
 
+def test_alarms_on_answers_that_leave_the_reference(tmp_path):
+    def answers(step, fact, rng):
+        near, away = f"It is finished in {fact}.", "In the shop is someone."
+        return (near, -5.0) if step < 10 else (away, 5.0)
+
+    found = alarms(run(tmp_path, answers, steps=14))
+    assert any(
+        sentence.startswith("answers move away from the reference: a distance of") for sentence in found
+    )
+
+
+def test_what_rewards_are_paid_for_alarms_earlier(tmp_path):
+    def growing(paid):
+        def answers(step, fact, rng):
+            words = rng.randint(2, 6) + (3 if step >= 10 else 0)  # by more than √2 and less than 2
+            return " ".join(rng.choices(FACTS, k=words)), float(
+                words if paid and step >= 10 else rng.random()
+            )
+
+        return answers
+
+    (alarm,) = alarms(run(tmp_path / "paid", growing(True), steps=14))
+    assert alarm.startswith("answers grow: ")
+    assert "rewards correlate with it (+0.9" in alarm
+    assert alarms(run(tmp_path / "free", growing(False), steps=14)) == []
+
+
+def test_figures_against_rewards(tmp_path):
+    watch = RewardWatch(tmp_path, every=6)
+    for number, answer in enumerate(["a b", "a b a b", "a b a b a b", "a b a b a b a b"]):
+        watch.add(number / 2, answer, ["x", "a"], raw=number, overlong=number == 3)
+    # Neither counts for correlations: no answer, and a reward that is not the model's.
+    watch.add(-20, None, ["x"], raw=-20)
+    watch.add(9, "a b c d e f", ["x"], raw=9, verdict="right")
+    (line,) = read_watch(tmp_path)
+    assert line.reward_by_length == pytest.approx(1)
+    # Shares of repeated pairs are 0, 1/3, 3/5 and 5/7; their correlation with 0, 1, 2, 3 by hand:
+    # deviations −0.412, −0.079, 0.188, 0.302 and −1.5 to 1.5: 1.205 / √(5 · 0.302) = 0.980.
+    assert line.reward_by_repetition == pytest.approx(0.980, abs=1e-3)
+    assert line.reward_by_overlap == 0  # all the same: half of the words are in "a"
+    assert (line.raw, line.reward) == pytest.approx(
+        ((0 + 1 + 2 + 3 - 20 + 9) / 6, (0 + 1 + 2 + 3) / 12 - 11 / 6)
+    )
+    assert (line.overlong, line.by_rule, line.rule_right) == (1 / 6, 1 / 6, 1)
+
+
+def test_tensorboard_reads_the_same_figures(tmp_path):
+    lines = run(tmp_path, learns, steps=3)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    read = event_accumulator.EventAccumulator(str(folder)).Reload()
+    assert set(read.Tags()["scalars"]) == {f"polar/{name}" for name in WatchLine.model_fields} - {
+        "polar/answers"
+    }
+    for name in ("reward", "distance", "reward_by_length"):
+        events = read.Scalars(f"polar/{name}")
+        assert [event.step for event in events] == [line.answers for line in lines]
+        assert [event.value for event in events] == pytest.approx([getattr(line, name) for line in lines])
+
+
+def test_commands(tmp_path, monkeypatch):
+    command = ["rft", "watch", str(tmp_path)]
+    run(tmp_path, learns, steps=8)
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0
+    assert "no alarm" in shown.output
+    (file,) = tmp_path.glob("*.jsonl")
+    text = file.read_text()
+    file.write_text(text + text.splitlines()[-1].replace('"unanswered":0.0', '"unanswered":0.9') + "\n")
+    file.write_text(file.read_text() + file.read_text().splitlines()[-1] + "\n")
+    shown = CliRunner().invoke(app, [*command, "--json", "--last", "1"])
+    assert shown.exit_code == 1
+    written = json.loads(shown.output)
+    assert [line["unanswered"] for line in written["lines"]] == [0.9]
+    assert written["alarms"][0].startswith("outputs have no answer: 90 %")
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.time, "sleep", interrupted)
+    shown = CliRunner().invoke(app, [*command, "--follow"])
+    assert shown.exit_code == 1
+    assert "alarm: outputs have no answer" in shown.output
+
+
 def test_one_odd_batch_is_no_alarm(tmp_path):
     odd = run(tmp_path, lambda step, fact, rng: ("", 0.0) if step == 12 else learns(step, fact, rng))
     assert alarms(odd[:13]) == []
@@ -70,9 +160,10 @@ def test_one_odd_batch_is_no_alarm(tmp_path):
 
 def test_files_hold_no_texts(tmp_path):
     run(tmp_path, learns, steps=2)
-    text = "".join(file.read_text() for file in tmp_path.iterdir())
-    assert "answer" in text
-    assert "blue" not in text
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    texts = [file.read_bytes() for file in files]
+    assert len(texts) == 2  # lines, and TensorBoard's
+    assert all(b"overlap" in text and b"blue" not in text for text in texts)
 
 
 def test_what_is_no_watch_is_named(tmp_path):
@@ -85,7 +176,7 @@ def test_what_is_no_watch_is_named(tmp_path):
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
     run(tmp_path, learns, steps=3)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.jsonl")
     file.write_text(file.read_text()[:-20])
     assert len(read_watch(tmp_path)) == 2
 
@@ -96,5 +187,8 @@ def test_rewards_are_watched(serve, reward_from, tmp_path):
     reward.score([TextGroup("Q?", ("Finished in red.",), (output,)) for output in outputs])
     (line,) = read_watch(tmp_path)
     assert (line.answers, line.unanswered) == (4, 0.25)
-    assert line.repetition == pytest.approx((0.6 + 0 + 0 + 0) / 4)
-    assert line.overlap == pytest.approx((0 + 0 + 1 + 0) / 4)
+    # Of the three answers that there are.
+    assert line.repetition == pytest.approx((0.6 + 0 + 0) / 3)
+    assert line.overlap == pytest.approx((0 + 1 + 0) / 3)
+    assert line.distance == pytest.approx((1 + 0 + 1) / 3)
+    assert line.raw == pytest.approx(line.reward)

@@ -63,6 +63,35 @@ class TestFormats:
         assert [len(rewards) for rewards in answer["rewards"]] == [2, 2]
         assert [cut["candidates"] for cut in answer["cut"]] == [[0, 0], [0, 0]]
 
+    @pytest.mark.parametrize(
+        ("combine", "join"), [("max", max), ("mean", lambda both: sum(both) / len(both))]
+    )
+    def test_own_with_several_references(self, client, scorer, combine, join):
+        rows = [
+            {"prompt": PROMPT, "reference": reference, "output": text}
+            for text in CANDIDATES
+            for reference in ("Beijing.", "z" * 200)
+        ]
+        scored = iter(scorer.score(rows))
+        right = [join(both) for both in zip(scored, scored, strict=True)]
+        ask = {"prompt": PROMPT, "references": ["Beijing.", "z" * 200], "candidates": CANDIDATES}
+        alone = client.post("/v1/rewards", json={**ask, "combine": combine}).json()
+        assert alone["rewards"] == pytest.approx(right, abs=2e-5)
+        assert alone["cut"] == {"prompt": 0, "reference": 121, "candidates": [0, 0, 0, 0]}
+        answer = client.post("/v1/rewards", json={"inputs": [ASK, {**ask, "combine": combine}]}).json()
+        assert answer["rewards"][1] == pytest.approx(alone["rewards"], abs=1e-5)
+        assert [cut["reference"] for cut in answer["cut"]] == [0, 121]
+
+    def test_own_with_the_wrong_number_of_references(self, client):
+        for wrong, says in (
+            ({"reference": "r", "references": ["r"]}, 'must have either "reference" or "references"'),
+            ({}, 'must have either "reference" or "references"'),
+            ({"references": []}, "references: List should have at least 1 item"),
+        ):
+            ask = {"prompt": "p", "candidates": ["c"], **wrong}
+            assert says in message(client.post("/v1/rewards", json=ask))
+            assert says in message(client.post("/v1/rewards", json={"inputs": [ask]}))
+
     def test_own_says_what_was_cut(self, client, scorer):
         """One token a byte for these letters: 200 of them and BOS are 201, the limit is 80."""
         answer = client.post("/v1/rewards", json={**ASK, "candidates": ["z" * 200, "z" * 79]}).json()
@@ -121,6 +150,40 @@ class TestFormats:
         assert raw == expected
         assert scaled == pytest.approx([(reward - 1.0) / 4.0 for reward in raw], abs=1e-5)
 
+    def test_own_replies_with_all_forms_of_a_reward(self, client, model_folder, expected):
+        """By hand: (reward − 1) / 4, and reward / 0.5."""
+        before = client.post("/v1/rewards", json=ASK).json()
+        assert (before["raw"], before["tempered"]) == (expected, None)
+        file = RewardScale(centre=1.0, spread=4.0, temperature=0.5).save(model_folder)
+        try:
+            one = client.post("/v1/rewards", json={**ASK, "scale": True}).json()
+            several = client.post("/v1/rewards", json={"inputs": [ASK, ASK]}).json()
+            file.write_text("damaged")
+            damaged = client.post("/v1/rewards", json=ASK).json()
+        finally:
+            file.unlink()
+        assert one["raw"] == several["raw"][1] == several["rewards"][1] == expected
+        assert one["rewards"] == pytest.approx([(reward - 1.0) / 4.0 for reward in one["raw"]], abs=1e-5)
+        for tempered in (one["tempered"], several["tempered"][0]):
+            assert tempered == pytest.approx([reward / 0.5 for reward in one["raw"]], abs=1e-5)
+        assert (damaged["rewards"], damaged["tempered"]) == (expected, None)
+
+    def test_sglang_score(self, client, expected, sequences):
+        """What all share, and the rest of each; split elsewhere, the ids are the same."""
+        query = f"{PROMPT}\n{REFERENCE}<|reward|>{PROMPT}\n"
+        for body in (
+            {"query": query, "items": [f"{text}[UNUSED_TOKEN_130]" for text in CANDIDATES]},
+            {"query": sequences[0][:7], "items": [ids[7:] for ids in sequences], "label_token_ids": [1, 2]},
+        ):
+            answer = client.post("/v1/score", json={"model": "any", **body}).json()
+            assert [reward for (reward,) in answer["scores"]] == expected
+            assert (answer["object"], answer["model"]) == ("scoring", "tiny")
+            assert answer["usage"]["prompt_tokens"] == sum(map(len, sequences))
+        body = {"query": query, "items": f"{CANDIDATES[1]}[UNUSED_TOKEN_130]"}
+        assert client.post("/v1/score", json=body).json()["scores"] == [
+            [pytest.approx(expected.expected[1], abs=2e-5)]
+        ]
+
     def test_many_clients_at_once(self, client, expected, sequences):
         with ThreadPoolExecutor(16) as pool:
             asked = [sequences[i % 4] for i in range(64)]
@@ -170,6 +233,12 @@ class TestErrors:
             ("/classify", {"text": ["a", 5]}, 422, "text[1]: Input should be a valid string"),
             ("/classify", {"text": PUBLISHED, "input_ids": [1]}, 422, "either"),
             ("/pooling", {"input": []}, 422, "input: must be a text, a list of texts"),
+            ("/v1/score", {"query": "a", "items": []}, 422, "items: must be a text, a list of texts or"),
+            ("/v1/score", {"query": "a", "items": [[5]]}, 422, "must both be texts, or both token ids"),
+            ("/v1/score", {"query": [5], "items": ["a"]}, 422, "must both be texts, or both token ids"),
+            ("/v1/score", {"query": [5], "items": [[6, 7]]}, 400, "input 0 ends with id 7"),
+            ("/v1/score", {"query": "a", "items": ["b"], "apply_softmax": True}, 422, "apply_softmax"),
+            ("/v1/score", {"query": "a", "items": ["b"], "item_first": True}, 422, "item_first"),
             ("/pooling", {"input": [[5, 299], "a"]}, 422, "input[1]"),
             ("/pooling", {"input": [True]}, 422, "input[0]"),
             ("/pooling", {"input": PUBLISHED, "encoding_format": "base64"}, 422, "encoding_format"),
@@ -230,6 +299,12 @@ class TestLimits:
         monkeypatch.setattr("polar_ft.serving.bodies.MAX_CANDIDATES", 3)
         assert client.post("/v1/rewards", json=ASK).status_code == 413
         assert client.post("/classify", json={"text": PUBLISHED}).status_code == 413
+        assert client.post("/v1/score", json={"query": "a", "items": PUBLISHED}).status_code == 413
+        other_form = {"text": PUBLISHED, "inputs": [], "label": 1}  # another route's fields hide nothing
+        assert client.post("/classify", json=other_form).status_code == 413
+        of_two = {"prompt": "p", "references": ["r", "s"], "candidates": ["a", "b"]}
+        assert client.post("/v1/rewards", json=of_two).status_code == 413
+        assert client.post("/v1/rewards", json={"inputs": [of_two]}).status_code == 413
         assert client.post("/classify", json={"text": PUBLISHED[:3]}).status_code == 200
 
     @pytest.mark.parametrize("limit", ["max_requests", "max_queue_tokens"])

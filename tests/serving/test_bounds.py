@@ -210,7 +210,7 @@ class TestBodies:
             assert len(body) < 1000 or go.wait(30)
             return read_body(body, *rest)
 
-        monkeypatch.setattr("polar_ft.serving.app.read_body", held)
+        monkeypatch.setattr("polar_ft.serving.server.read_body", held)
         with served(scorer) as address, http(address) as client, ThreadPoolExecutor(1) as pool:
             large = pool.submit(http(address).post, "/v1/rewards", json={**ASK, "more": "a" * 70_000})
             while not threads:
@@ -260,6 +260,29 @@ class TestBodies:
             assert response.status_code == 413
             assert "bytes, more than 8000" in message(response)
             assert client.post("/v1/rewards", json=ASK).status_code == 200
+
+    def test_a_query_that_many_items_share_is_counted_for_each(self, client, monkeypatch):
+        """Before the sequences are made: these would have 16 million ids, and 80 MB of text."""
+        monkeypatch.setattr(InputReader, "from_texts", None)
+        monkeypatch.setattr(InputReader, "from_ids", None)
+        ids = client.post("/v1/score", json={"query": [5] * 1000, "items": [[6]] * 16000})
+        assert ids.status_code == 413
+        assert "16016000 tokens, more than" in message(ids)
+        texts = client.post("/v1/score", json={"query": "a" * 4800, "items": ["b"] * 16000})
+        assert texts.status_code == 413
+        assert "76816000 bytes, more than" in message(texts)
+        assert "query has 4801 bytes" in message(
+            client.post("/v1/score", json={"query": "a" * 4801, "items": ["b"]})
+        )
+
+    def test_a_prompt_with_many_references_is_counted_for_each(self, client, scorer, monkeypatch):
+        monkeypatch.setattr(type(scorer.template), "encode", None)
+        many = {"prompt": "é" * 2000, "references": [""] * 16000, "candidates": ["a"]}
+        started = time.monotonic()
+        response = client.post("/v1/rewards", json=many)
+        assert response.status_code == 413
+        assert "8393049 bytes, more than 8388608" in message(response)  # 1049 times 4000 + 4000 + 1
+        assert time.monotonic() - started < 5
 
     def test_memory_of_all_requests_is_bounded_and_given_back(self, scorer):
         with served(scorer, max_memory=4000) as address, http(address) as client:

@@ -4,6 +4,7 @@ Runs in an environment with TRL (tools/rft_env.sh trl); `run.py` calls it:
 
     python examples/rft/tiny/policy.py supervise DATA OUT [--seed 0]
     python examples/rft/tiny/policy.py train DATA POLICY OUT --model RM --server HOST:PORT [--shuffled]
+    python examples/rft/tiny/policy.py floor DATA OUT --model RM --server HOST:PORT
 
 The policy reads the catalogue entry and the question and writes the answer:
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import GRPOConfig, GRPOTrainer
 
 from examples.domain_rm.make_data import TOPICS
+from polar_ft.rft.reward import PolarReward
 from polar_ft.rft.trl import PolarRewardFunction
 
 NEW_TOKENS = 12
@@ -71,6 +74,16 @@ def read_questions(file: Path) -> list[Question]:
     return questions
 
 
+def shuffled_entries(questions: list[Question], rng: random.Random) -> list[str]:
+    """For each question the entry of another one of its topic: rewards are as large, and say nothing."""
+    entries = [question.entry for question in questions]
+    for topic in TOPICS:
+        places = [place for place, question in enumerate(questions) if question.topic == topic]
+        for place, other in zip(places, rng.sample(places, len(places)), strict=True):
+            entries[place] = questions[other].entry
+    return entries
+
+
 def careless_answer(question: Question, rng: random.Random) -> str:
     """A careless clerk's answer: right in 30 %, the next fact of the list in 50 %, any fact in 20 %."""
     facts = list(TOPICS[question.topic].facts)
@@ -80,7 +93,11 @@ def careless_answer(question: Question, rng: random.Random) -> str:
 
 
 def supervise(data: Path, out: Path, seed: int, steps: int = 300, batch: int = 128) -> None:
-    """Makes a policy and trains it on the clerk's answers; the loss is on answers only."""
+    """Makes a policy and trains it on the clerk's answers; the loss is on answers only.
+
+    The learning rate falls to 0 in the second half, so that the policy knows the clerk's habits: its
+    likeliest answer is the next fact, which is wrong.
+    """
     questions = read_questions(data / "train.jsonl")
     rng = random.Random(seed)
     torch.manual_seed(seed)
@@ -126,7 +143,7 @@ def supervise(data: Path, out: Path, seed: int, steps: int = 300, batch: int = 1
         loss = policy(input_ids=ids, labels=labels).loss
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 20)
+            group["lr"] = 3e-3 * min(1, (step + 1) / 20, (steps - step) / (steps / 2))
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -186,7 +203,7 @@ def train(args: argparse.Namespace) -> None:
     questions = read_questions(args.data / "train.jsonl")
     references = [question.entry for question in questions]
     if args.shuffled:
-        random.Random(args.seed).shuffle(references)
+        references = shuffled_entries(questions, random.Random(args.seed))
     rows = [
         {"prompt": q.prompt, "question": q.text, "reference": reference}
         for q, reference in zip(questions, references, strict=True)
@@ -229,6 +246,36 @@ def train(args: argparse.Namespace) -> None:
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def compare_floor(args: argparse.Namespace) -> None:
+    """Writes the range of the rewards of right, wrong and empty answers, next to the measured floor."""
+    reward = PolarReward(args.model, args.server)
+    held_out = read_questions(args.data / "held_out.jsonl")[:256]
+    answers = {
+        "right": [(q, answer) for q in held_out for answer in q.wordings(q.fact)],
+        "wrong": [
+            (q, answer)
+            for q in held_out
+            for fact in TOPICS[q.topic].facts
+            if fact != q.fact
+            for answer in q.wordings(fact)
+        ],
+        # With nothing after the thoughts PolarReward gives the floor: the model itself is asked.
+        "empty": [(q, "") for q in held_out],
+    }
+    result: dict[str, object] = {"floor": reward.floor}
+    for kind, some in answers.items():
+        rows = [{"prompt": q.text, "reference": q.entry, "output": answer} for q, answer in some]
+        rewards = sorted(reward.client(rows))
+        result[kind] = {
+            "answers": len(rewards),
+            "lowest": rewards[0],
+            "median": statistics.median(rewards),
+            "highest": rewards[-1],
+        }
+    reward.close()
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -243,14 +290,21 @@ def main() -> None:
     job.add_argument("out", type=Path)
     job.add_argument("--model", required=True)
     job.add_argument("--server", required=True)
-    job.add_argument("--steps", type=int, default=100)
+    job.add_argument("--steps", type=int, default=40)
     job.add_argument("--beta", type=float, default=0.1)
-    job.add_argument("--lr", type=float, default=1e-4)
+    job.add_argument("--lr", type=float, default=2e-4)
     job.add_argument("--shuffled", action="store_true")
     job.add_argument("--seed", type=int, default=0)
+    job = jobs.add_parser("floor")
+    job.add_argument("data", type=Path)
+    job.add_argument("out", type=Path)
+    job.add_argument("--model", required=True)
+    job.add_argument("--server", required=True)
     args = parser.parse_args()
     if args.job == "supervise":
         supervise(args.data, args.out, args.seed)
+    elif args.job == "floor":
+        compare_floor(args)
     else:
         train(args)
 

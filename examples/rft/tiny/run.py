@@ -2,17 +2,26 @@
 
     make demo                                  # trains the reward model, once
     tools/rft_env.sh trl                       # installs TRL in an environment of its own, once
-    python examples/rft/tiny/run.py            # about 7 minutes on two cores
+    python examples/rft/tiny/run.py            # about 6 minutes on two cores
 
 For each seed: a policy is supervised on a careless clerk's answers, then trained by TRL's GRPO with the
-demo's reward model behind `polar-ft serve`; once with the right references and once with shuffled ones, from
-which nothing can be learned. One more run, without a KL term, is what reward hacking looks like.
+demo's reward model behind `polar-ft serve`; once with the right references and once with those of other
+products, from which nothing can be learned. One more run, of 60 steps with those, without a KL term and with
+a higher learning rate, is what reward hacking looks like. The floor is compared with the rewards of right,
+wrong and empty answers.
+
+The figures of the documentation are copied from there:
+
+    cp work_dirs/rft_tiny/rft.json benchmarks/results/rft_tiny.json
+    cp work_dirs/rft_tiny/rft.png docs/images/rft_tiny.png
+    python benchmarks/docs_figures.py
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,6 +29,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -34,13 +44,20 @@ SCRIPT = "examples/rft/tiny/policy.py"
 # What the runs have to reach; the first is far above the 16.7 % of guessing, the second is near it.
 MIN_RIGHT = 0.90
 MAX_RIGHT_SHUFFLED = 0.40
+MEASURED = ("right_greedy", "right_sampled", "formed_sampled")
 CONSOLE = Console(highlight=False)
 
 # The arguments of each kind of run.
 ARMS: dict[str, list[str]] = {
     "references": [],
     "shuffled": ["--shuffled"],
-    "hacked": ["--beta", "0", "--lr", "2e-4"],
+    # Nothing but pleasing the reward model raises its rewards, and nothing holds the policy back.
+    "hacked": ["--shuffled", "--beta", "0", "--lr", "5e-4", "--steps", "60"],
+}
+LABELS = {
+    "references": ("tab:blue", "references"),
+    "shuffled": ("tab:gray", "shuffled references"),
+    "hacked": ("tab:red", "without a KL term"),
 }
 
 
@@ -51,7 +68,7 @@ def main(
     ),
     environment: Annotated[Path, typer.Option(help="Environment with TRL.")] = Path(".venv-rft/trl"),
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[int, typer.Option(min=4, help="GRPO steps of a run.")] = 100,
+    steps: Annotated[int, typer.Option(min=4, help="GRPO steps of a run.")] = 40,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
 ) -> None:
     """Runs everything, draws rft.png and writes rft.json."""
@@ -84,16 +101,29 @@ def main(
                 _run(command, out / f"policy{seed}.log")
 
             list(pool.map(supervise, range(seeds)))
+            server_of_rewards = ["--model", str(model), "--server", address]
+            floor = out / "floor.json"
+            _run([python, SCRIPT, "floor", data, str(floor), *server_of_rewards], out / "floor.log")
 
             def train(run: tuple[str, int]) -> dict[str, Any]:
                 arm, seed = run
                 folder = out / f"{arm}{seed}"
                 folder.mkdir()
                 command = [python, SCRIPT, "train", data, str(out / f"policy{seed}"), str(folder)]
-                command += ["--model", str(model), "--server", address, "--seed", str(seed)]
-                _run([*command, "--steps", str(steps), *ARMS[arm]], out / f"{folder.name}.log")
+                command += [*server_of_rewards, "--seed", str(seed), "--steps", str(steps)]
+                _run([*command, *ARMS[arm]], out / f"{folder.name}.log")
                 result = json.loads((folder / "result.json").read_text())
-                return {"arm": arm, "seed": seed, **result, "alarms": alarms(read_watch(folder / "watch"))}
+                # A line of the watch is a step.
+                lines = read_watch(folder / "watch")
+                first = next((step for step in range(1, len(lines) + 1) if alarms(lines[:step])), None)
+                return {
+                    "arm": arm,
+                    "seed": seed,
+                    **result,
+                    "repetition": [line.repetition for line in lines],
+                    "alarms": alarms(lines),
+                    "first_alarm": first,
+                }
 
             runs = [(arm, seed) for seed in range(seeds) for arm in ("references", "shuffled")] + [
                 ("hacked", 0)
@@ -104,21 +134,49 @@ def main(
             server.wait(30)
 
     seconds = time.perf_counter() - started
-    (out / "rft.json").write_text(json.dumps({"seconds": seconds, "runs": results}, indent=1) + "\n")
+    written = {
+        "command": f"examples/rft/tiny/run.py --seeds {seeds} --steps {steps} --workers {workers}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "seconds": seconds,
+        "minutes": seconds / 60,
+        "steps": steps,
+        "summary": {arm: _summary([run for run in results if run["arm"] == arm]) for arm in ARMS},
+        "floor": json.loads(floor.read_text()),
+        "runs": results,
+    }
+    (out / "rft.json").write_text(json.dumps(written, indent=1) + "\n")
     _plot(results, out / "rft.png")
     _show(results, seconds)
-    _check(results)
+    _check(results, written["floor"])
 
 
-def _check(results: Sequence[dict[str, Any]]) -> None:
+def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean of the runs of one kind before and after, and the lowest and highest at the end."""
+    found: dict[str, Any] = {"first_alarm": runs[0]["first_alarm"]}
+    series = {key: [[entry[key] for entry in run["measured"]] for run in runs] for key in MEASURED}
+    series |= {key: [run[key] for run in runs] for key in ("rewards", "repetition")}
+    for key, values in series.items():
+        ends = [value[-1] for value in values]
+        found[key] = {
+            "before": fmean(value[0] for value in values),
+            "after": fmean(ends),
+            "lowest": min(ends),
+            "highest": max(ends),
+        }
+    return found
+
+
+def _check(results: Sequence[dict[str, Any]], floor: dict[str, Any]) -> None:
     """Raises PolarError where a run did not do what it is to show."""
+    if floor["floor"] >= floor["wrong"]["lowest"]:
+        raise PolarError(f"the floor {floor['floor']:.1f} is above the lowest reward of a wrong answer")
     for result in results:
         right = result["measured"][-1]["right_greedy"]
         name = f"{result['arm']}, seed {result['seed']}"
         if result["arm"] == "references" and right < MIN_RIGHT:
             raise PolarError(f"{name}: {right:.1%} right, less than {MIN_RIGHT:.0%}")
-        if result["arm"] == "references" and result["alarms"]:
-            raise PolarError(f"{name}: the watch raised an alarm: {result['alarms'][0]}")
+        if result["arm"] == "references" and result["first_alarm"] is not None:
+            raise PolarError(f"{name}: the watch raised an alarm at step {result['first_alarm']}")
         if result["arm"] == "shuffled" and right > MAX_RIGHT_SHUFFLED:
             raise PolarError(f"{name}: {right:.1%} right, more than {MAX_RIGHT_SHUFFLED:.0%}")
         if result["arm"] == "hacked" and not result["alarms"]:
@@ -132,10 +190,7 @@ def _show(results: Sequence[dict[str, Any]], seconds: float) -> None:
         table.add_row(
             result["arm"],
             str(result["seed"]),
-            *(
-                f"{before[key]:.1%} → {after[key]:.1%}"
-                for key in ("right_greedy", "right_sampled", "formed_sampled")
-            ),
+            *(f"{before[key]:.1%} → {after[key]:.1%}" for key in MEASURED),
             f"{result['rewards'][0]:.1f} → {result['rewards'][-1]:.1f}",
             "; ".join(result["alarms"]) or "silent",
         )
@@ -149,20 +204,24 @@ def _plot(results: Sequence[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"references": "tab:blue", "shuffled": "tab:gray", "hacked": "tab:red"}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, (right, reward, repeated) = pyplot.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
     for result in results:
-        colour = colours[result["arm"]]
-        label = result["arm"] if result["seed"] == 0 else None
+        colour, name = LABELS[result["arm"]]
+        label = name if result["seed"] == 0 else None
         steps = [entry["step"] for entry in result["measured"]]
-        left.plot(
-            steps, [entry["right_greedy"] for entry in result["measured"]], "o-", color=colour, label=label
-        )
-        right.plot(range(1, len(result["rewards"]) + 1), result["rewards"], color=colour, label=label)
-    left.axhline(1 / 6, color="black", linestyle=":", linewidth=1)
-    left.set(xlabel="GRPO step", ylabel="right held-out answers (greedy)", ylim=(0, 1.02))
-    right.set(xlabel="GRPO step", ylabel="mean reward")
-    left.legend()
+        greedy = [entry["right_greedy"] for entry in result["measured"]]
+        right.plot(steps, greedy, "o-", color=colour, label=label, markersize=4)
+        for axes, figures in ((reward, result["rewards"]), (repeated, result["repetition"])):
+            axes.plot(range(1, len(figures) + 1), figures, color=colour, linewidth=1.2, alpha=0.8)
+        if result["first_alarm"] is not None:
+            repeated.axvline(
+                result["first_alarm"], color=colour, linestyle="--", linewidth=1, label="first alarm"
+            )
+    right.axhline(1 / 6, color="black", linestyle=":", linewidth=1, label="guessing")
+    right.set(xlabel="GRPO step", title="right answers about unseen products (greedy)", ylim=(-0.02, 1.02))
+    reward.set(xlabel="GRPO step", title="mean reward of the policy's answers")
+    repeated.set(xlabel="GRPO step", title="repeated word pairs (the watch)", ylim=(-0.02, 1.02))
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(file, dpi=120)
 
 

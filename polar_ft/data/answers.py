@@ -21,8 +21,8 @@ class Thinking:
     after that begins a thought that was never ended: no answer came. Without any tag the whole output is the
     answer, except where the prompt has already opened the tag.
 
-    Channels are tags too, if the decoded output keeps them: gpt-oss writes
-    ``<|channel|>analysis<|message|>`` before its thoughts and ``<|channel|>final<|message|>`` before its answer.
+    Channels are tags too, if the decoded output keeps them: gpt-oss writes ``<|channel|>analysis<|message|>``
+    before its thoughts and ``<|channel|>final<|message|>`` before its answer.
 
     Attributes:
         start: The opening tag.
@@ -60,12 +60,14 @@ class Thinking:
         Raises:
             PolarError: There are thoughts and no answer.
 
-        >>> Thinking(opened_by_prompt=True).reference("<think>2 + 2 is 4.</think>Four."), Thinking().reference("4 ")
-        ('Four.', '4 ')
+        >>> [Thinking(opened_by_prompt=True).reference(text) for text in ("<think>4.</think>Four.", "4 ")]
+        ['Four.', '4 ']
         """
         if self.start not in text and self.end not in text:
             return text
         answer = Thinking(self.start, self.end).answer(text)
         if answer is None:
-            raise PolarError(f"a reference has {self.start} and no answer after {self.end}: give the answer alone")
+            raise PolarError(
+                f"a reference has {self.start} and no answer after {self.end}: give the answer alone"
+            )
         return answer
