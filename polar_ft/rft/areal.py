@@ -26,8 +26,8 @@ from typing import Any
 
 from areal.workflow.rlvr import RLVRWorkflow
 
+from polar_ft.data.responses import END_TOKENS, without_end
 from polar_ft.errors import PolarError
-from polar_ft.rft.openrlhf import END_TOKENS, without_end
 from polar_ft.rft.reward import Sample, sample_of, shared_reward
 
 

@@ -16,9 +16,6 @@ from typing import Any
 from polar_ft.data.responses import END_TOKENS, response_of
 from polar_ft.rft.reward import PolarReward, sample_of_label
 
-# Control tokens that decoded outputs end with.
-END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")
-
 
 def make_reward_func(
     model: Any,

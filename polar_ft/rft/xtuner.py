@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from polar_ft.rft.openrlhf import END_TOKENS, without_end
+from polar_ft.data.responses import END_TOKENS, without_end
 from polar_ft.rft.reward import sample_of_label, shared_reward
 
 
