@@ -37,6 +37,7 @@ def make_reward_func(
         ``reward_func(queries, prompts, labels)``.
     """
     reward = PolarReward(model, **settings)
+    reward.check_single_calls("OpenRLHF")
 
     def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
         futures = [

@@ -7,7 +7,7 @@ In a file of yours::
     custom_rm = make_custom_rm("my_rm", server_address="127.0.0.1:30000")
 
 ``--custom-rm-path my_file.custom_rm``, with or without ``--group-rm``. The label column holds ``{"prompt": …,
-"reference": …}``. Not run: written from slime's ``rollout/rm_hub`` of 2026-08-21.
+"reference": …}``. Not run: written from slime's ``rollout/rm_hub`` of 2026-08-21. An error ends the rollout.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ def make_custom_rm(model: Any, **settings: Any) -> Callable[[Any, Any], Awaitabl
 
     Args:
         model: As in `PolarReward`.
-        **settings: As in `PolarReward`.
+        **settings: As in `PolarReward`; ``normalise`` needs ``--group-rm``.
     """
     reward = PolarReward(model, **settings)
 
-    async def score(sample: Any) -> float:
-        return (await reward.score_async(sample_of_label(sample.label, sample.response))).score
-
     async def custom_rm(args: Any, samples: Any) -> float | list[float]:
-        if isinstance(samples, list):
-            return list(await asyncio.gather(*map(score, samples)))
-        return await score(samples)
+        if not isinstance(samples, list):
+            reward.check_single_calls("slime without --group-rm")
+            return (await reward.score_async(sample_of_label(samples.label, samples.response))).score
+        group = [sample_of_label(sample.label, sample.response) for sample in samples]
+        if reward.normalise != "none":
+            return [scored.score for scored in await asyncio.to_thread(reward.score, group)]
+        # So that groups that are under way at once are sent together.
+        return [scored.score for scored in await asyncio.gather(*map(reward.score_async, group))]
 
     return custom_rm

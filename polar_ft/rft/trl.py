@@ -2,12 +2,14 @@
 
     GRPOTrainer(model, reward_funcs=PolarRewardFunction("my_rm", server_address="127.0.0.1:30000"), …)
 
-The data set needs the columns ``prompt`` and ``reference`` (a text or messages), or ``references``.
+The data set needs the columns ``prompt`` and ``reference`` (a text or messages), or ``references``; a column
+``rule`` names the rule of a row, if it asks for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -47,9 +49,11 @@ class PolarRewardFunction:
         references = columns.get("references")
         if references is None:
             references = [[reference] for reference in self._column(columns, "reference")]
-        samples = list(map(sample_of, questions, references, completions))
+        rules = columns.get("rule") or [None] * len(completions)
+        samples = list(map(sample_of, questions, references, completions, rules))
         rewards = self.reward.score(samples)
         if log_metric is not None and rewards:
+            log_metric("polar/raw", fmean(reward.raw for reward in rewards))
             log_metric("polar/unanswered", fmean(not reward.answered for reward in rewards))
             log_metric("polar/truncated", fmean(reward.truncated for reward in rewards))
         return [reward.score for reward in rewards]
@@ -59,3 +63,18 @@ class PolarRewardFunction:
         if name not in columns:
             raise PolarError(f"the data set has no column {name!r}, which the reward needs; add it")
         return columns[name]
+
+
+def async_reward_function(model: Any, **settings: Any) -> Callable[..., Awaitable[list[float]]]:
+    """`PolarRewardFunction` as a coroutine function: TRL runs several of them at once.
+
+    Args:
+        model: As in `PolarReward`.
+        **settings: As in `PolarRewardFunction`.
+    """
+    function = PolarRewardFunction(model, **settings)
+
+    async def polar(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
+        return await asyncio.to_thread(function, prompts, completions, **columns)
+
+    return polar

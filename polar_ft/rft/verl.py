@@ -8,20 +8,27 @@ verl 0.7 and 0.9 take functions of an installed package::
 
 verl 0.5 takes a file, which needs one line: ``from polar_ft.rft.verl import compute_score_batch``, with
 ``reward_model.reward_manager=batch``. In 0.7 the batch function needs ``reward_model.use_reward_loop=False``.
+For 0.9 there is a reward manager as well, `polar_ft.rft.verl_manager`.
 
 Every row returns the same keys: verl keeps those of the first row and fails, or loses values, where others
 differ. An error is raised after ``max_wait`` seconds without a server: verl 0.5 then calls the function once
-more, and stops; verl 0.9 logs it and leaves out the prompt's group. Its ``rate_limited`` manager would make
-0.0 of any error: use ``naive``.
+more, which fails at once, and stops; verl 0.9 logs it and leaves out the prompt's group. Its ``rate_limited``
+manager would make 0.0 of any error: use ``naive``.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polar_ft.groups import TextGroup
-from polar_ft.rft.reward import sample_of, shared_reward
+from polar_ft.client.errors import RewardServerError
+from polar_ft.rft.reward import PolarReward, Sample, sample_of, shared_reward
+
+# Seconds after a failure in which a batch fails with the same error: verl 0.5 prints any error of a batch and
+# calls again at once, which would double the wait.
+REPEATED_CALL_SECONDS = 60.0
+_failures: dict[PolarReward, tuple[float, RewardServerError]] = {}
 
 
 def compute_score_batch(
@@ -33,19 +40,35 @@ def compute_score_batch(
 ) -> list[dict[str, float]]:
     """Scores a batch, for ``reward_manager=batch`` of verl 0.5 and 0.7.
 
+    With ``normalise``, rows not for training keep their rewards: verl validates with the same function.
+
     Args:
         data_sources: Not used.
         solution_strs: The policy's outputs.
         ground_truths: The references, as text or messages.
         extra_infos: ``prompt`` is the question as text or messages; ``references``, if given, replaces the
-            ground truth by several.
+            ground truth by several; ``rule`` as in `sample_of`.
         **settings: As in `PolarReward`.
 
     Returns:
         `Reward.as_row` for each sample.
+
+    Raises:
+        RewardServerError: No server answered; also if that was so less than a minute ago.
     """
-    samples = map(_sample, solution_strs, ground_truths, extra_infos)
-    return [reward.as_row() for reward in shared_reward(settings).score(list(samples))]
+    if settings.get("normalise", "none") != "none" and not all(map(for_training, extra_infos)):
+        settings = {**settings, "normalise": "none", "watch": None}
+    reward = shared_reward(settings)
+    if reward in _failures:
+        failed_at, error = _failures.pop(reward)
+        if time.monotonic() - failed_at < REPEATED_CALL_SECONDS:
+            raise error
+    samples = map(sample_of_row, solution_strs, ground_truths, extra_infos)
+    try:
+        return [scored.as_row() for scored in reward.score(list(samples))]
+    except RewardServerError as error:
+        _failures[reward] = (time.monotonic(), error)
+        raise
 
 
 async def compute_score(
@@ -60,9 +83,30 @@ async def compute_score(
     for name in ("reward_router_address", "reward_model_tokenizer"):
         settings.pop(name, None)
     reward = shared_reward(settings)
-    return (await reward.score_async(_sample(solution_str, ground_truth, extra_info))).as_row()
+    reward.check_single_calls("verl's per-sample reward function")
+    return (await reward.score_async(sample_of_row(solution_str, ground_truth, extra_info))).as_row()
 
 
-def _sample(output: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> TextGroup:
+def sample_of_row(output: str, ground_truth: Any, extra_info: Mapping[str, Any]) -> Sample:
+    """The sample of a row of verl's data.
+
+    Args:
+        output: What the policy wrote.
+        ground_truth: The reference, unless ``extra_info`` has ``references``.
+        extra_info: ``prompt``, ``references`` and ``rule``.
+
+    >>> sample = sample_of_row("four", "4", {"prompt": "2 + 2?", "references": ["4", "IV"]})
+    >>> sample.prompt, sample.references
+    ('2 + 2?', ('4', 'IV'))
+    """
     references = extra_info.get("references") or [ground_truth]
-    return sample_of(extra_info.get("prompt"), list(references), output)
+    return sample_of(extra_info.get("prompt"), list(references), output, extra_info.get("rule"))
+
+
+def for_training(extra_info: Mapping[str, Any]) -> bool:
+    """Whether a row is one to train on: ``split``, which ``polar-ft data to-verl`` writes, is the only sign.
+
+    >>> for_training({"split": "train"}), for_training({"split": "test"}), for_training({})
+    (True, False, True)
+    """
+    return str(extra_info.get("split", "train")).startswith("train")

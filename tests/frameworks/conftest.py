@@ -24,6 +24,19 @@ collect_ignore_glob = ["*_run.py"] if ENVIRONMENTS else ["*.py"]
 
 ROOT = Path(__file__).parents[2]
 FLOOR = -100.0
+# Folder of an environment, without its version, to the project whose version is printed.
+PROJECTS = {"trl": "trl", "verl": "verl", "verifiers": "verifiers", "trinity": "trinity_rft"}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the versions that were run."""
+    found = []
+    for folder in sorted(Path(ENVIRONMENTS or os.devnull).glob("*/")):
+        project = PROJECTS.get(folder.name.partition("-")[0], "")
+        for metadata in folder.glob(f"lib/python*/site-packages/{project}-*.dist-info"):
+            found.append(metadata.stem.replace("-", " ").replace("_", "-"))
+    if found:
+        terminalreporter.write_line(f"frameworks: {', '.join(found)}")
 
 
 @pytest.fixture(scope="session")

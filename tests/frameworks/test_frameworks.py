@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from statistics import mean, stdev
 
 import pytest
 
@@ -36,11 +37,10 @@ def same_as(rewards):
     return pytest.approx(rewards, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
-def test_trl_trains(run, rows, model, server, scored, trainer):
-    result = run(
-        "trl", "trl_run.py", rows=rows, model=str(model), server=server, floor=FLOOR, trainer=trainer
-    )
+@pytest.mark.parametrize(("trainer", "form"), [("GRPO", "sync"), ("RLOO", "async")])
+def test_trl_trains(run, rows, model, server, scored, trainer, form):
+    given = {"rows": rows, "model": str(model), "server": server, "floor": FLOOR}
+    result = run("trl", "trl_run.py", **given, trainer=trainer, form=form)
     calls = result["calls"]
     assert len(calls) == 3 * 16
     for call in calls:
@@ -63,4 +63,30 @@ def test_verl_gives_each_row_its_reward(run, rows, model, server, scored, versio
     assert ".".join(map(str, result["version"])) == version
     assert result["rewards"] == same_as(scored(calls))
     assert result["extra"]["answered"] == [float(number != 5) for number in range(64)]
-    assert set(result["extra"]) >= {"score", "answered", "truncated", "length"}
+    assert set(result["extra"]) >= {"score", "raw", "answered", "truncated", "length"}
+    if version == "0.9":
+        assert result["managed"]["rewards"] == same_as(scored(calls))
+        # 16 prompts, each with the outputs of four rows.
+        grouped = [{**calls[i // 4 * 4], "output": row["output"]} for i, row in enumerate(rows)]
+        rewards = scored(grouped)
+        groups = [rewards[first : first + 4] for first in range(0, 64, 4)]
+        expected = [(reward - mean(group)) / stdev(group) for group in groups for reward in group]
+        assert result["managed"]["normalised"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_verifiers_scores_rollouts(run, rows, model, server, scored):
+    result = run("verifiers", "verifiers_run.py", rows=rows, model=str(model), server=server, floor=FLOOR)
+    expected = scored([{**row, "prompt": row["question"]} for row in rows])
+    assert result["rewards"] == same_as(expected)
+    assert result["totals"] == same_as([0.5 * reward for reward in expected])  # the weight of the reward
+    assert "127.0.0.1:9" in result["away"]["error"]
+    assert result["away"]["recorded"] is None
+
+
+def test_trinity_scores_responses(run, rows, model, server, scored):
+    result = run("trinity", "trinity_run.py", rows=rows, model=str(model), server=server, floor=FLOOR)
+    # Trinity asks for one reward after the other, so each is compared with one that is computed alone.
+    expected = [reward for row in rows for reward in scored([{**row, "prompt": row["question"]}])]
+    assert result["rewards"] == same_as(expected)
+    assert [metrics["polar"] for metrics in result["metrics"]] == same_as(expected)
+    assert result["away"].startswith("RewardServerError: 127.0.0.1:9")

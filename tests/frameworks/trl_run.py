@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from polar_ft.rft.trl import PolarRewardFunction
+from polar_ft.rft.trl import PolarRewardFunction, async_reward_function
 
 folder = Path(sys.argv[1])
 given = json.loads((folder / "given.json").read_text())
@@ -40,29 +40,35 @@ policy = LlamaForCausalLM(
 policy.save_pretrained(folder / "policy")  # RLOO loads the model that it stays near from there
 
 
-class Recorded(PolarRewardFunction):
+calls = []
+
+
+def recorded(prompts, completions, references, rewards):
     """Keeps what TRL gave and got."""
+    for prompt, completion, reference, reward in zip(prompts, completions, references, rewards, strict=True):
+        calls.append({"prompt": prompt, "output": completion, "reference": reference, "reward": reward})
+    return rewards
 
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self.calls = []
 
-    def __call__(self, prompts, completions, **columns):
-        rewards = super().__call__(prompts, completions, **columns)
-        for prompt, completion, reference, reward in zip(
-            prompts, completions, columns["reference"], rewards, strict=True
-        ):
-            self.calls.append(
-                {"prompt": prompt, "output": completion, "reference": reference, "reward": reward}
-            )
-        return rewards
+settings = {"model": given["model"], "server_address": given["server"], "floor": given["floor"]}
+if given["form"] == "sync":
+    function = PolarRewardFunction(**settings)
+
+    def polar(prompts, completions, **columns):
+        rewards = function(prompts, completions, **columns)
+        return recorded(prompts, completions, columns["reference"], rewards)
+else:
+    coroutine = async_reward_function(**settings)
+
+    async def polar(prompts, completions, **columns):
+        rewards = await coroutine(prompts, completions, **columns)
+        return recorded(prompts, completions, columns["reference"], rewards)
 
 
 rows = [{"prompt": row["question"], "reference": row["reference"]} for row in given["rows"]]
-recorded = Recorded(given["model"], server_address=given["server"], floor=given["floor"])
 trainer = trainer_class(
     str(folder / "policy"),
-    reward_funcs=recorded,
+    reward_funcs=polar,
     args=config_class(
         output_dir=str(folder / "run"),
         per_device_train_batch_size=16,
@@ -82,4 +88,4 @@ trainer = trainer_class(
 )
 trainer.train()
 logs = [entry for entry in trainer.state.log_history if "reward" in entry]
-(folder / "result.json").write_text(json.dumps({"calls": recorded.calls, "logs": logs}))
+(folder / "result.json").write_text(json.dumps({"calls": calls, "logs": logs}))

@@ -4,7 +4,9 @@ import asyncio
 import importlib.metadata
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn
 
 VERSION = tuple(map(int, importlib.metadata.version("verl").split(".")[:2]))
 LENGTH = 4096
+COLUMNS = ("data_source", "reward_model", "extra_info", "raw_prompt")
 
 folder = Path(sys.argv[1])
 given = json.loads((folder / "given.json").read_text())
@@ -66,11 +69,12 @@ def batch() -> DataProto:
             "input_ids": torch.cat([prompts, responses], 1),
             "attention_mask": mask,
         },
-        non_tensors={name: columns[name] for name in ("data_source", "reward_model", "extra_info")},
+        non_tensors={name: columns[name] for name in COLUMNS if name in columns},
     )
 
 
 settings = {"model": given["model"], "server_address": [given["server"]], "floor": given["floor"]}
+managed: dict[str, list[float]] = {}
 function = {"path": "pkg://polar_ft.rft.verl", "name": "compute_score", "reward_kwargs": settings}
 
 if VERSION < (0, 7):
@@ -96,19 +100,47 @@ else:
     keys = {"custom_reward_function": function}
     config = OmegaConf.create({"reward": keys, **keys, "reward_model": {}, "data": {}})
 
-    async def chunk() -> list[dict]:
-        # Inside the event loop, which the manager keeps.
-        manager = get_reward_manager_cls("naive")(
+    async def chunk(make_manager: Callable[[], Any], data: DataProto) -> list[dict]:
+        manager = make_manager()  # inside the event loop, which it keeps
+        return await asyncio.gather(*(manager.run_single(data[i : i + 1]) for i in range(len(data))))
+
+    def naive() -> Any:
+        return get_reward_manager_cls("naive")(
             config=config, tokenizer=tokenizer, compute_score=get_custom_reward_fn(config)
         )
-        data = batch()
-        return await asyncio.gather(*(manager.run_single(data[i : i + 1]) for i in range(len(rows))))
 
-    results = asyncio.run(chunk())
+    results = asyncio.run(chunk(naive, batch()))
     rewards = [float(result["reward_score"]) for result in results]
     extra = {
         name: [float(result["reward_extra_info"][name]) for result in results]
         for name in results[0]["reward_extra_info"]
     }
 
-(folder / "result.json").write_text(json.dumps({"version": VERSION, "rewards": rewards, "extra": extra}))
+if VERSION >= (0, 9):
+    from verl.trainer.ppo.reward import load_reward_manager
+
+    def ours(**more: Any) -> Any:
+        """Our reward manager, found and made by verl."""
+        module = {"path": "pkg://polar_ft.rft.verl_manager"}
+        names = {"source": "importlib", "name": "PolarRewardManager", "module": module}
+        kwargs = {"path": None, "reward_kwargs": {**settings, **more}}
+        keys = {"reward_manager": names, "custom_reward_function": kwargs, "num_workers": 1}
+        config = {"reward": keys, "actor_rollout_ref": {"rollout": {"n": 4}}}
+        return load_reward_manager(OmegaConf.create(config), tokenizer)
+
+    def scores(results: list[dict]) -> list[float]:
+        return [float(result["reward_score"]) for result in results]
+
+    data = batch()
+    for info in data.non_tensor_batch["extra_info"][::2]:
+        del info["prompt"]  # then the policy's own prompt is the question
+    managed["rewards"] = scores(asyncio.run(chunk(ours, data)))
+    # 16 prompts with 4 rollouts each, the outputs of neighbouring rows.
+    grouped = batch()
+    for values in grouped.non_tensor_batch.values():
+        values[:] = values[np.arange(64) // 4 * 4]
+    grouped.non_tensor_batch["uid"] = np.array([str(i // 4) for i in range(64)], dtype=object)
+    managed["normalised"] = scores(asyncio.run(chunk(lambda: ours(normalise="group"), grouped)))
+
+result = {"version": VERSION, "rewards": rewards, "extra": extra, "managed": managed}
+(folder / "result.json").write_text(json.dumps(result))
