@@ -60,7 +60,8 @@ class RewardModelClient:
             limit of training if the folder states it, else 4096.
         response_cut_side: "right", as in training. The published default, "left", makes inputs that the model
             was not trained on, and is refused.
-        server_type: "sglang", "vllm" or "lmdeploy"; "auto" asks the server.
+        server_type: "sglang", "vllm" or "lmdeploy"; "auto" asks the server. "sglang-mis" is SGLang with
+            multi-item scoring: candidates of one (prompt, reference) are sent as one sequence.
         server_address: ``host:port`` or a URL, or several of them. A request goes to the least busy server;
             the requests of a server that fails go to the others.
         api_key: Sent as a Bearer token; None takes the environment variable POLAR_API_KEY, if it is set.
@@ -291,7 +292,12 @@ class RewardModelClient:
         if key not in self._transports:
             servers = [Endpoint(name, url) for name, url in self._addresses]
             self._transports[key] = Transport(
-                servers, server_type, self._probes, settings, self.template.fingerprint
+                servers,
+                server_type,
+                self._probes,
+                settings,
+                self.template.fingerprint,
+                self.template.separator_id,
             )
         return self._transports[key]
 

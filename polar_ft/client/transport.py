@@ -29,7 +29,7 @@ from polar_ft.client.contact import (
 )
 from polar_ft.client.errors import RewardServerError, UnavailableError, WireError
 from polar_ft.client.servers import LOGGER, Endpoint, ServerPool
-from polar_ft.client.wire import ROUTES, read_rewards, request_body
+from polar_ft.client.wire import ROUTES, read_answer, request_body, requests_of
 from polar_ft.files import first_line
 
 RETRIED = (429, 502, 503, 504)
@@ -95,6 +95,7 @@ class Transport:
         probes: The known inputs of the first contact, `[inputs][tokens]`.
         settings: How requests are sent.
         fingerprint: Fingerprint of the template that encodes the inputs.
+        separator_id: Its separator.
     """
 
     def __init__(
@@ -104,12 +105,14 @@ class Transport:
         probes: Sequence[np.ndarray],
         settings: Settings,
         fingerprint: str,
+        separator_id: int,
     ) -> None:
         self.pool = ServerPool(servers, concurrency=settings.concurrency, retry_delay=settings.retry_delay)
         self.server_type = server_type
         self.settings = settings
         self._probes = probes
         self._fingerprint = fingerprint
+        self._separator_id = separator_id
         # Name and scores of the first server that scored the known inputs; the others must agree with it.
         self._known: tuple[str, tuple[float, ...]] | None = None
         connections = len(servers) * settings.concurrency
@@ -218,7 +221,7 @@ class Transport:
 
         profile = await identify(server.name, ask, self.server_type)
         if self.settings.check_raw:
-            extra, scores = await check_scores(server.name, ask, profile, self._probes)
+            extra, scores = await check_scores(server.name, ask, profile, self._probes, self._separator_id)
             profile = replace(profile, extra=extra, probe_scores=scores)
             if self._known is None:
                 self._known = (server.name, scores)
@@ -243,6 +246,15 @@ class Transport:
                 f"takes inputs of at most {profile.max_tokens} tokens, and one has {max(lengths)}; start it "
                 f"with a longer limit, or lower max_length",
             )
+        rewards = dict.fromkeys(range(len(inputs)), 0.0)
+        for part in requests_of(profile.wire, inputs, self._separator_id, profile.max_tokens):
+            scored = await self._ask_for_part(server, profile, [inputs[i] for i in part])
+            rewards.update(zip(part, scored, strict=True))
+        return list(rewards.values())
+
+    async def _ask_for_part(
+        self, server: Endpoint, profile: Profile, inputs: Sequence[np.ndarray]
+    ) -> list[float]:
         body = request_body(profile.wire, inputs, profile.extra)
         response = await self._send(server, ROUTES[profile.wire], body)
         if response.status_code != 200:
@@ -251,7 +263,7 @@ class Transport:
                 server.name, refusal(response.status_code, _json(response), hint), response.status_code
             )
         try:
-            return read_rewards(profile.wire, _strict_json(response), lengths)
+            return read_answer(profile.wire, _strict_json(response), inputs)
         except WireError as error:
             raise RewardServerError(server.name, str(error)) from None
 
