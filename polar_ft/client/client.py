@@ -291,14 +291,7 @@ class RewardModelClient:
         key = (asyncio.get_running_loop(), server_type, settings)
         if key not in self._transports:
             servers = [Endpoint(name, url) for name, url in self._addresses]
-            self._transports[key] = Transport(
-                servers,
-                server_type,
-                self._probes,
-                settings,
-                self.template.fingerprint,
-                self.template.separator_id,
-            )
+            self._transports[key] = Transport(servers, server_type, self._probes, settings, self.template)
         return self._transports[key]
 
     def _scaled(self, rewards: list[float]) -> list[float]:

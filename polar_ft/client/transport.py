@@ -31,6 +31,7 @@ from polar_ft.client.errors import RewardServerError, UnavailableError, WireErro
 from polar_ft.client.servers import LOGGER, Endpoint, ServerPool
 from polar_ft.client.wire import ROUTES, read_answer, request_body, requests_of
 from polar_ft.files import first_line
+from polar_ft.template import PolarTemplate
 
 RETRIED = (429, 502, 503, 504)
 CONNECT_SECONDS = 10.0
@@ -94,8 +95,7 @@ class Transport:
         server_type: Engine of the servers; "auto" asks them.
         probes: The known inputs of the first contact, `[inputs][tokens]`.
         settings: How requests are sent.
-        fingerprint: Fingerprint of the template that encodes the inputs.
-        separator_id: Its separator.
+        template: The template that encodes the inputs.
     """
 
     def __init__(
@@ -104,15 +104,13 @@ class Transport:
         server_type: ServerType,
         probes: Sequence[np.ndarray],
         settings: Settings,
-        fingerprint: str,
-        separator_id: int,
+        template: PolarTemplate,
     ) -> None:
         self.pool = ServerPool(servers, concurrency=settings.concurrency, retry_delay=settings.retry_delay)
         self.server_type = server_type
         self.settings = settings
         self._probes = probes
-        self._fingerprint = fingerprint
-        self._separator_id = separator_id
+        self._template = template
         # Name and scores of the first server that scored the known inputs; the others must agree with it.
         self._known: tuple[str, tuple[float, ...]] | None = None
         connections = len(servers) * settings.concurrency
@@ -221,14 +219,16 @@ class Transport:
 
         profile = await identify(server.name, ask, self.server_type)
         if self.settings.check_raw:
-            extra, scores = await check_scores(server.name, ask, profile, self._probes, self._separator_id)
+            extra, scores = await check_scores(
+                server.name, ask, profile, self._probes, self._template.separator_id
+            )
             profile = replace(profile, extra=extra, probe_scores=scores)
             if self._known is None:
                 self._known = (server.name, scores)
             check_same_model(server.name, scores, *self._known)
         elif profile.wire == "vllm":
             profile = replace(profile, extra={"use_activation": False})
-        if profile.template not in (None, self._fingerprint):
+        if profile.template not in (None, self._template.fingerprint):
             LOGGER.warning(
                 "%s: has another tokenizer, or other limits, than this client; the client's are used",
                 server.name,
@@ -247,7 +247,7 @@ class Transport:
                 f"with a longer limit, or lower max_length",
             )
         rewards = dict.fromkeys(range(len(inputs)), 0.0)
-        for part in requests_of(profile.wire, inputs, self._separator_id, profile.max_tokens):
+        for part in requests_of(profile.wire, inputs, self._template.separator_id, profile.max_tokens):
             scored = await self._ask_for_part(server, profile, [inputs[i] for i in part])
             rewards.update(zip(part, scored, strict=True))
         return list(rewards.values())
