@@ -50,6 +50,9 @@ class RewardModelClient:
     has to show that it gives raw rewards (see `polar_ft.client.contact`). Rewards come in the order of the
     data, and none is None: what a server does not answer raises a `RewardServerError` that names it.
 
+    ``server_type="sglang-mis"`` is SGLang with multi-item scoring: candidates of a (prompt, reference) are
+    one sequence for the engine, which computes what they share once.
+
     Many threads can share one client. Connections stay open until it is closed or garbage-collected.
 
     Args:
@@ -60,8 +63,7 @@ class RewardModelClient:
             limit of training if the folder states it, else 4096.
         response_cut_side: "right", as in training. The published default, "left", makes inputs that the model
             was not trained on, and is refused.
-        server_type: "sglang", "vllm" or "lmdeploy"; "auto" asks the server. "sglang-mis" is SGLang with
-            multi-item scoring: candidates of one (prompt, reference) are sent as one sequence.
+        server_type: "sglang", "vllm" or "lmdeploy"; "auto" asks the server.
         server_address: ``host:port`` or a URL, or several of them. A request goes to the least busy server;
             the requests of a server that fails go to the others.
         api_key: Sent as a Bearer token; None takes the environment variable POLAR_API_KEY, if it is set.
