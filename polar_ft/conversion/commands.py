@@ -84,6 +84,11 @@ def convert(
 
     With --as llama also an exported folder: polar-ft convert HF_DIR OUT_DIR --as llama.
     """
+    if out_dir is None and (family is None or adapter_only or Path(config).is_file()):
+        raise PolarError(
+            f"{config} {checkpoint}: OUT_DIR is missing; give CONFIG CHECKPOINT OUT_DIR, or for an exported "
+            f"model HF_DIR OUT_DIR --as llama"
+        )
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TimeElapsedColumn())
     verified: list[Verification] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -104,7 +109,10 @@ def convert(
             on_written=on_written,
             on_verified=verified.append,
         )
-        if out_dir is not None:
+        if out_dir is None:
+            out_dir = Path(checkpoint)
+            written = convert_folder(config, out_dir, **options)
+        else:
             written = convert_checkpoint(
                 Path(config),
                 Path(checkpoint),
@@ -113,14 +121,6 @@ def convert(
                 as_llama=family == "llama",
                 **options,
             )
-        elif family is None or adapter_only or Path(config).is_file():
-            raise PolarError(
-                f"{config} {checkpoint}: OUT_DIR is missing; give CONFIG CHECKPOINT OUT_DIR, or for an "
-                f"exported model HF_DIR OUT_DIR --as llama"
-            )
-        else:
-            out_dir = Path(checkpoint)
-            written = convert_folder(config, out_dir, **options)
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors"))
     typer.echo(
         f"{out_dir}: written in {str(written).removeprefix('torch.')}, {size / 1e6:,.1f} MB of weights"
