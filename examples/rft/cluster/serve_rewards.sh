@@ -4,7 +4,8 @@
 #   serve_rewards.sh
 #
 # Required: REWARD_MODEL. Optional: REWARD_GPUS (0; several separated by commas), REWARD_PORT (30000; that of the first
-# GPU, the others have the following ones), REWARD_HOST (127.0.0.1), ENGINE (polar-ft, vllm or sglang).
+# GPU, the others have the following ones), REWARD_HOST (127.0.0.1), ENGINE (polar-ft, vllm or sglang), POLAR_FT (the
+# command polar-ft, if it is not on PATH).
 # polar-ft listens on other addresses than 127.0.0.1 only with POLAR_API_KEY set, here and where policies are trained.
 set -euo pipefail
 
@@ -17,7 +18,7 @@ trap 'exit 143' INT TERM
 IFS=, read -ra gpus <<< "${REWARD_GPUS:-0}"
 for gpu in "${gpus[@]}"; do
     case ${ENGINE:-polar-ft} in
-        polar-ft) server=(polar-ft serve "$REWARD_MODEL" --host "$host" --port "$port") ;;
+        polar-ft) server=("${POLAR_FT:-polar-ft}" serve "$REWARD_MODEL" --host "$host" --port "$port") ;;
         vllm)
             server=(vllm serve "$REWARD_MODEL" --runner pooling --trust-remote-code --max-model-len 16384
                 --host "$host" --port "$port")

@@ -2,7 +2,7 @@
 
 POLICY_URL (``http://host:8000/v1``) and POLICY_NAME (its name there) are required. POLICY_TOKENIZER (folder
 or hub id; POLICY_NAME by default) counts tokens. THINKING=1 is for a policy that writes ``<think>…</think>``
-first: the answer is what follows. MAX_OUT_LEN (4096; 16384 with THINKING) bounds tokens of thoughts and answer.
+first: the answer is what follows. MAX_OUT_LEN (4096; 16384 with THINKING) bounds both, in tokens.
 """
 
 import os
