@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -9,8 +10,14 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+
+import polar_ft.rft.openrlhf
+import polar_ft.rft.verl
+from polar_ft.errors import PolarError
 
 FOLDER = Path(__file__).parents[2] / "examples" / "rft"
 CLUSTER = FOLDER / "cluster"
@@ -135,6 +142,31 @@ def test_openrlhf_launcher(bash, recorded, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").touch()
     assert "run polar-ft calibrate" in bash(launcher, **given).stderr
     assert recorded() == []
+
+
+def load(file: Path) -> Any:
+    """Loads a file by its path, as frameworks do."""
+    spec = importlib.util.spec_from_file_location("custom_module", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reward_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(FOLDER / "verl_reward.py").compute_score_batch is polar_ft.rft.verl.compute_score_batch
+
+    made = Mock()
+    monkeypatch.setattr(polar_ft.rft.openrlhf, "make_reward_func", made)
+    monkeypatch.setenv("REWARD_MODEL", "my_rm")
+    monkeypatch.delenv("REWARD_SERVERS", raising=False)
+    with pytest.raises(PolarError, match=r"^REWARD_SERVERS is not set; set it before Ray is started$"):
+        load(FOLDER / "openrlhf_reward.py")
+    monkeypatch.setenv("REWARD_SERVERS", "gpu-1:30000,gpu-2:30000")
+    monkeypatch.setenv("WATCH", "watch")
+    assert load(FOLDER / "openrlhf_reward.py").reward_func is made.return_value
+    made.assert_called_once_with("my_rm", server_address=["gpu-1:30000", "gpu-2:30000"], watch="watch")
 
 
 def test_reward_servers_of_a_machine(bash, recorded) -> None:
