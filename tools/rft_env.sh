@@ -20,7 +20,8 @@ for name in "$@"; do
         verl-0.5) packages=("verl==0.5.0" "transformers<5" "pyarrow<23") ;;
         verifiers) first=(); packages=("verifiers==0.4.0") ;;
         trinity) packages=("trinity-rft==0.6.0") ;;
-        *) echo "$name: must be trl, verl-0.9, verl-0.7, verl-0.5, verifiers or trinity" >&2; exit 1 ;;
+        opencompass) packages=("opencompass==0.5.4" "transformers<5" "pyarrow<23") ;;
+        *) echo "$name: must be trl, verl-0.9, verl-0.7, verl-0.5, verifiers, trinity or opencompass" >&2; exit 1 ;;
     esac
     folder=$here/../.venv-rft/$name
     stamp=$folder/.installed
