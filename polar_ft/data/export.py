@@ -182,9 +182,9 @@ TARGETS = {
     ),
     "argilla": Target(
         _argilla,
-        "make a dataset with rg.Settings.for_ranking() (for references append rg.TextField(name="
-        '"reference", required=False) to its fields), and load it: dataset.records.from_json("{path}"); read '
-        "what dataset.records.to_json() writes with polar-ft data convert argilla",
+        "make a dataset with rg.Settings.for_ranking() (for references: settings.fields.add(rg.TextField("
+        'name="reference", required=False))), and load it: dataset.records.from_json("{path}"); read what '
+        "dataset.records.to_json() writes with polar-ft data convert argilla",
         has_margin=False,
         is_for_people=True,
     ),

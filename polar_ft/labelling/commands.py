@@ -101,7 +101,7 @@ def label(
         raise PolarError(f"{data}: has no row with two different answers to compare")
     score = None
     if server is not None:
-        score = server_scorer(server, model, key)
+        score = server_scorer(server, model)
     elif model is not None:
         score = model_scorer(model, device=device, dtype=dtype)
     with Progress(

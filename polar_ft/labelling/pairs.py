@@ -259,20 +259,17 @@ def model_scorer(folder: str, **settings: Any) -> Scorer:
     return RewardScorer.from_pretrained(folder, **settings).score_examples
 
 
-def server_scorer(address: str, model: str | None, api_key: str | None) -> Scorer:
-    """Scores with a running server.
+def server_scorer(address: str, model: str | None) -> Scorer:
+    """Scores with a running server; its key is in POLAR_API_KEY.
 
     Args:
         address: ``host:port`` or a URL.
         model: Folder of the model, for its tokenizer; None asks the server where it is.
-        api_key: See `polar_ft.client.client.RewardModelClient`.
     """
     from polar_ft.client.client import RewardModelClient
     from polar_ft.client.commands import served_model
 
-    client = RewardModelClient(
-        model or served_model(address, api_key), server_address=address, api_key=api_key
-    )
+    client = RewardModelClient(model or served_model(address), server_address=address)
 
     def score(groups: Sequence[TextGroup]) -> list[list[float]]:
         rows = [

@@ -219,4 +219,4 @@ def test_a_model_or_a_server_brings_the_least_certain_pairs_first(tmp_path: Path
 
     assert shown(model_scorer(str(folder), device="cpu")) == order
     with running(create_app(scorer, name="tiny")) as address:
-        assert shown(server_scorer(address, None, None)) == order
+        assert shown(server_scorer(address, None)) == order
