@@ -164,6 +164,15 @@ def test_the_command_killed_and_started_again(tmp_path: Path):
     assert process.returncode == 130
 
 
+def test_the_page_needs_no_torch():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "transformers", "xtuner", "scipy")))  # importing them fails
+import polar_ft.labelling.app, polar_ft.labelling.commands
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_other_machines_need_a_key(tmp_path: Path):
     data = tmp_path / "in.jsonl"
     data.write_text(json.dumps(ROWS[0]) + "\n")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -219,6 +220,16 @@ def test_a_name_that_could_be_another_file_is_refused(open_store, folder, name):
         return
     with pytest.raises(PolarError, match="a name has 1 to 40 letters"):
         open_store().labeller(name)
+
+
+@pytest.mark.parametrize("choice", ["left", "right", "tie", "skip"])
+def test_what_is_read_back_is_what_was_decided(open_store, folder, choice):
+    alice = open_store(many_rows(8), repeat=0.5).labeller("alice")
+    while alice.next() is not None:
+        decide(alice, choice)
+    assert {one.left for one in alice.decisions} == {0, 1}
+    again = open_store(many_rows(8)).labeller("alice").decisions
+    assert [replace(one, row={}) for one in again] == alice.decisions
 
 
 def test_messages_stay_messages(open_store, folder):
