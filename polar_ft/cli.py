@@ -23,6 +23,7 @@ from polar_ft.doctor.commands import doctor, plan
 from polar_ft.errors import PolarError, printable
 from polar_ft.evaluation.commands import eval_app
 from polar_ft.evaluation.scale import calibrate
+from polar_ft.labelling.commands import label_app
 from polar_ft.options import APP_SETTINGS
 from polar_ft.parity.commands import parity
 from polar_ft.rft.commands import rft_app, to_openrlhf, to_trl, to_verl
@@ -50,6 +51,7 @@ EXTRAS = {
 # The help lists them in the order of the work.
 COMMANDS = (
     "data",
+    "label",
     "doctor",
     "plan",
     "train",
@@ -75,6 +77,7 @@ app = typer.Typer(
     **APP_SETTINGS,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(label_app, name="label")
 app.command("doctor")(doctor)
 app.command("plan")(plan)
 app.command("convert")(convert)

@@ -24,6 +24,7 @@ LINES = [
     *([command] for command in cli.COMMANDS),
     *(["data", command.name] for command in data_app.registered_commands),
     ["eval", "compare"],
+    ["label", "report"],
 ]
 
 

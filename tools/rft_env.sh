@@ -3,8 +3,8 @@
 #
 #   tools/rft_env.sh NAME...        PYTHON=… names another interpreter (3.11 or 3.12)
 #
-# NAME is trl, verl-0.9, verl-0.7, verl-0.5, verifiers or trinity. About 2 GB (verifiers 0.6 GB) and 2 to 5 minutes
-# each. Does nothing where the folder was already made with the same packages.
+# NAME is trl, verl-0.9, verl-0.7, verl-0.5, verifiers, trinity or opencompass. About 2 GB (verifiers 0.6 GB) and 2
+# to 5 minutes each. Does nothing where the folder was already made with the same packages.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
