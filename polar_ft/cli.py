@@ -27,6 +27,7 @@ from polar_ft.options import APP_SETTINGS
 from polar_ft.parity.commands import parity
 from polar_ft.rft.commands import rft_app, to_openrlhf, to_trl, to_verl
 from polar_ft.serving.commands import serve
+from polar_ft.training.terminal.watch import watch
 
 # For each extra the packages that it installs; see setup.py.
 EXTRAS = {
@@ -53,6 +54,7 @@ COMMANDS = (
     "doctor",
     "plan",
     "train",
+    "watch",
     "convert",
     "eval",
     "serve",
@@ -83,6 +85,7 @@ app.command("serve")(serve)
 app.command("score")(score)
 app.command("parity")(parity)
 app.command("calibrate")(calibrate)
+app.command("watch")(watch)
 app.add_typer(rft_app, name="rft")
 for function in (to_verl, to_trl, to_openrlhf):  # in a layer above `polar_ft.data`
     data_app.command(function.__name__.replace("_", "-"))(function)
@@ -115,15 +118,24 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 Processes: NPROC_PER_NODE in the environment; for several machines also NNODES, NODE_RANK, ADDR, PORT.""",
 )
 def train(
-    context: typer.Context, config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A config file.")]
+    context: typer.Context,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A config file.")],
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", help="Show all that xtuner and mmengine print, instead of writing train.log."
+        ),
+    ] = False,
 ) -> None:
     """Train as `xtuner train` does, and exit with the run's status.
 
+    The terminal shows data, plan, memory, progress and validations; all else is in train.log in the work
+    folder.
     `xtuner train` itself exits with 0 even if training failed.
     """
     from polar_ft.training.launch import launch
 
-    raise typer.Exit(launch(str(config), context.args))
+    raise typer.Exit(launch(str(config), context.args, verbose=verbose))
 
 
 def main() -> None:

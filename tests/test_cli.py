@@ -120,7 +120,7 @@ class TestTrain:
         pytest.importorskip("xtuner")
         lines: list[list[str]] = []
 
-        def run(command: list[str], folder: Path) -> SimpleNamespace:
+        def run(command: list[str], *_: object) -> SimpleNamespace:
             lines.append(command)
             return SimpleNamespace(wait=lambda: 3)
 

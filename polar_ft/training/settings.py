@@ -21,6 +21,7 @@ from polar_ft.files import write_atomically
 from polar_ft.groups import Layout
 from polar_ft.model.settings import Checkpointing, LoraSettings, LossType, PenaltyType
 from polar_ft.training.config import Options, ParsedConfig, did_you_mean, parse_value, read_config
+from polar_ft.training.track import as_services
 
 Metric = Literal["accuracy", "accuracy_ties_half", "macro_accuracy", "log_loss"]
 
@@ -53,6 +54,7 @@ ALIASES = {
     "max_grad_norm": "max_norm",
     "gradient_checkpointing": "recompute_layers",
     "save_interval": "save_steps",
+    "report_to": "track",
 }
 
 
@@ -207,6 +209,11 @@ class Settings(BaseModel):
         ge=1,
     )
     log_interval: int = _setting("steps between lines in the log", "train_cfg.log_interval", ge=1)
+    track: str | dict[str, Any] | list[str | dict[str, Any]] | None = _setting(
+        "a [tracking service](training.md#tracking-services) that gets all figures as well: its name, or "
+        "`dict(type=name, …)` with arguments of it, or a list",
+        "train_cfg.track",
+    )
     val_interval: int = _setting(
         "steps between [validations](training.md#validation)", "train_cfg.validation.interval", ge=1
     )
@@ -219,6 +226,15 @@ class Settings(BaseModel):
         "train_cfg.validation.patience",
         ge=1,
     )
+
+    @field_validator("track")
+    @classmethod
+    def _names_services(cls, value: Any) -> Any:
+        try:
+            as_services(value)
+        except PolarError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @field_validator("data", "val_data")
     @classmethod
@@ -372,6 +388,7 @@ def _values(schema: Mapping[str, Any]) -> str:
         "string": "text",
         "boolean": "`True`, `False`",
         "array": "list",
+        "object": "`dict(…)`",
         "null": "`None`",
     }
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
