@@ -28,6 +28,7 @@ from polar_ft.errors import PolarError, printable
 from polar_ft.training import ranks
 from polar_ft.training.check import CheckedRun, check_run
 from polar_ft.training.config import xtuner_folder
+from polar_ft.training.settings import part_of
 from polar_ft.training.terminal.display import Display
 from polar_ft.training.terminal.events import EventReader
 from polar_ft.training.work_folder import OVERWRITE_VARIABLE, check_start, refuse_if_locked
@@ -45,6 +46,10 @@ _LINES_OF_A_CRASH = 20
 _ENDED_BY_USER = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 # As argparse of xtuner takes it.
 _RESUME = tuple("--resume"[:length] for length in range(len("--r"), len("--resume") + 1))
+# Names of a config for which a run needs more of xtuner and mmengine than `polar_ft.training.start` imports.
+_BUILT_BY_XTUNER = frozenset(
+    {"strategy", "runner_type", "model_wrapper_cfg", "compile", "framework", "use_varlen_attn"}
+)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -114,9 +119,14 @@ def launch(config: str, arguments: Sequence[str], *, verbose: bool = False) -> i
 
 def _script(run: CheckedRun) -> str:
     """The script of a rank, by its path: xtuner's, which imports for seconds, where part of it is needed."""
-    if run.settings is None or run.arguments.deepspeed or {"strategy", "runner_type"} & run.names.keys():
-        return str(xtuner_folder() / "tools" / "train.py")
-    return str(Path(__file__).with_name("start.py"))
+    names, settings = run.names, run.settings
+    plain = settings is not None and not run.arguments.deepspeed and not _BUILT_BY_XTUNER & names.keys()
+    # Names without a dot are of mmengine's registry, where others register theirs.
+    optimizer = str(part_of(names, "optim_wrapper.optimizer.type", ""))
+    quantized = settings is not None and settings.lora is not None and settings.lora.load_in_4bit
+    if plain and "." in optimizer and not quantized:
+        return str(Path(__file__).with_name("start.py"))
+    return str(xtuner_folder() / "tools" / "train.py")
 
 
 def _log_name() -> str:

@@ -12,19 +12,34 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
-# mmengine, transformers and accelerate import these where they are installed; a plain run does not use them.
-UNUSED = ("deepspeed", "bitsandbytes", "sklearn", "colossalai", "dadaptation", "lion_pytorch", "sophia")
+# What mmengine and transformers import and a plain run does not use: module to the names that they need of
+# it; without such names they take it as not installed.
+_UNUSED_BY_MMENGINE = {
+    **dict.fromkeys(("deepspeed", "bitsandbytes", "torch.distributed.optim", "torch.distributed.fsdp"), ()),
+    "mmengine.model.wrappers.fully_sharded_distributed": ("MMFullyShardedDataParallel",),
+}
+_UNUSED_BY_TRANSFORMERS = {
+    **dict.fromkeys(("PIL", "scipy", "sklearn", "torchvision"), ()),
+    "torch.nn.attention.flex_attention": ("flex_attention",),
+    "torch.distributed.tensor": ("Replicate",),
+    "torch.distributed.tensor.parallel": ("ColwiseParallel", "RowwiseParallel"),
+}
 
 
 def main() -> None:
     """Trains the config that the command line names."""
-    with without(UNUSED):
-        from mmengine.config import Config
-        from mmengine.runner import Runner
+    import_upstream()
+    leave_out_compiler()
+
+    from mmengine.config import Config
+    from mmengine.runner import Runner
 
     from polar_ft.training.config import parse_again, parse_arguments
     from polar_ft.training.prepare import call_model_resource, current_run, set_up
@@ -47,19 +62,80 @@ def main() -> None:
     os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
     cfg.launcher = arguments.launcher
     cfg.work_dir = str(run.work_dir)
-    Runner.from_cfg(cfg).train()
+    if not cfg.get("custom_hooks"):
+        leave_out_figure()
+    with without({"torchvision": ()}):  # mmengine asks for its version, for the log
+        runner = Runner.from_cfg(cfg)
+    runner.train()
+
+
+def import_upstream() -> None:
+    """Imports transformers' decoder and mmengine's runner, without what a plain run does not use of them."""
+    # First: mmengine imports transformers, which remembers what is installed.
+    with without(_UNUSED_BY_TRANSFORMERS):
+        import transformers.models.llama.modeling_llama  # noqa: F401
+    with without(_UNUSED_BY_MMENGINE):
+        import mmengine.runner  # noqa: F401
+
+
+def leave_out_compiler() -> None:
+    """Keeps torch from importing its compiler, which takes a second, for an optimizer that is not compiled.
+
+    torch marks functions that must not be compiled when they are first called (``torch/_compile.py``,
+    _disable_dynamo), and tells the compiler of each update (``torch/optim/optimizer.py``,
+    _use_grad_for_differentiable). Without a compiler the function itself may stand for the marked one.
+    """
+    import torch
+    from torch.optim import Optimizer
+    from torch.utils import checkpoint
+
+    def told_nobody(update: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(update)
+        def step(self: Optimizer, *arguments: Any, **named: Any) -> Any:
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                return update(self, *arguments, **named)
+
+        return step
+
+    for kind in vars(torch.optim).values():
+        step = vars(kind).get("step") if isinstance(kind, type) else None
+        if step is not None and step.__code__.co_name == "_use_grad":
+            kind.step = told_nobody(step.__wrapped__)
+
+    for value in (*vars(Optimizer).values(), *vars(checkpoint).values()):
+        function = getattr(value, "__wrapped__", None)
+        if function is not None:
+            setattr(function, "__dynamo_disable", function)
+
+
+def leave_out_figure() -> None:
+    """Keeps mmengine's Visualizer from importing matplotlib for a figure on which only hooks of users draw.
+
+    Upstream: mmengine 0.10.6 ``visualization/visualizer.py``, which makes it with every Visualizer.
+    """
+    from mmengine.visualization import Visualizer
+
+    figure = SimpleNamespace(get_dpi=lambda: 100.0)
+    Visualizer._initialize_fig = lambda self, settings: (None, figure, None)
 
 
 @contextmanager
-def without(packages: tuple[str, ...]) -> Iterator[None]:
-    """Imports within the block do not find these packages; a package that is imported already stays."""
-    hidden = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+def without(modules: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Imports within the block do not load these modules; one that is imported already stays.
+
+    Args:
+        modules: Module to names that empty classes stand for; without names it is not found.
+    """
+    replaced = [module for module in modules if module not in sys.modules]
+    for module in replaced:
+        stub = ModuleType(module)
+        vars(stub).update({name: type(name, (), {}) for name in modules[module]})
+        sys.modules[module] = stub if modules[module] else None  # type: ignore[assignment]
     try:
         yield
     finally:
-        for name in hidden:
-            del sys.modules[name]
+        for module in replaced:
+            del sys.modules[module]
 
 
 def _seed_of(checkpoint: Path) -> int:
