@@ -1,7 +1,7 @@
 """The command ``polar-ft``: one Typer app, one sub-command per job.
 
-A sub-command is imported when it is run, so that ``polar-ft --help`` starts at once. Torch, xtuner and so on are
-imported when they are needed, so that ``polar-ft data`` needs only the base install.
+A sub-command is imported when it is run, so that ``polar-ft --help`` starts at once. Torch, xtuner and so on
+are imported when they are needed, so that ``polar-ft data`` needs only the base install.
 """
 
 from __future__ import annotations

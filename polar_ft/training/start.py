@@ -12,34 +12,28 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-# What mmengine and transformers import and a plain run does not use: module to the names that they need of
-# it; without such names they take it as not installed.
-_UNUSED_BY_MMENGINE = {
+from polar_ft.model.imports import import_decoders, without
+
+# What mmengine imports and a plain run does not use, see `without`.
+_UNUSED = {
     **dict.fromkeys(("deepspeed", "bitsandbytes", "torch.distributed.optim", "torch.distributed.fsdp"), ()),
     "mmengine.model.wrappers.fully_sharded_distributed": ("MMFullyShardedDataParallel",),
-}
-_UNUSED_BY_TRANSFORMERS = {
-    **dict.fromkeys(("PIL", "scipy", "sklearn", "torchvision"), ()),
-    "torch.nn.attention.flex_attention": ("flex_attention",),
-    "torch.distributed.tensor": ("Replicate",),
-    "torch.distributed.tensor.parallel": ("ColwiseParallel", "RowwiseParallel"),
 }
 
 
 def main() -> None:
     """Trains the config that the command line names."""
-    import_upstream()
+    import_decoders()  # first: mmengine imports transformers
+    with without(_UNUSED):
+        from mmengine.config import Config
+        from mmengine.runner import Runner
     leave_out_compiler()
-
-    from mmengine.config import Config
-    from mmengine.runner import Runner
 
     from polar_ft.training.config import parse_again, parse_arguments
     from polar_ft.training.prepare import call_model_resource, current_run, set_up
@@ -67,15 +61,6 @@ def main() -> None:
     with without({"torchvision": ()}):  # mmengine asks for its version, for the log
         runner = Runner.from_cfg(cfg)
     runner.train()
-
-
-def import_upstream() -> None:
-    """Imports transformers' decoder and mmengine's runner, without what a plain run does not use of them."""
-    # First: mmengine imports transformers, which remembers what is installed.
-    with without(_UNUSED_BY_TRANSFORMERS):
-        import transformers.models.llama.modeling_llama  # noqa: F401
-    with without(_UNUSED_BY_MMENGINE):
-        import mmengine.runner  # noqa: F401
 
 
 def leave_out_compiler() -> None:
@@ -117,25 +102,6 @@ def leave_out_figure() -> None:
 
     figure = SimpleNamespace(get_dpi=lambda: 100.0)
     Visualizer._initialize_fig = lambda self, settings: (None, figure, None)
-
-
-@contextmanager
-def without(modules: Mapping[str, Sequence[str]]) -> Iterator[None]:
-    """Imports within the block do not load these modules; one that is imported already stays.
-
-    Args:
-        modules: Module to names that empty classes stand for; without names it is not found.
-    """
-    replaced = [module for module in modules if module not in sys.modules]
-    for module in replaced:
-        stub = ModuleType(module)
-        vars(stub).update({name: type(name, (), {}) for name in modules[module]})
-        sys.modules[module] = stub if modules[module] else None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in replaced:
-            del sys.modules[module]
 
 
 def _seed_of(checkpoint: Path) -> int:
