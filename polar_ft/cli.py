@@ -46,6 +46,7 @@ COMMANDS = {
         "polar_ft.training.commands:train",
         "Train as `xtuner train` does, and exit with the run's status.",
     ),
+    "migrate": ("polar_ft.migrate:migrate", "Turn a config of POLAR or xtuner into one of polar_ft."),
     "watch": ("polar_ft.training.commands:watch", "Draw the curves of a training run in the terminal."),
     "convert": (
         "polar_ft.conversion.commands:convert",

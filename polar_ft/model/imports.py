@@ -1,7 +1,7 @@
 """Importing transformers' decoders without what they do not use: for the processes of our own commands.
 
 With everything that is installed, ``transformers.models.llama`` imports torchvision, scikit-learn, pandas and
-torch's compiler: more than half of the time until a model is ready. transformers remembers what it found, so a
+torch's compiler: more than half of the time until a model is ready. transformers remembers what it found: a
 process that others share (a trainer, a notebook) imports it as it is.
 """
 

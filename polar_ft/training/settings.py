@@ -374,7 +374,7 @@ def write_tables(page: str, configs: Path) -> str:
 
 
 def _table_row(name: str, schema: Mapping[str, Any], shipped: Sequence[Mapping[str, Any]]) -> str:
-    *published, tiny = [_as_code(names[name]) if name in names else "(none)" for names in shipped]
+    *published, tiny = [f"`{code_of(names[name])}`" if name in names else "(none)" for names in shipped]
     both = " / ".join(dict.fromkeys(published))
     cells = [f"`{name}`", _values(schema), schema["description"], both, "" if both == tiny else tiny]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -404,16 +404,15 @@ def _values(schema: Mapping[str, Any]) -> str:
     return f"{kinds[schema['type']]} {bounds}".strip()
 
 
-def _as_code(value: Any) -> str:
+def code_of(value: Any) -> str:
     """A value as a config has it; 1e-5 is not 1e-05.
 
-    >>> _as_code(1e-05), _as_code((0.9, 0.95)), _as_code({"r": 8})
-    ('`1e-5`', '`(0.9, 0.95)`', '`dict(r=8)`')
+    >>> code_of(1e-05), code_of((0.9, 0.95)), code_of({"r": 8})
+    ('1e-5', '(0.9, 0.95)', 'dict(r=8)')
     """
-    text = re.sub(r"e-0(\d)", r"e-\1", repr(value).replace("'", '"'))
     if isinstance(value, Mapping):
-        text = f"dict({', '.join(f'{key}={item!r}' for key, item in value.items())})".replace("'", '"')
-    return f"`{text}`"
+        return f"dict({', '.join(f'{key}={item!r}' for key, item in value.items())})".replace("'", '"')
+    return re.sub(r"e-0(\d)", r"e-\1", repr(value).replace("'", '"'))
 
 
 if __name__ == "__main__":

@@ -16,17 +16,17 @@ def apply(*, deepspeed: bool = True) -> None:
     """Applies every workaround; a second call changes nothing.
 
     Args:
-        deepspeed: Also those for DeepSpeed, whose import takes seconds.
+        deepspeed: Also those that import DeepSpeed, which takes seconds.
     """
     _cpu_has_no_is_bf16_supported()
     _distributed_cpu_has_no_cuda_device()
     _data_parallel_cpu_has_no_devices()
     _checkpoints_hold_no_histories()
     _checkpoints_load_without_running()
+    _deepspeed_takes_one_port()
     if deepspeed:
         _deepspeed_compiles_for_nothing()
         _deepspeed_checkpoints_load_without_running()
-        _deepspeed_takes_one_port()
 
 
 def _cpu_has_no_is_bf16_supported() -> None:
