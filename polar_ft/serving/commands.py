@@ -141,6 +141,9 @@ def serve(
     listening = listen(host, port, protected=key is not None or allow_unauthenticated)
     read_json(resolve_folder(model) / "config.json")  # a wrong folder is found before torch is imported
     try:
+        from polar_ft.model.imports import import_decoders
+
+        import_decoders()
         from polar_ft.scoring.scorer import RewardScorer
         from polar_ft.serving.app import create_app
         from polar_ft.serving.limits import Limits
