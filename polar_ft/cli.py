@@ -23,6 +23,7 @@ from polar_ft.doctor.commands import doctor, plan
 from polar_ft.errors import PolarError, printable
 from polar_ft.evaluation.commands import eval_app
 from polar_ft.evaluation.scale import calibrate
+from polar_ft.fit.commands import fit
 from polar_ft.options import APP_SETTINGS
 from polar_ft.parity.commands import parity
 from polar_ft.rft.commands import rft_app, to_openrlhf, to_trl, to_verl
@@ -49,6 +50,7 @@ EXTRAS = {
 
 # The help lists them in the order of the work.
 COMMANDS = (
+    "fit",
     "data",
     "doctor",
     "plan",
@@ -74,6 +76,7 @@ app = typer.Typer(
     no_args_is_help=True,
     **APP_SETTINGS,
 )
+app.command("fit")(fit)
 app.add_typer(data_app, name="data")
 app.command("doctor")(doctor)
 app.command("plan")(plan)
