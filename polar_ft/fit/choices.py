@@ -201,7 +201,7 @@ def choose(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -
     chosen["torch_dtype"] = way.dtype, _dtype_reason(way)
     chosen["max_packed_length"] = (
         way.tokens,
-        f"a forward of so many tokens takes about {way.peak / GIB:.2g} of {machine.memory / GIB:.3g} GiB, with "
+        f"such a forward takes about {way.peak / GIB:.2g} of {machine.memory / GIB:.3g} GiB, with "
         f"{way.recomputed} of {way.layers} layers computed again in backward (estimated from shapes)",
     )
     chosen["recompute_layers"] = "auto", "as few layers as the memory allows, decided when training starts"
@@ -282,8 +282,8 @@ def _way(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -> 
         reason = {
             "full": "they fit, and all weights learn more than adapters",
             "LoRA": f"all weights{needed} and do not fit; adapters of rank 64 do",
-            "QLoRA": "neither all weights nor adapters over bfloat16 fit; over weights of four bits they do (this "
-            "needs pip install --upgrade bitsandbytes)",
+            "QLoRA": "neither all weights nor adapters over bfloat16 fit; over weights of four bits they do "
+            "(this needs pip install --upgrade bitsandbytes)",
         }[kind]
         if "lora" in given:
             reason = "set by --set"
@@ -313,7 +313,7 @@ def _candidates(
     machine: Machine, base: Base, data: Data, given: Mapping[str, Any]
 ) -> Iterator[tuple[Literal["full", "LoRA", "QLoRA"], dict[str, Any] | None, Strategy, int]]:
     """Kind, ``lora``, ZeRO stage and tokens of a pack, the best first."""
-    packs = (given["max_packed_length"],) if "max_packed_length" in given else PACKS
+    packs: tuple[int, ...] = (given["max_packed_length"],) if "max_packed_length" in given else PACKS
     if "max_packed_length" not in given and (base.is_tiny or machine.device == "cpu"):
         packs = (16384, 8192, 4096)
     small = packs if "max_packed_length" in given or data.longest > 8192 else (*packs, 8192)

@@ -214,7 +214,7 @@ def _notes(report: DataReport) -> list[str]:
     if report.duplicate_pairs:
         notes.append(f"{_are(report.duplicate_pairs, 'pair')} a copy of another one")
     if report.contradictory_pairs:
-        notes.append(f"{many(report.contradictory_pairs, 'pair')} contradict another one")
+        notes.append(f"{_are(report.contradictory_pairs, 'pair')} the opposite of another one")
     if report.ties_left_out:
         notes.append(f"{many(report.ties_left_out, 'tie')} of ranked rows left out")
     if report.pairs and report.reference_equals_chosen > 0.5 * report.pairs:
@@ -267,7 +267,7 @@ def _share(share: float, prompts: int) -> float:
 
 
 def _divided(source: DataSource, train: Path, held: Path, share: float, seed: int) -> tuple[Side, Side]:
-    """Splits by prompt; of few prompts, or after an earlier split, by the next seed that leaves none empty."""
+    """Splits by prompt; of few prompts, or after an earlier split, by the next seed that works."""
     for attempt in range(5):
         try:
             return split_by_prompt([source], train, held, fraction=share, seed=seed + 10 * attempt)

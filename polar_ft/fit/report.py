@@ -130,7 +130,14 @@ def training_plot(training: Result) -> Plot:
         axes.plot(steps, accuracy, color=theme.first, marker="o", markersize=4, label="accuracy")
         if best in steps:
             place = steps.index(best)
-            axes.plot([best], [accuracy[place]], "o", color=theme.second, markersize=8, label="best, kept")
+            axes.plot(
+                [float(steps[place])],
+                [accuracy[place]],
+                "o",
+                color=theme.second,
+                markersize=8,
+                label="best, kept",
+            )
         axes.set_xlabel("optimizer step", color=theme.ink)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.xaxis.set_major_formatter(thousands())

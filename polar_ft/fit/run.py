@@ -21,7 +21,6 @@ from polar_ft.fit import data as fit_data
 from polar_ft.fit.choices import Base, Choice, Data, Machine, choose, planned_steps
 from polar_ft.fit.config_file import as_code
 from polar_ft.fit.steps import Result, Steps, Tell, clock, content_of
-from polar_ft.model.tiny_base import make_tiny_base, texts_of
 
 TINY = "a tiny base model"
 DEFAULT_BASE = "internlm/POLAR-1_8B-Base"
@@ -131,13 +130,8 @@ def prepare(steps: Steps, wanted: Wanted, out: Path, machine: Machine, *, make_b
         characters=int(looked["characters"] * share),
         longest=looked["longest"],
     )
-    # Free memory changes from start to start; it counts in steps, so that no run changes by itself.
-    known_machine = [
-        machine.device,
-        machine.gpus,
-        machine.name.partition(",")[0],
-        machine.memory // (8 << 30),
-    ]
+    # Free memory changes from start to start, and a run that resumes must not change by itself.
+    known_machine = [machine.device, machine.gpus, machine.name.partition(",")[0]]
 
     def choosing(tell: Tell) -> Result:
         tell("looking at what fits")
@@ -191,9 +185,7 @@ def _base(steps: Steps, wanted: Wanted, out: Path, machine: Machine, train: Path
         tell(f"looking for {name}")
         return _look_at(name, resolve_folder(name), allowed)
 
-    # A folder is known by its small files, as weights are large; see `content_of`.
-    known = content_of(Path(name) / "config.json") if Path(name).is_dir() else name
-    result = steps.run("base", [name, known, allowed], look)
+    result = steps.run("base", [name, content_of(name), allowed], look)
     folder = resolve_folder(name)
     return Base(
         name=str(folder) if Path(name).is_dir() else name,
@@ -207,6 +199,8 @@ def _base(steps: Steps, wanted: Wanted, out: Path, machine: Machine, train: Path
 
 def _make_tiny(folder: Path, train: Path) -> Result:
     """A tiny base whose vocabulary is as large as that of the data."""
+    from polar_ft.model.tiny_base import make_tiny_base, texts_of
+
     words = len({word for text in texts_of(str(train)) for word in re.findall(r"\w+", text)})
     vocab = 768 if words < 2000 else 4096
     shutil.rmtree(folder, ignore_errors=True)
@@ -263,7 +257,7 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 
 def show_cost(console: Console, plan: Plan, config: Path) -> None:
-    """Prints steps, memory by ZeRO stage, and the time that training will take, measured where that is possible."""
+    """Prints steps, memory by ZeRO stage, and the time of training, measured where that is possible."""
     from polar_ft.doctor import run as doctor
     from polar_ft.doctor import settings, tables
 
@@ -480,7 +474,8 @@ def _convert(steps: Steps, name: str, config: Path, training: Result, model: Pat
         size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         said = f"{model}: {str(written).removeprefix('torch.')}, {size / 1e6:,.1f} MB"
         if verified:
-            said += f"; verified on {many(verified[0].rows, 'row')}, rewards differ by {verified[0].difference:.1e}"
+            apart = f"rewards differ by {verified[0].difference:.1e}"
+            said += f"; verified on {many(verified[0].rows, 'row')}, {apart}"
         return {"difference": verified[0].difference if verified else None, "said": said}
 
     return steps.run(name, [steps.key("train")], convert, [model / "config.json"])

@@ -25,6 +25,8 @@ from polar_ft.fit.steps import Result
 WANTED = 0.02
 # Between pairs whose chosen answer is longer and those whose is shorter: from here on length decides.
 LENGTH_GAP = 0.25
+# Above this no more data is asked for.
+ALL = 0.98
 
 Status = Literal["passed", "warning", "failed"]
 
@@ -124,7 +126,9 @@ def judge(
     table = read_scores(model_folder).table
     overall = report.metrics.overall
     best = against_rules(report)
-    assert overall.accuracy is not None and overall.interval is not None and best is not None
+    assert overall.accuracy is not None
+    assert overall.interval is not None
+    assert best is not None
     model = Side(name="the new model", accuracy=overall.accuracy, interval=overall.interval)
     rule = _held_against(table, best.rule, rule_credit(table, best.rule), share=best.share)
     if base_folder is None:
@@ -136,10 +140,11 @@ def judge(
     status, first = headline(model, base, rule, overall.n_scored)
     use = report.metrics.reference_use
     points = [*curve, Point(share=1.0, pairs=0, accuracy=model.accuracy, interval=overall.interval)]
+    more = _more(base, rule, needed_pairs, needed_prompts, overall.interval, overall.n_scored)
     outcome = Outcome(
         status=status,
         first=first,
-        more=_more(base, rule, needed_pairs, needed_prompts, overall.interval, overall.n_scored),
+        more=[line for line in more if line.partition(": ")[2] not in first],
         model=model,
         base=base,
         rule=rule,
@@ -159,10 +164,12 @@ def rule_credit(table: PairTable, rule: str) -> NDArray[np.float64]:
     if rule == "chance":
         return np.full(len(table), 0.5)
     if "reference" in rule:
-        assert table.chosen_rouge is not None and table.rejected_rouge is not None
+        assert table.chosen_rouge is not None
+        assert table.rejected_rouge is not None
         difference = np.nan_to_num(table.chosen_rouge - table.rejected_rouge, nan=0.0)
     else:
-        assert table.chosen_chars is not None and table.rejected_chars is not None
+        assert table.chosen_chars is not None
+        assert table.rejected_chars is not None
         difference = (table.chosen_chars - table.rejected_chars).astype(np.float64)
         difference = -difference if "shorter" in rule else difference
     return (np.sign(difference) + 1) / 2
@@ -265,7 +272,8 @@ def _certainty(side: Side) -> str:
         return "which cannot be compared"
     low, high = map(signed_points, side.difference_ci95)
     p = p_value(side.p_value)
-    return f"{signed_points(side.difference)} points (95 % interval {low} to {high}, p {p if p[0] == '<' else f'= {p}'})"
+    p = p if p.startswith("<") else f"= {p}"
+    return f"{signed_points(side.difference)} points (95 % interval {low} to {high}, p {p})"
 
 
 def _more(
@@ -284,7 +292,7 @@ def _more(
         )
     if needed_pairs is not None and needed_prompts is not None:
         lines.append(
-            f"{many(n_pairs, 'held-out pair')} leave the accuracy between {percent_interval(interval)} %; "
+            f"With {many(n_pairs, 'held-out pair')} the accuracy is known to {percent_interval(interval)} %; "
             f"for ±{WANTED:.0%} about {needed_pairs:,} pairs of {needed_prompts:,} prompts would be needed."
         )
     return lines
@@ -334,7 +342,7 @@ def _advice(
             f"decides.",
         )
     cut = report.truncation
-    if cut is not None and cut.n_pairs > 0.1 * outcome.n_pairs:
+    if cut is not None and cut.n_pairs > 0.1 * outcome.n_pairs and not tiny:
         add(
             "Texts are cut",
             f"{cut.n_pairs:,} of {many(outcome.n_pairs, 'held-out pair')} are longer than the limits: "
@@ -366,14 +374,17 @@ def _advise_on_data(outcome: Outcome, add: object) -> None:
         noise = math.hypot(*((high - low) / 2 for low, high in (before.interval, now.interval))) / math.sqrt(
             2
         )
-        grown = f"from {before.share:.0%} to all of the data the accuracy went from {percent(before.accuracy)} to {percent(now.accuracy)} %"
+        grown = (
+            f"from {before.share:.0%} to all of the data the accuracy went from "
+            f"{percent(before.accuracy)} to {percent(now.accuracy)} %"
+        )
         if gain > max(0.01, noise / 2):
             add("More data", f"It helps: {grown}. Twice as many pairs may bring about as much again.")
         else:
             add("Other data, not more", f"The learning curve is flat: {grown}.")
-    else:
+    elif outcome.model.interval is not None and outcome.model.interval[0] < ALL:
         add(
-            "Would more data help?",
+            "Find out whether more data helps",
             "--learning-curve 3 trains on a quarter and on half of the data as well, and shows what the last "
             "half has brought.",
         )
