@@ -205,7 +205,8 @@ def choose(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -
         f"{way.recomputed} of {way.layers} layers computed again in backward (estimated from shapes)",
     )
     chosen["recompute_layers"] = "auto", "as few layers as the memory allows, decided when training starts"
-    response, length, why = _lengths(base, way.tokens, data)
+    response, length, why = _lengths(base, way.tokens)
+    response = min(response, given.get("max_length", length) // 3)
     chosen["max_length"] = length, why
     chosen["max_response_length"] = (
         response,
@@ -347,39 +348,19 @@ def _estimate(
     shape: str, lora: str, strategy: Strategy, gpus: int, machine: Machine, tokens: int
 ) -> tuple[Any, Any]:
     """Bytes on each GPU (`polar_ft.doctor.memory.Estimate`), and the size of the model."""
-    import torch
-
-    from polar_ft.doctor.memory import Activations, estimate, model_size
-    from polar_ft.model.settings import LoraSettings
-
-    hf_config, adapters = json.loads(shape), json.loads(lora)
-    settings = None if adapters is None else LoraSettings.of_config(adapters)
-    size = model_size(hf_config, settings)
-    plain = strategy == "none" and settings is None
-    dtype = torch.float32 if plain or machine.device == "cpu" else torch.bfloat16
-    layer = _layer_bytes(shape, lora, str(dtype).removeprefix("torch."))
-    found = estimate(
-        strategy,
-        size,
-        Activations.of_model(size, tokens, layer, dtype.itemsize, "auto"),
-        gpus=gpus,
-        available=machine.memory,
-        device=machine.device,
-        base_bytes=dtype.itemsize,
-    )
-    return found, size
-
-
-@lru_cache(maxsize=16)
-def _layer_bytes(shape: str, lora: str, dtype: str) -> int:
-    import torch
-
-    from polar_ft.doctor.memory import layer_activations
+    from polar_ft.doctor.memory import estimate_run
     from polar_ft.model.settings import LoraSettings
 
     adapters = json.loads(lora)
-    settings = None if adapters is None else LoraSettings.of_config(adapters)
-    return layer_activations(json.loads(shape), getattr(torch, dtype), settings)
+    return estimate_run(
+        json.loads(shape),
+        None if adapters is None else LoraSettings.of_config(adapters),
+        strategy,
+        tokens,
+        gpus=gpus,
+        available=machine.memory,
+        device=machine.device,
+    )
 
 
 def _stage_reason(strategy: Strategy, gpus: int) -> str:
@@ -401,10 +382,10 @@ def _dtype_reason(way: _Way) -> str:
     return "as the weights are published; DeepSpeed keeps float32 copies of them"
 
 
-def _lengths(base: Base, tokens: int, data: Data) -> tuple[int, int, str]:
+def _lengths(base: Base, tokens: int) -> tuple[int, int, str]:
     """Limits of a response and of an input in tokens: a pair at its longest has to fit into a pack."""
     if base.is_tiny:
-        return 384, 1024, "what a tiny model reads in a minute or two; longer prompts are cut on the left"
+        return 340, 1024, "what a tiny model reads in a minute or two; longer prompts are cut on the left"
     positions = int(base.shape.get("max_position_embeddings") or 16384)
     response = min(4096, tokens // 4, positions // 4)
     length = min(16384, positions, tokens - response)

@@ -71,7 +71,7 @@ def write_report(
     page = template.render(
         title=title,
         outcome=outcome,
-        sides=[outcome.model, outcome.base, outcome.rule],
+        sides=_sides(outcome),
         choices=choices,
         facts=facts,
         steps=steps,
@@ -84,8 +84,7 @@ def write_report(
 
 def accuracy_plot(outcome: Outcome) -> Plot:
     """The new model next to what it is held against."""
-    sides = [outcome.model, outcome.base]
-    sides += [] if outcome.rule.name == "chance" else [outcome.rule]
+    sides = _sides(outcome)
     names = ["new model", "base model" if outcome.base.interval else outcome.base.name, "best rule"]
     names = names[: len(sides)]
 
@@ -117,7 +116,8 @@ def accuracy_plot(outcome: Outcome) -> Plot:
 
 def training_plot(training: Result) -> Plot:
     """Accuracy of the validations by step."""
-    rows = training["validations"]
+    # Before training a head of zeros ties all pairs, which is no accuracy of 0.
+    rows = [row for row in training["validations"] if row["ties_half"] - row["accuracy"] < 0.25]
     steps = [row["step"] for row in rows]
     accuracy = np.array([row["accuracy"] for row in rows], dtype=float)
     best = training.get("best_step")

@@ -109,7 +109,7 @@ def _progress(work_dir: Path, steps: int, began: float) -> tuple[str, float | No
         values = [line[name] for line in recent if name in line]
         parts += [shown.format(sum(values) / len(values))] if values else []
     if validated := [line for line in _scalars(work_dir, since=began) if "val/accuracy" in line]:
-        parts.append(f"validation {validated[-1]['val/accuracy']:.1%}")
+        parts.append(f"validation {validated[-1]['val/accuracy_ties_half']:.1%}")
     return ", ".join(parts), min(1.0, step / max(1, steps))
 
 
@@ -146,7 +146,8 @@ def result_of(work_dir: Path) -> Result:
             losses[step] = line["loss"]
         if "val/accuracy" in line:
             names = ("accuracy", "accuracy_low", "accuracy_high", "log_loss")
-            validations[step] = {name: line.get(f"val/{name}") for name in names}
+            figures = {name: line.get(f"val/{name}") for name in names}
+            validations[step] = {**figures, "ties_half": line.get("val/accuracy_ties_half")}
     done = max(losses, default=0)
     said = f"{done} steps"
     is_best = best is not None and best.exists()

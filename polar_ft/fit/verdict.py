@@ -144,7 +144,7 @@ def judge(
     outcome = Outcome(
         status=status,
         first=first,
-        more=[line for line in more if line.partition(": ")[2] not in first],
+        more=[line for line in more if not _is_said(line, first)],
         model=model,
         base=base,
         rule=rule,
@@ -157,6 +157,12 @@ def judge(
     )
     advice = _advice(outcome, report, training, tiny, without_reference)
     return outcome.model_copy(update={"advice": advice})
+
+
+def _is_said(line: str, first: str) -> bool:
+    """Whether the first line ends as this one does."""
+    certainty = line.partition(": ")[2]
+    return bool(certainty) and first.endswith(certainty)
 
 
 def rule_credit(table: PairTable, rule: str) -> NDArray[np.float64]:

@@ -2,8 +2,8 @@
 
     python -m tests.fit.kills --kills 20 --seed 0 --out work_dirs/fit_kills
 
-A tiny fit of the catalogue (examples/domain_rm) runs once without interruption, and once killed again and again
-by SIGKILL: by turns in each step, at a random moment of it. Weights, scores and what is in the data files have to
+A tiny fit of the catalogue (examples/domain_rm) runs once without interruption, and once killed again and
+again by SIGKILL: by turns in each step, at a random moment of it. Weights, scores and the data files have to
 be the same bytes. ``summary.json`` in the folder holds what was counted.
 """
 
