@@ -7,13 +7,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from polar_ft.errors import PolarError, printable
 from polar_ft.options import AllowTokenizerCode, Split
+
+if TYPE_CHECKING:
+    from polar_ft.fit.run import Wanted
 
 
 def fit(
@@ -119,12 +122,11 @@ def fit(
         os.execv(sys.executable, command)
 
 
-def _fit(wanted: object, folder: Path, *, yes: bool, started: float) -> None:
+def _fit(wanted: Wanted, folder: Path, *, yes: bool, started: float) -> None:
     from polar_ft.fit import run
     from polar_ft.fit.choices import Machine
     from polar_ft.fit.steps import Steps, locked, new_console
 
-    assert isinstance(wanted, run.Wanted)
     console = new_console()
     with locked(folder):
         steps = Steps(folder, console, run.count_steps(wanted))
@@ -141,13 +143,12 @@ def _fit(wanted: object, folder: Path, *, yes: bool, started: float) -> None:
         run.show_outcome(console, outcome, folder, time.monotonic() - started)
 
 
-def _dry_run(wanted: object, folder: Path) -> None:
+def _dry_run(wanted: Wanted, folder: Path) -> None:
     """Everything before training, in a folder that is thrown away, then memory and time."""
     from polar_ft.fit import run
     from polar_ft.fit.choices import Machine
     from polar_ft.fit.steps import Steps, new_console
 
-    assert isinstance(wanted, run.Wanted)
     console = new_console()
     with tempfile.TemporaryDirectory(prefix="polar_ft_") as scratch:
         out = Path(scratch)

@@ -117,7 +117,7 @@ def accuracy_plot(outcome: Outcome) -> Plot:
 def training_plot(training: Result) -> Plot:
     """Accuracy of the validations by step."""
     # Before training a head of zeros ties all pairs, which is no accuracy of 0.
-    rows = [row for row in training["validations"] if row["ties_half"] - row["accuracy"] < 0.25]
+    rows = [row for row in training["validations"] if (row.get("ties_half") or 0) - row["accuracy"] < 0.25]
     steps = [row["step"] for row in rows]
     accuracy = np.array([row["accuracy"] for row in rows], dtype=float)
     best = training.get("best_step")

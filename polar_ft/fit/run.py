@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -253,6 +254,8 @@ def show_plan(console: Console, plan: Plan) -> None:
     for choice in plan.choices:
         table.add_row(choice.name, escape(as_code(choice.value)), escape(choice.reason))
     console.print(table)
+    if plan.machine.device == "cpu" and not plan.base.is_tiny:
+        console.print("[yellow]no GPU[/]: a real model takes very long on a CPU; --dry-run measures how long")
     console.print()
 
 
@@ -332,9 +335,16 @@ def fit(steps: Steps, plan: Plan, wanted: Wanted, out: Path) -> Any:
     data, config, model = out / "data", out / "config.py", out / "model"
     choices = [choice.model_dump() for choice in plan.choices]
 
+    before = steps.record.done.get("config")
+
     def configuring(tell: Tell) -> Result:
+        said = f"{config}: for polar-ft train and xtuner train as well"
+        if before is not None and config.is_file() and content_of(config) != before.result.get("content"):
+            edited = config.with_name("config.edited.py")
+            config.replace(edited)
+            said += f"; what was edited is in {edited}"
         write_config_of(plan, wanted, out)
-        return {"said": f"{config}: for polar-ft train and xtuner train as well"}
+        return {"content": content_of(config), "said": said}
 
     steps.run("config", [choices, asdict(plan.base), str(out.absolute())], configuring, [config])
     _check_config(config)
@@ -483,7 +493,6 @@ def _convert(steps: Steps, name: str, config: Path, training: Result, model: Pat
 
 def _evaluate(model: str, held_out: Path, folder: Path, code: list[str], *, shuffle: bool) -> Result:
     from polar_ft.data.reading import DataSource
-    from polar_ft.evaluation.cache import DEFAULT_CACHE
     from polar_ft.evaluation.evaluate import score_and_report
     from polar_ft.evaluation.references import ReferenceSettings
     from polar_ft.evaluation.report.report import METRICS_FILE, Report
@@ -501,7 +510,7 @@ def _evaluate(model: str, held_out: Path, folder: Path, code: list[str], *, shuf
         batch_tokens=None,
         template={"max_length": None, "max_response_length": None, "allow_tokenizer_code": tuple(code)},
         gates=shuffle,
-        cache_dir=DEFAULT_CACHE,
+        cache_dir=Path(os.environ.get("POLAR_FT_CACHE", "~/.cache/polar_ft")),
         force=True,
     )
     overall = Report.model_validate_json((folder / METRICS_FILE).read_bytes()).metrics.overall

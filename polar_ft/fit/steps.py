@@ -146,7 +146,7 @@ class Steps:
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[Tell]:
-        line = _Line(name, f"{self.count:>2}/{self.total}")
+        line = _Line(name, f"{self.count:>2}/{self.total}", self.folder / LOG_FILE)
         last = time.monotonic()
 
         def tell(text: str, share: float | None = None) -> None:
@@ -171,9 +171,10 @@ class Steps:
 class _Line:
     """What is shown of a step while it runs: a bar where its share is known, the time, and words."""
 
-    def __init__(self, name: str, place: str) -> None:
+    def __init__(self, name: str, place: str, log: Path) -> None:
         self.name = name
         self.place = place
+        self.log = log
         self.text = ""
         self.share: float | None = None
         self.started = time.monotonic()
@@ -184,7 +185,7 @@ class _Line:
         parts = [f"… {self.place} {self.name:<12}{clock(seconds)}"]
         if self.share:
             parts.append(f"{self.share:4.0%}, {clock(seconds * (1 - self.share) / self.share)} left")
-        return "  ".join([*parts, printable(self.text)])
+        return "  ".join([*parts, printable(self.text or _last_line(self.log))])
 
     def __rich__(self) -> Text:
         bar = ""
@@ -192,6 +193,15 @@ class _Line:
             filled = round(20 * min(1.0, self.share))
             bar = f"{'━' * filled}{'╌' * (20 - filled)}  "
         return Text(bar, "cyan", end="").append(Text(self.plain(), "none", no_wrap=True, overflow="ellipsis"))
+
+
+def _last_line(log: Path) -> str:
+    """What a step printed last: the commands that steps call say there how far they are."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 1000))
+        lines = stream.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
+    found = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return "" if found.startswith("====") else found[:100]
 
 
 def clock(seconds: float) -> str:
