@@ -123,38 +123,38 @@ def fit(
 
 
 def _fit(wanted: Wanted, folder: Path, *, yes: bool, started: float) -> None:
-    from polar_ft.fit import run
+    from polar_ft.fit import run, terminal
     from polar_ft.fit.choices import Machine
-    from polar_ft.fit.steps import Steps, locked, new_console
+    from polar_ft.fit.steps import Steps, locked
 
-    console = new_console()
+    console = terminal.new_console()
     with locked(folder):
         steps = Steps(folder, console, run.count_steps(wanted))
         machine = Machine.here()
         plan = run.prepare(steps, wanted, folder, machine)
         if "train" not in steps.record.begun:
-            run.show_plan(console, plan)
+            terminal.show_plan(console, plan)
             asks = not yes and not plan.base.is_tiny and console.is_terminal and sys.stdin.isatty()
             if asks and not typer.confirm("Train?", default=True):
                 raise typer.Exit(1)
         outcome = run.fit(steps, plan, wanted, folder)
         if not steps.ran:
             console.print("\nnothing has changed, so nothing was done again", style="dim")
-        run.show_outcome(console, outcome, folder, time.monotonic() - started)
+        terminal.show_outcome(console, outcome, folder, time.monotonic() - started)
 
 
 def _dry_run(wanted: Wanted, folder: Path) -> None:
     """Everything before training, in a folder that is thrown away, then memory and time."""
-    from polar_ft.fit import run
+    from polar_ft.fit import run, terminal
     from polar_ft.fit.choices import Machine
-    from polar_ft.fit.steps import Steps, new_console
+    from polar_ft.fit.steps import Steps
 
-    console = new_console()
+    console = terminal.new_console()
     with tempfile.TemporaryDirectory(prefix="polar_ft_") as scratch:
         out = Path(scratch)
         steps = Steps(out, console, run.count_steps(wanted))
         plan = run.prepare(steps, wanted, out, Machine.here(), make_base=False)
-        run.show_plan(console, plan)
+        terminal.show_plan(console, plan)
         config = run.write_config_of(plan, wanted, out)
-        run.show_cost(console, plan, config)
+        terminal.show_cost(console, plan, config)
     console.print(f"without --dry-run, all goes to {escape(printable(str(folder)))}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -285,11 +284,3 @@ def _read(file: Path) -> Record:
         return Record.model_validate_json(file.read_bytes())
     except (ValidationError, OSError) as error:
         raise PolarError(f"{file}: is damaged; remove it, and everything is done again") from error
-
-
-def new_console() -> Console:
-    """A console on the standard output of now, whatever that is redirected to later."""
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:  # a pipe has no width of its own
-        console.width = 110
-    return console

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from examples.domain_rm.make_data import write_data
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.fit.steps import locked
 from polar_ft.training.check import check_run
-from tests.fit.kills import environment, killed
+from tests.fit.kills import environment
 
 SETTINGS = ("max_epochs=1", "save_steps=3", "val_interval=3", "global_batch_pairs=32", "max_length=256")
 
@@ -170,10 +169,3 @@ def test_a_dry_run_writes_nothing_and_shows_choices_memory_and_time(fitted: Fitt
     assert not dry.out.exists()
     for word in ("global_batch_pairs", "optimizer steps an epoch", "memory on one process", "time:"):
         assert word in ended.stdout
-
-
-def test_kills_are_of_the_step_that_is_asked_for(fitted: Fitted, tmp_path: Path) -> None:
-    """The script that kills a fit 20 times, once: a fit that is killed early continues."""
-    other = Fitted(tmp_path / "killed", fitted.data, fitted.held_out, "")
-    found = killed(other.command(), environment(tmp_path / "home"), other.out, "base", random.Random(0))
-    assert found in ("base", "choose", "config", "train", "between steps")
