@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from rich.console import Console
@@ -44,8 +46,10 @@ def show_plan(console: Console, plan: Plan) -> None:
 
 def show_cost(console: Console, plan: Plan, config: Path) -> None:
     """Prints steps, memory by ZeRO stage, and the time of training, measured where that is possible."""
-    from polar_ft.doctor import run as doctor
-    from polar_ft.doctor import settings, tables
+    nowhere = io.StringIO()
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):  # what DeepSpeed and bitsandbytes print
+        from polar_ft.doctor import run as doctor
+        from polar_ft.doctor import settings, tables
 
     machine, asked = plan.machine, settings.read_settings(config)
     values = {choice.name: choice.value for choice in plan.choices}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -370,9 +371,8 @@ def _advice(
     return found
 
 
-def _advise_on_data(outcome: Outcome, add: object) -> None:
+def _advise_on_data(outcome: Outcome, add: Callable[[str, str], None]) -> None:
     """More data: by the learning curve where there is one."""
-    assert callable(add)
     curve = outcome.curve
     if len(curve) > 1:
         before, now = curve[-2], curve[-1]
