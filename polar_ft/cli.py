@@ -39,6 +39,7 @@ EXTRAS = {
 
 # The commands in the order of the work: where each is (a function or an app), and its line in the help.
 COMMANDS = {
+    "fit": ("polar_ft.fit.commands:fit", "Make a reward model of a file of preferences."),
     "data": ("polar_ft.data.commands:data_app", "Check, convert, split and preview preference data."),
     "label": ("polar_ft.labelling.commands:label_app", "Serve a page on which people compare two answers."),
     "doctor": ("polar_ft.doctor.commands:doctor", "Check this machine, and what a run of CONFIG will take."),

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "polar_ft"
 # A folder is one entry, a file next to the folders too. docs/architecture.md shows it.
 LAYERS = [
     ["cli"],
+    ["fit"],
     ["doctor", "labelling", "migrate", "parity", "rft"],
     ["training", "serving"],
     ["conversion", "evaluation", "client"],
