@@ -196,6 +196,47 @@ def test_every_form_of_llama_config(internlm2, tmp_path):
     assert config["polar_template"]["max_length"] == 300
 
 
+def test_a_folder_in_the_published_form(internlm2, sequences, tmp_path, run_tool):
+    """Without our settings, and with a tokenizer that is code: that runs once, where it is allowed."""
+    folder = changed(internlm2, tmp_path / "published", rope_scaling={"type": "dynamic", "factor": 2.0})
+    config = json.loads((folder / "config.json").read_text())
+    del config["polar_template"]
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 32768}))
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.OwnFast"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class OwnFast(PreTrainedTokenizerFast):\n"
+        "    @classmethod\n"
+        "    def from_pretrained(cls, folder, **_):\n"
+        "        return cls(tokenizer_file=folder + '/tokenizer.model')\n"
+    )
+    out = tmp_path / "out"
+    status, _, error = run_tool(folder, out, "--as", "llama")
+    assert status == 1
+    assert "its tokenizer needs Python code from the folder (own.Own, own.OwnFast)" in error
+    status, _, error = run_tool(folder, out, "--as", "llama", "--allow-tokenizer-code", "own.OwnFast")
+    assert status == 0, error
+    assert sorted(file.name for file in out.iterdir()) == [
+        "LICENSE.txt",
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "reward_scale.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    template = PolarTemplate.from_pretrained(out)  # nothing has to be allowed
+    assert template.tokenizer_json == PolarTemplate.from_pretrained(internlm2).tokenizer_json
+    assert (
+        AutoTokenizer.from_pretrained(out)("Which city?")["input_ids"]
+        == template.tokenizer.encode("Which city?").ids
+    )
+    assert rewards(out, sequences) == rewards(internlm2, sequences)
+
+
 def test_adapters_are_merged(base, template, config_file, sequences, tmp_path, run_tool):
     """A folder with adapters alone, and the checkpoint."""
     from polar_ft.training.model import PolarRewardModel
