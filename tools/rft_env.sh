@@ -17,7 +17,6 @@ for name in "$@"; do
         verl-0.9) packages=("verl==0.9.1") ;;
         verl-0.7) packages=("verl==0.7.0" "transformers<5" "pyarrow<23") ;;
         verl-0.5) packages=("verl==0.5.0" "transformers<5" "pyarrow<23") ;;
-        opencompass) packages=("opencompass==0.5.4" "transformers<5" "pyarrow<23") ;;
         *) echo "$name: must be trl, verl-0.9, verl-0.7 or verl-0.5" >&2; exit 1 ;;
     esac
     folder=$here/../.venv-rft/$name
