@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import socket
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -221,46 +223,60 @@ def test_verl_takes_the_recipes(run, policy, version):
         assert composed["keys of 0.5"]["function"] is None
 
 
-def trl_grpo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs the recipe in TRL's environment."""
+def test_trl_recipe_trains_next_to_its_reward_model(rows, policy, model, tmp_path):
+    """With cluster/beside.sh: a real server, the real parity check, then two steps of training."""
     assert ENVIRONMENTS
     python = Path(ENVIRONMENTS).resolve() / "trl/bin/python"
-    variables = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [python, ROOT / "examples/rft/trl_grpo.py", *arguments],
-        env={**os.environ, **variables, "CUDA_VISIBLE_DEVICES": ""},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "REWARD_MODEL": str(model),
+        "REWARD_PORT": str(port),
+        "POLAR_FT": str(Path(sys.executable).with_name("polar-ft")),
+        # There are none.
+        "POLICY_GPUS": "0",
+        "REWARD_GPUS": "1",
+    }
 
+    def call(*command: object) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, command))
+        return subprocess.run(
+            words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500
+        )
 
-def test_trl_recipe_trains(rows, policy, model, server, tmp_path):
     data, train = tmp_path / "rows.jsonl", tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({**row, "prompt": row["question"]}) + "\n" for row in rows))
     write_rl_data(str(data), train, "trl")
-    arguments = [
-        *("--model_name_or_path", str(policy), "--output_dir", str(tmp_path / "out")),
-        *("--train_file", str(train), "--reward_model", str(model), "--reward_servers", server),
-        *("--per_device_train_batch_size", "16", "--max_completion_length", "12", "--max_steps", "2"),
-        *("--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"),
-        *("--report_to", "none", "--save_strategy", "no", "--dtype", "float32"),
+    recipe = [
+        *(python, ROOT / "examples/rft/trl_grpo.py", "--reward_model", model, "--reward_servers"),
+        *(f"127.0.0.1:{port}", "--model_name_or_path", policy, "--train_file", train, "--output_dir", "out"),
+        *("--per_device_train_batch_size", 16, "--max_completion_length", 12, "--max_steps", 2),
+        *("--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--dtype", "float32"),
+        *("--report_to", "none", "--save_strategy", "no"),
     ]
-    # The reward model was not calibrated.
-    failed = trl_grpo(tmp_path, *arguments)
+    failed = call(*recipe)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: ")
-    assert "polar-ft calibrate" in failed.stderr
+    assert "polar-ft calibrate" in failed.stderr  # the reward model was not calibrated
     assert "Traceback" not in failed.stderr
     assert not (tmp_path / "out").exists()
 
-    done = trl_grpo(tmp_path, *arguments, "--floor", str(FLOOR))
-    assert done.returncode == 0, done.stderr[-3000:]
-    logs = [line for line in done.stdout.splitlines() if "rewards/polar/mean" in line]
+    done = call(ROOT / "examples/rft/cluster/beside.sh", *recipe, "--floor", FLOOR)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    before, parity, training = done.stdout.partition("largest difference")
+    assert f"reward server 127.0.0.1:{port} answers" in before
+    assert parity
+    logs = [line for line in training.splitlines() if "rewards/polar/mean" in line]
     assert len(logs) == 2
     assert all("'kl'" in line for line in logs)  # our default has a KL term
     assert (tmp_path / "out/model.safetensors").exists()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port))  # the server was ended
 
 
 # Names of the published table, and how many of OpenCompass's data sets each is.
