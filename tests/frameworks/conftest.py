@@ -25,7 +25,14 @@ collect_ignore_glob = ["*_run.py"] if ENVIRONMENTS else ["*.py"]
 ROOT = Path(__file__).parents[2]
 FLOOR = -100.0
 # Folder of an environment, without its version, to the project whose version is printed.
-PROJECTS = {"trl": "trl", "verl": "verl", "verifiers": "verifiers", "trinity": "trinity_rft"}
+PROJECTS = {
+    "trl": "trl",
+    "verl": "verl",
+    "verifiers": "verifiers",
+    "trinity": "trinity_rft",
+    "areal": "areal",
+    "opencompass": "opencompass",
+}
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
