@@ -12,13 +12,16 @@ import asyncio
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from inspect import signature
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
+from weakref import WeakKeyDictionary
 
 from polar_ft.client.client import RewardModelClient
 from polar_ft.client.contact import ServerType
@@ -195,6 +198,7 @@ class PolarReward:
         self._gather_seconds = gather_ms / 1000
         self._lock = threading.Lock()
         self._waiting: list[_Ask] = []
+        self._inboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Inbox] = WeakKeyDictionary()
 
     def score(self, samples: Sequence[TextGroup]) -> list[Reward]:
         """Scores a batch; rewards come in its order.
@@ -207,9 +211,9 @@ class PolarReward:
             PolarError: A sample cannot be encoded; the message names it.
             RewardServerError: No server answered within ``max_wait`` seconds, or one did not give rewards.
         """
-        asks = [_Ask(sample, Future()) for sample in samples]
-        self._send(asks)
-        rewards = [ask.future.result() for ask in asks]
+        futures: list[Future[Reward]] = [Future() for _ in samples]
+        self._send([_Ask(sample, future) for sample, future in zip(samples, futures, strict=True)])
+        rewards = [future.result() for future in futures]
         if self.normalise == "none" or not rewards:
             return rewards
         groups = [(s.prompt, s.references) for s in samples] if self.normalise == "group" else None
@@ -227,7 +231,13 @@ class PolarReward:
         Raises:
             PolarError: As in `score` and `submit`.
         """
-        return await asyncio.wrap_future(self.submit(sample))
+        self.check_single_calls("a caller that submits single samples")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Reward] = loop.create_future()
+        with self._lock:
+            inbox = self._inboxes.get(loop) or self._inboxes.setdefault(loop, _Inbox(loop))
+        self._gather(_Ask(sample, future, inbox))
+        return await future
 
     def submit(self, sample: TextGroup) -> Future[Reward]:
         """Starts scoring one sample; what is submitted within ``gather_ms`` is sent together.
@@ -236,9 +246,9 @@ class PolarReward:
             PolarError: ``normalise`` is set, which needs batches.
         """
         self.check_single_calls("a caller that submits single samples")
-        ask = _Ask(sample, Future())
-        self._gather(ask)
-        return ask.future
+        future: Future[Reward] = Future()
+        self._gather(_Ask(sample, future))
+        return future
 
     def check_single_calls(self, framework: str) -> None:
         """Refuses to normalise where samples come one at a time; for adapters to call when they are made.
@@ -278,7 +288,7 @@ class PolarReward:
         except BaseException as error:  # in a timer's thread nobody else would learn of it
             for ask in waiting:
                 if not ask.future.done():
-                    _settle(ask.future, error)
+                    _settle(ask, error)
 
     def _send(self, asks: Sequence[_Ask]) -> None:
         """Sorts samples by what gives their rewards: the floor, a rule or the reward model."""
@@ -293,7 +303,7 @@ class PolarReward:
                 else:
                     scored.append(_Scored(ask, answer, references))
             except PolarError as error:
-                _settle(ask.future, error)
+                _settle(ask, error)
         self._ask_servers(scored)
 
     def _read(self, sample: TextGroup) -> tuple[str | None, tuple[str, ...]]:
@@ -327,7 +337,7 @@ class PolarReward:
                     raw = rewards.right if ask.verdict == "right" else rewards.wrong
                     self._deliver(ask, answer, references, raw)
             except BaseException as error:
-                _settle(ask.future, error)
+                _settle(ask, error)
 
         rewards.rule.check(references, answer).add_done_callback(settle)
 
@@ -354,7 +364,7 @@ class PolarReward:
             for number in own:
                 group, candidate = found[number]
                 if isinstance(group, EncodeError):
-                    _settle(one.ask.future, PolarError(f"{_name(one.ask.sample)}: {group}"))
+                    _settle(one.ask, PolarError(f"{_name(one.ask.sample)}: {group}"))
                     break
                 branches.append((group, candidate))
             else:
@@ -366,7 +376,7 @@ class PolarReward:
                 rewards = dict(zip(map(id, sent), done.result(), strict=True))
             except BaseException as error:  # a cancellation as well: nobody may wait for ever
                 for one, _ in usable:
-                    _settle(one.ask.future, error)
+                    _settle(one.ask, error)
                 return
             for one, branches in usable:
                 try:
@@ -374,7 +384,7 @@ class PolarReward:
                     truncated = any(group.cut.of(candidate) for group, candidate in branches)
                     self._deliver(one.ask, one.answer, one.references, raw, truncated=truncated)
                 except BaseException as error:
-                    _settle(one.ask.future, error)
+                    _settle(one.ask, error)
 
         self.client.submit_encoded(sent).add_done_callback(settle_all)
 
@@ -394,7 +404,7 @@ class PolarReward:
         )
         if self.normalise == "none":  # otherwise when the batch is complete
             self._add_to_watch(reward, answer, references)
-        _settle(ask.future, reward)
+        _settle(ask, reward)
 
     def _add_to_watch(self, reward: Reward, answer: str | None, references: Sequence[str]) -> None:
         if self._watch is None:
@@ -415,10 +425,14 @@ class PolarReward:
 
 @dataclass(slots=True)
 class _Ask:
-    """A sample under way, and the verdict of its rule once there is one."""
+    """A sample under way, and the verdict of its rule once there is one.
+
+    Its future is an event loop's if there is an inbox, through which alone other threads may settle it.
+    """
 
     sample: TextGroup
-    future: Future[Reward]
+    future: Future[Reward] | asyncio.Future[Reward]
+    inbox: _Inbox | None = None
     verdict: Verdict | None = None
 
 
@@ -442,8 +456,46 @@ def _name(sample: TextGroup) -> str:
     return f"sample with the prompt that begins {sample.prompt[:40]!r}"
 
 
-def _settle(future: Future[Reward], outcome: Reward | BaseException) -> None:
-    if future.done() or not future.set_running_or_notify_cancel():
+class _Inbox:
+    """Hands outcomes over to an event loop: what comes together with one wake-up, which is a system call.
+
+    Args:
+        loop: The loop of the futures.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)  # the inboxes are kept by loop, weakly
+        self._lock = threading.Lock()
+        self._outcomes: list[tuple[asyncio.Future[Reward], Reward | BaseException]] = []
+
+    def put(self, future: asyncio.Future[Reward], outcome: Reward | BaseException) -> None:
+        """Settles a future of the loop soon; called from any thread."""
+        with self._lock:
+            self._outcomes.append((future, outcome))
+            first = len(self._outcomes) == 1
+        if first and (loop := self._loop()) is not None:
+            with suppress(RuntimeError):  # the loop is closed: whoever asked has gone
+                loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            outcomes, self._outcomes = self._outcomes, []
+        for future, outcome in outcomes:
+            if future.done():
+                continue  # whoever asked has gone
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+
+def _settle(ask: _Ask, outcome: Reward | BaseException) -> None:
+    future = ask.future
+    if ask.inbox is not None:
+        ask.inbox.put(cast("asyncio.Future[Reward]", future), outcome)
+        return
+    future = cast("Future[Reward]", future)
+    if not future.set_running_or_notify_cancel():
         return  # whoever asked has gone
     if isinstance(outcome, BaseException):
         future.set_exception(outcome)

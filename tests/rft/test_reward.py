@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from concurrent.futures import CancelledError, Future
@@ -204,3 +205,29 @@ def test_a_sample_without_reference_is_named():
         sample_of("Q?", [], "a")
     with pytest.raises(PolarError, match="reference"):
         sample_of("Q?", [None], "a")
+
+
+def test_one_reward_for_several_event_loops(serve, reward_from, template):
+    """A framework may run a loop of its own for every batch, and drop calls."""
+    reward, batch = reward_from(serve(), gather_ms=50), samples(30)
+
+    async def ask(some: list[TextGroup]) -> list[float]:
+        dropped = asyncio.ensure_future(reward.score_async(some[0]))
+        await asyncio.sleep(0)
+        dropped.cancel()
+        return [found.score for found in await asyncio.gather(*map(reward.score_async, some))]
+
+    for some in (batch[:10], batch[10:20], batch[20:]):
+        assert asyncio.run(ask(some)) == pytest.approx([expected(template, sample) for sample in some])
+    never_awaited = asyncio.new_event_loop()
+    never_awaited.run_until_complete(_start(reward, batch[0]))
+    never_awaited.close()
+    assert asyncio.run(ask(batch[:5])) == pytest.approx([expected(template, s) for s in batch[:5]])
+    gc.collect()
+    assert len(reward._inboxes) <= 1  # those of loops that have ended are gone
+
+
+async def _start(reward: PolarReward, sample: TextGroup) -> None:
+    task = asyncio.ensure_future(reward.score_async(sample))
+    await asyncio.sleep(0)
+    assert not task.done()
