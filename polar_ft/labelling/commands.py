@@ -104,6 +104,8 @@ def label(
         score = server_scorer(server, model)
     elif model is not None:
         score = model_scorer(model, device=device, dtype=dtype)
+    if score is not None and not console.is_terminal:
+        console.print(f"asking the model about {many(len(tasks), 'row')}")
     with Progress(
         TextColumn("asking the model"),
         BarColumn(),

@@ -12,6 +12,7 @@ files are all there is: a new start reads them and continues.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import unicodedata
@@ -145,16 +146,21 @@ def read_decisions(paths: Iterable[str | Path]) -> list[Decision]:
     decisions = []
     for path in map(Path, paths):
         beside = path.with_name(OTHER_FOLDER) / path.name if path.is_file() else path / OTHER_FOLDER
-        for part in (path, beside):
-            if part == beside and not (part.is_file() or (part.is_dir() and any(part.glob("*.jsonl")))):
-                continue
-            for place, row in read_rows(part):
-                try:
-                    if isinstance(row, RowProblem):
-                        raise PolarError(str(row))
-                    decisions.append(decision_of(row))
-                except RowError as error:
-                    raise PolarError(str(RowProblem.at(place, error))) from None
+        decisions += _decisions_in(path)
+        if beside.is_file() or any(beside.glob("*.jsonl")):
+            decisions += _decisions_in(beside)
+    return decisions
+
+
+def _decisions_in(path: Path) -> list[Decision]:
+    decisions = []
+    for place, row in read_rows(path):
+        try:
+            if isinstance(row, RowProblem):
+                raise PolarError(str(row))
+            decisions.append(decision_of(row))
+        except RowError as error:
+            raise PolarError(f"{RowProblem.at(place, error)}; name what holds only decisions") from None
     return decisions
 
 
@@ -205,9 +211,9 @@ class Labeller:
         self._again = {key for key in pairs if _uniform("repeat", self.name, key) < repeat}
         self._files = folder / f"{self.name}.jsonl", folder / OTHER_FOLDER / f"{self.name}.jsonl"
         for file in self._files:
-            _cut_unfinished_line(file)
+            _mend_last_line(file)
         existing = [file for file in self._files if file.is_file() and file.stat().st_size]
-        decisions = [decision for file in existing for decision in _of_file(file)]
+        decisions = [decision for file in existing for decision in _decisions_in(file)]
         self.decisions = sorted(decisions, key=lambda decision: decision.number)
 
     def next(self) -> Shown | None:
@@ -312,6 +318,8 @@ class Store:
         names = {file.stem for file in [*folder.glob("*.jsonl"), *(folder / OTHER_FOLDER).glob("*.jsonl")]}
         self.labellers: dict[str, Labeller] = {}
         for name in sorted(names):
+            if clean_name(name) != name:
+                raise PolarError(f"{folder}: {name}.jsonl is no name of a labeller; use small letters")
             self.labeller(name)
 
     def labeller(self, name: str) -> Labeller:
@@ -328,20 +336,6 @@ class Store:
     def close(self) -> None:
         """Lets other processes have the folder."""
         self._lock.close()
-
-
-def _of_file(file: Path) -> list[Decision]:
-    decisions = []
-    for place, row in read_rows(file):
-        try:
-            if isinstance(row, RowProblem):
-                raise PolarError(f"{row}; a file of decisions is damaged, or --out names another folder")
-            decisions.append(decision_of(row))
-        except RowError as error:
-            raise PolarError(
-                f"{RowProblem.at(place, error)}; name an --out that holds only decisions"
-            ) from None
-    return decisions
 
 
 def _append(file: Path, line: bytes) -> None:
@@ -366,10 +360,21 @@ def _cut_last_line(file: Path) -> None:
     _cut(file, content.rfind(b"\n", 0, len(content) - 1) + 1)
 
 
-def _cut_unfinished_line(file: Path) -> None:
-    """Removes a line that a crash left without its end: its decision was never confirmed."""
-    if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
-        _cut(file, content.rfind(b"\n") + 1)
+def _mend_last_line(file: Path) -> None:
+    """Completes or removes a line that a crash left without its end; a file of other rows is left alone."""
+    content = file.read_bytes() if file.is_file() else b""
+    size = content.rfind(b"\n") + 1
+    last = content[size:]
+    begins_like_ours = last[:7] == b'{"id": '[: len(last)]
+    if not (last and begins_like_ours and all(b'"labeller": ' in one for one in content[:size].splitlines())):
+        return
+    try:
+        is_decision = "labeller" in json.loads(last)
+    except ValueError:
+        _cut(file, size)  # it was never confirmed to the labeller
+        return
+    if is_decision:
+        _append(file, b"\n")
 
 
 def _cut(file: Path, size: int) -> None:
