@@ -146,8 +146,8 @@ def report(
     force: Force = False,
 ) -> None:
     """Show how labellers agree, with each other and with themselves, and whether they favour a side."""
+    from polar_ft.labelling.decisions import read_decisions
     from polar_ft.labelling.report import report_on, show, write_agreed
-    from polar_ft.labelling.store import read_decisions
 
     if agreed is not None:
         refuse_to_overwrite([agreed], force=force)

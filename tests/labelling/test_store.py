@@ -13,7 +13,8 @@ import pytest
 from polar_ft.data.lint import check
 from polar_ft.data.reading import as_sources, read_examples
 from polar_ft.errors import PolarError
-from polar_ft.labelling.store import OTHER_FOLDER, REPEAT_AFTER, ChangedError, Labeller, read_decisions
+from polar_ft.labelling.decisions import OTHER_FOLDER, read_decisions
+from polar_ft.labelling.store import REPEAT_AFTER, ChangedError, Labeller
 from tests.labelling.conftest import ROWS, lines
 
 
