@@ -330,7 +330,7 @@ def export_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Write pairs for other frameworks, or to be compared by people.
+    """Write pairs as training or labelling tools read them.
 
     For Label Studio and Argilla the two answers come in any order, and which of them is chosen is left out.
     What has no place there is counted. A row that cannot be used is an error, and nothing is written.

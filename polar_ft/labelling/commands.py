@@ -104,6 +104,8 @@ def label(
         score = server_scorer(server, model)
     elif model is not None:
         score = model_scorer(model, device=device, dtype=dtype)
+    if score is not None and not console.is_terminal:
+        console.print(f"asking the model about {many(len(tasks), 'row')}")
     with Progress(
         TextColumn("asking the model"),
         BarColumn(),
@@ -144,8 +146,8 @@ def report(
     force: Force = False,
 ) -> None:
     """Show how labellers agree, with each other and with themselves, and whether they favour a side."""
+    from polar_ft.labelling.decisions import read_decisions
     from polar_ft.labelling.report import report_on, show, write_agreed
-    from polar_ft.labelling.store import read_decisions
 
     if agreed is not None:
         refuse_to_overwrite([agreed], force=force)

@@ -13,7 +13,7 @@ import hashlib
 import heapq
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
 from typing import Any
 
@@ -96,10 +96,9 @@ class Task:
             most: Most pairs.
             rewards: The model's rewards of the answers, `[answers]`.
         """
-        answers = [
-            Answer(one.text, one.value, one.source, one.policy, None if rewards is None else rewards[number])
-            for number, one in enumerate(self.answers)
-        ]
+        answers = self.answers
+        if rewards is not None:
+            answers = tuple(replace(one, reward=reward) for one, reward in zip(answers, rewards, strict=True))
         made = (self._pair(first, second) for first, second in combinations(answers, 2))
         return heapq.nsmallest(most, made, key=lambda pair: (abs(pair.margin or 0.0), pair.key))
 

@@ -22,7 +22,7 @@ from polar_ft.data.report import many, number_table
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError, printable
 from polar_ft.evaluation.statistics.accuracy import wilson_interval
-from polar_ft.labelling.store import Decision
+from polar_ft.labelling.decisions import Decision
 
 # What a labelled row says of one labeller.
 _OF_ONE = ("labeller", "decision", "number", "repeat", "seconds", "labelled_at")

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from polar_ft.cli import app as cli
 from polar_ft.data.reading import read_examples
+from polar_ft.labelling.decisions import Decision
 from polar_ft.labelling.report import krippendorff_alpha, report_on
-from polar_ft.labelling.store import Decision
 from tests.labelling.conftest import lines
 from tests.labelling.test_store import decide
 

@@ -13,7 +13,8 @@ import pytest
 from polar_ft.data.lint import check
 from polar_ft.data.reading import as_sources, read_examples
 from polar_ft.errors import PolarError
-from polar_ft.labelling.store import OTHER_FOLDER, REPEAT_AFTER, ChangedError, Labeller, read_decisions
+from polar_ft.labelling.decisions import OTHER_FOLDER, read_decisions
+from polar_ft.labelling.store import REPEAT_AFTER, ChangedError, Labeller
 from tests.labelling.conftest import ROWS, lines
 
 
@@ -121,11 +122,14 @@ def test_a_crash_in_the_middle_of_a_line_costs_only_the_decision_that_was_not_co
     whole = (folder / "alice.jsonl").read_bytes()
     decide(alice, "right")
     torn = (folder / "alice.jsonl").read_bytes()
-    for length in (len(whole), len(whole) + 1, len(torn) - 1):
+    for length in (len(whole), len(whole) + 1, len(whole) + 8, len(torn) - 2):
         (folder / "alice.jsonl").write_bytes(torn[:length])
         again = open_store().labeller("alice")
         assert len(again.decisions) == 1
         assert (folder / "alice.jsonl").read_bytes() == whole
+    (folder / "alice.jsonl").write_bytes(torn[:-1])  # all but the line end
+    assert len(open_store().labeller("alice").decisions) == 2
+    assert (folder / "alice.jsonl").read_bytes() == torn
     (folder / "alice.jsonl").write_bytes(whole[:10])
     assert open_store().labeller("alice").decisions == []
 
@@ -206,11 +210,15 @@ except PolarError as error:
 
 def test_a_folder_of_other_data_is_refused_and_left_alone(open_store, folder):
     folder.mkdir()
-    row = {"prompt": "p", "reference": "", "chosen": "a", "rejected": "b"}
-    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(PolarError, match=r"train.jsonl:1: labeller: is missing"):
+    row = json.dumps({"id": "1", "prompt": "p", "reference": "", "chosen": "a", "rejected": "b"})
+    for content in (f"{row}\n", row, f"{row}\n{row[:20]}"):  # also without an end, which is no crash of ours
+        (folder / "train.jsonl").write_text(content)
+        with pytest.raises(PolarError, match=r"train.jsonl:1: labeller: is missing"):
+            open_store()
+        assert (folder / "train.jsonl").read_text() == content
+    (folder / "train.jsonl").rename(folder / "Train.jsonl")
+    with pytest.raises(PolarError, match=r"Train.jsonl is no name of a labeller"):
         open_store()
-    assert lines(folder / "train.jsonl") == [row]
 
 
 @pytest.mark.parametrize("name", ["", "../alice", "a/b", ".alice", "_alice", "a b", "x" * 41, "a\n"])
