@@ -2,10 +2,10 @@
 
     python -m benchmarks.start_up --json benchmarks/results/start_up.json
 
-Each round times all of them in turn; the figures are medians. Seconds depend on the machine and on what else it
-does, the ratios hardly. ``train`` is the time from the command to the line of its first step, of the tiny config
-on the example data, which is cached, as is the base; ``xtuner train`` the same of that command. ``eval`` is the
-time to its first line of progress, which is that of the first rows that are scored.
+Each round times all of them in turn; the figures are medians. Seconds depend on the machine and what else
+it does, the ratios hardly. ``train`` is the time from the command to the line of its first step, of the
+tiny config on the example data, which is cached as the base is; ``xtuner train`` the same of that command.
+``eval`` is the time to its first line of progress, that of the first rows that are scored.
 """
 
 from __future__ import annotations
