@@ -6,6 +6,7 @@ TensorBoard and the JSON lines of mmengine's LocalVisBackend are written next to
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -87,7 +88,12 @@ def _backend(name: str, arguments: dict[str, Any], runner: Any) -> Any:
     if backend is None:
         return _Run(import_module(name), arguments, folder, runner)
     if name == "mlflow":
-        arguments = {"exp_name": "polar_ft", "run_name": runner.experiment_name, **arguments}
+        # mmengine's default is a folder of files, which MLflow 3 refuses.
+        store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(runner.work_dir, 'mlflow.db')}"
+        named = {"exp_name": "polar_ft", "run_name": runner.experiment_name, "tracking_uri": store}
+        if store.startswith("sqlite:"):
+            named["artifact_location"] = Path(runner.work_dir, "mlflow").as_uri()
+        arguments = {**named, **arguments}
     return getattr(import_module("mmengine.visualization"), backend)(save_dir=str(folder / name), **arguments)
 
 
