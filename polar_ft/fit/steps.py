@@ -136,12 +136,12 @@ class Steps:
         said = escape(printable(str(result.get("said", ""))))
         place = f"{self.count:>2}/{self.total}"
         # The text hangs: a long one is broken into lines that begin below its first.
-        width = max(40, self.console.width - 32)
+        width = max(40, self.console.width - 34)
         lines = Text.from_markup(said).wrap(self.console, width)
         first = lines[0].plain if len(lines) else ""
-        self.console.print(f"{mark} [dim]{place}[/] {name:<12}[dim]{_right(seconds, 9)}[/]  {escape(first)}")
+        self.console.print(f"{mark} [dim]{place}[/] {name:<14}[dim]{_right(seconds, 9)}[/]  {escape(first)}")
         for line in lines[1:]:
-            self.console.print(f"{'':31}{escape(line.plain)}")
+            self.console.print(f"{'':33}{escape(line.plain)}")
 
     @contextmanager
     def _shown(self, name: str) -> Iterator[Tell]:
@@ -181,7 +181,7 @@ class _Line:
     def plain(self) -> str:
         """One line of text."""
         seconds = time.monotonic() - self.started
-        parts = [f"… {self.place} {self.name:<12}{clock(seconds)}"]
+        parts = [f"… {self.place} {self.name:<14}{clock(seconds)}"]
         if self.share:
             parts.append(f"{self.share:4.0%}, {clock(seconds * (1 - self.share) / self.share)} left")
         return "  ".join([*parts, printable(self.text or _last_line(self.log))])

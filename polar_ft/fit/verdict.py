@@ -19,6 +19,7 @@ from polar_ft.evaluation.report.report import METRICS_FILE, Report
 from polar_ft.evaluation.report.texts import p_value, percent, percent_interval, signed_points
 from polar_ft.evaluation.scores_file import read_scores
 from polar_ft.evaluation.statistics.accuracy import Interval, wilson_interval
+from polar_ft.evaluation.statistics.length import LengthBias
 from polar_ft.evaluation.statistics.resampling import bootstrap_ratio, prompt_numbers
 from polar_ft.fit.steps import Result
 
@@ -299,8 +300,8 @@ def _more(
         )
     if needed_pairs is not None and needed_prompts is not None:
         lines.append(
-            f"With {many(n_pairs, 'held-out pair')} the accuracy is known to {percent_interval(interval)} %; "
-            f"for ±{WANTED:.0%} about {needed_pairs:,} pairs of {needed_prompts:,} prompts would be needed."
+            f"{many(n_pairs, 'held-out pair')} leave an interval of {percent_interval(interval)} %; for "
+            f"±{WANTED:.0%} about {needed_pairs:,} pairs of {needed_prompts:,} prompts would be needed."
         )
     return lines
 
@@ -323,7 +324,7 @@ def _advice(
     length = report.metrics.length
     if length is not None:
         longer, shorter = length.chosen_longer.accuracy, length.rejected_longer.accuracy
-        if longer is not None and shorter is not None and abs(longer - shorter) > LENGTH_GAP:
+        if longer is not None and shorter is not None and _are_apart(length):
             better, worse = ("longer", "shorter") if longer > shorter else ("shorter", "longer")
             add(
                 "Length is taken for quality",
@@ -342,11 +343,10 @@ def _advice(
         )
     elif against is not None and against.difference_ci95 is not None and against.difference_ci95[1] >= 0:
         add(
-            "The reference is not used",
+            "The reference is not shown to be used",
             f"With references shuffled between rows the accuracy changes by "
-            f"{signed_points(against.difference)} points, so the model goes by the answers alone. Check that "
-            f"the references are good answers to their prompts, and train on pairs that only the reference "
-            f"decides.",
+            f"{signed_points(against.difference)} points, which may be chance. Check that the references are "
+            f"good answers to their prompts, and train on pairs that only the reference decides.",
         )
     cut = report.truncation
     if cut is not None and cut.n_pairs > 0.1 * outcome.n_pairs and not tiny:
@@ -371,23 +371,42 @@ def _advice(
     return found
 
 
+def _are_apart(length: LengthBias) -> bool:
+    """Whether pairs with a longer and with a shorter chosen answer differ much, and by more than chance."""
+    longer, shorter = length.chosen_longer, length.rejected_longer
+    if longer.accuracy is None or shorter.accuracy is None:
+        return False
+    if longer.accuracy_ci95 is None or shorter.accuracy_ci95 is None:
+        return False
+    low, high = sorted((longer, shorter), key=lambda group: group.accuracy or 0.0)
+    assert low.accuracy_ci95 is not None
+    assert high.accuracy_ci95 is not None
+    apart = abs(longer.accuracy - shorter.accuracy) > LENGTH_GAP
+    return apart and low.accuracy_ci95[1] < high.accuracy_ci95[0]
+
+
 def _advise_on_data(outcome: Outcome, add: Callable[[str, str], None]) -> None:
     """More data: by the learning curve where there is one."""
     curve = outcome.curve
     if len(curve) > 1:
         before, now = curve[-2], curve[-1]
         gain = now.accuracy - before.accuracy
-        noise = math.hypot(*((high - low) / 2 for low, high in (before.interval, now.interval))) / math.sqrt(
-            2
-        )
+        # About two standard errors of a difference; the points share their held-out pairs, so it is less.
+        noise = math.hypot(*((high - low) / 2 for low, high in (before.interval, now.interval)))
         grown = (
             f"from {before.share:.0%} to all of the data the accuracy went from "
             f"{percent(before.accuracy)} to {percent(now.accuracy)} %"
         )
         if gain > max(0.01, noise / 2):
             add("More data", f"It helps: {grown}. Twice as many pairs may bring about as much again.")
-        else:
+        elif noise <= 2 * WANTED:
             add("Other data, not more", f"The learning curve is flat: {grown}.")
+        else:
+            add(
+                "The learning curve does not tell",
+                f"{grown[0].upper()}{grown[1:]}, and such a difference may be chance: it takes more held-out "
+                f"pairs to see whether more data helps.",
+            )
     elif outcome.model.interval is not None and outcome.model.interval[0] < ALL:
         add(
             "Find out whether more data helps",
