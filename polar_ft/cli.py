@@ -41,7 +41,10 @@ EXTRAS = {
 COMMANDS = {
     "fit": ("polar_ft.fit.commands:fit", "Make a reward model of a file of preferences."),
     "data": ("polar_ft.data.commands:data_app", "Check, convert, split and preview preference data."),
-    "label": ("polar_ft.labelling.commands:label_app", "Compare answers on a page, or see who agrees (label report)."),
+    "label": (
+        "polar_ft.labelling.commands:label_app",
+        "Compare answers on a page, or see who agrees (label report).",
+    ),
     "doctor": ("polar_ft.doctor.commands:doctor", "Check this machine, and what a run of CONFIG will take."),
     "plan": ("polar_ft.doctor.commands:plan", "Print which ZeRO stages fit on GPUs, computed from shapes."),
     "train": (
