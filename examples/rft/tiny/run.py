@@ -57,7 +57,7 @@ ARMS: dict[str, list[str]] = {
 LABELS = {
     "references": ("tab:blue", "references"),
     "shuffled": ("tab:gray", "shuffled references"),
-    "hacked": ("tab:red", "without a KL term"),
+    "hacked": ("tab:red", "shuffled, without a KL term"),
 }
 
 
