@@ -76,10 +76,15 @@ def killed(arguments: Sequence[str], env: dict[str, str], out: Path, seconds: fl
 
 
 def ends(out: Path) -> dict[str, object]:
-    """What has to be the same at the end."""
+    """What has to be the same at the end: all that does not hold the path of the folder."""
     folders = {name: content_of(out / name) for name in ("data", "model", "base")}
-    folders["model"].pop("README.md")  # has the name of the folder
-    return folders | {"scores": content_of(out / "eval" / "model" / "scores.jsonl")}
+    for name in ("README.md", "reward_scale.json"):
+        folders["model"].pop(name, None)
+    scale = json.loads((out / "model" / "reward_scale.json").read_text())
+    scale.pop("data")
+    scores = [json.loads(line) for line in (out / "eval" / "model" / "scores.jsonl").open()]
+    margins = [(row["id"], row["chosen_score"], row["rejected_score"]) for row in scores]
+    return folders | {"scale": scale, "scores": margins}
 
 
 def main(kills: int, seed: int, out: Path) -> int:
