@@ -17,9 +17,9 @@ class Thinking:
     """How a policy marks its thoughts.
 
     Everything up to the last closing tag is thought, however many tags there are, however they are nested
-    and wherever they stand, in a code block as well: a text before a tag can never be scored. An opening tag
-    after that begins a thought that was never ended: no answer came. Without any tag the whole output is the
-    answer, except where the prompt has already opened the tag.
+    and wherever they stand, in a code block as well. An opening tag after that begins a thought that was
+    never ended: no answer came. Without any tag the whole output is the answer, except where the prompt has
+    already opened the tag.
 
     Channels are tags too, if the decoded output keeps them: gpt-oss writes ``<|channel|>analysis<|message|>``
     before its thoughts and ``<|channel|>final<|message|>`` before its answer.
@@ -47,6 +47,7 @@ class Thinking:
         [None, None, None]
         >>> thinking.answer("<think>Hm.</think>Write `</think>` at the end.")
         '` at the end.'
+        >>> thinking.answer("<think>Hm.</think>Write `<think>` first.")
         >>> Thinking(opened_by_prompt=True).answer("It is 4, since")
         """
         _, closed, answer = output.rpartition(self.end)
