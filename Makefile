@@ -37,7 +37,7 @@ test-engines: $(STAMP)
 	PYTHON=$(BIN)/python tools/engine_env.sh
 	POLAR_ENGINES=$(CURDIR)/.venv-engines OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/engines
 
-RFT := trl verl-0.5 verl-0.7 verl-0.9 verifiers trinity
+RFT := trl verl-0.5 verl-0.7 verl-0.9 opencompass verifiers trinity areal
 test-rft: $(STAMP)
 	PYTHON=$(BIN)/python tools/rft_env.sh $(RFT)
 	POLAR_RFT=$(CURDIR)/.venv-rft OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/frameworks

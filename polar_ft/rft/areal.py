@@ -52,8 +52,9 @@ class PolarWorkflow(RLVRWorkflow):
         scorer = shared_reward(reward)
         scorer.check_single_calls("AReaL")
 
+        # Positional only: a row may have columns of any name.
         async def polar(
-            prompt: str, completion: str, prompt_ids: Any, completion_ids: Any, **row: Any
+            prompt: str, completion: str, prompt_ids: Any, completion_ids: Any, /, **row: Any
         ) -> float:
             return (await scorer.score_async(_sample(completion, row, question, end_tokens))).score
 
@@ -94,8 +95,9 @@ def _score_within(
     end_tokens: Sequence[str],
     prompt: str,
     completion: str,
-    prompt_ids: Any = None,
-    completion_ids: Any = None,
+    prompt_ids: Any,
+    completion_ids: Any,
+    /,
     **row: Any,
 ) -> float:
     give_up_at = time.monotonic() + seconds

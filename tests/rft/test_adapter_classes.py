@@ -61,7 +61,7 @@ def areal(adapter):
     return adapter("areal", {"areal.workflow.rlvr": {"RLVRWorkflow": RLVRWorkflow}})
 
 
-ROW = {"messages": QUESTION, "reference": "4", "answer": "another column"}
+ROW = {"messages": QUESTION, "reference": "4", "question": "another column", "prompt": "another"}
 
 
 def test_areal_workflow(areal, settings, rewards):  # noqa: F811

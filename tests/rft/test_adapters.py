@@ -124,7 +124,8 @@ def test_openrlhf(settings, rewards):
 def test_slime(settings, rewards):
     custom_rm = make_custom_rm(**settings)
     label = {"prompt": QUESTION, "reference": "4"}
-    samples = [SimpleNamespace(label=label, response=output) for output in OUTPUTS]
+    # slime keeps special tokens in responses.
+    samples = [SimpleNamespace(label=label, response=f"{output}<|im_end|>") for output in OUTPUTS]
 
     async def run():
         return await custom_rm(None, samples), [await custom_rm(None, sample) for sample in samples]
