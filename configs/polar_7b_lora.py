@@ -68,6 +68,8 @@ save_steps = 500
 save_total_limit = 2
 max_bad_steps = 5  # a non-finite loss updates nothing; so many such steps in a row end the run
 log_interval = 1
+# A tracking service as well: "wandb", "mlflow", "swanlab", "trackio", …, see docs/training.md.
+track = None
 # With val_data: a validation before step 1, every so many steps, and after the last one.
 val_interval = 50
 # The best checkpoint is kept by this: "accuracy", "accuracy_ties_half", "macro_accuracy" or "log_loss".
@@ -120,6 +122,7 @@ train_cfg = dict(
     save_total_limit=save_total_limit,
     max_bad_steps=max_bad_steps,
     log_interval=log_interval,
+    track=track,
     validation=dict(data=val_data, interval=val_interval, metric=val_metric, patience=val_patience),
 )
 # The loop does what these hooks of mmengine do; a list custom_hooks may hold hooks of your own.

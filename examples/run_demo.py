@@ -1,12 +1,12 @@
-"""Runs the main workflow from end to end with the commands that a user types; run by `make demo`.
-
-Two parts, each: data → polar-ft data check → xtuner train → tools/pth_to_hf.py → tools/eval_preference.py.
+"""Runs the main workflow from end to end: `polar-ft fit` on two data sets; run by `make demo`.
 
 - ``domain_rm``: a catalogue in which only the reference determines which answer is right
     (examples/domain_rm).
 - ``alpaca``: ranked answers of real models (examples/data).
 
-Writes ``work_dirs/demo/summary.json``; ends with status 1 if a command fails or the domain is not learned.
+Then the scores of each model are compared with what transformers computes from its folder
+(examples/check_export.py). Writes ``work_dirs/demo/summary.json``; ends with status 1 if a command fails or
+the domain is not learned.
 
     python examples/run_demo.py [--work-dir work_dirs/demo]
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -35,7 +34,6 @@ from rich.table import Table
 from polar_ft.errors import PolarError
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "configs" / "polar_tiny_cpu.py"
 
 # What the domain part has to reach; for the slice of real answers nothing is required.
 MIN_DOMAIN_ACCURACY = 0.95
@@ -49,18 +47,14 @@ class Part:
 
     Attributes:
         name: Name of its folder and key in the summary.
-        train: Training data.
-        held_out: Held-out data; shares no prompt with ``train``.
-        base: Arguments of examples/tiny_base.py.
-        settings: Lines at the top of the config that this part edits.
+        data: What `polar-ft fit` is given.
+        held_out: Held-out data; shares no prompt with ``data``.
         make_data: Command that makes the data first, if any.
     """
 
     name: str
-    train: Path
+    data: Path
     held_out: Path
-    base: Sequence[str]
-    settings: Mapping[str, object]
     make_data: Sequence[str | Path] = ()
 
 
@@ -74,7 +68,7 @@ class PartSummary(BaseModel):
         accuracy_shuffled_reference: The same with references shuffled between rows.
         accuracy_length_baseline: Of "the longer answer wins" on the same pairs; equal lengths count half.
         accuracy_shorter_baseline: Of "the shorter answer wins".
-        train_seconds: Wall-clock time of the `xtuner train` command.
+        train_seconds: Wall-clock time of training.
         hf_dir: The exported folder.
         max_abs_score_diff_export: See examples/check_export.py.
         eval_dir: Where metrics.json and scores.jsonl are.
@@ -96,7 +90,7 @@ class PartSummary(BaseModel):
 
 @dataclass
 class Runner:
-    """Runs commands in the root of the repository, each with its own log.
+    """Runs commands in the root of the repository.
 
     Attributes:
         console: Where commands and their times are shown.
@@ -112,139 +106,85 @@ class Runner:
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         self.environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
 
-    def __call__(self, command: Sequence[str | Path], log: Path) -> tuple[str, float]:
-        """Runs a command and shows the last line of its log meanwhile.
+    def __call__(self, command: Sequence[str | Path], log: Path | None = None) -> str:
+        """Runs a command.
+
+        Args:
+            command: The words.
+            log: File for what it prints; None shows it as it comes.
 
         Returns:
-            What it printed on stdout and stderr, and its seconds.
+            What is in the log.
 
         Raises:
             PolarError: It failed; the message holds the end of its log.
         """
         words = [_relative(word) for word in command]
         shown = shlex.join(words)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
-        with log.open("wb") as output, self.console.status(escape(shown)) as status:
-            try:
-                process = subprocess.Popen(
-                    words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=self.environment
-                )
-            except FileNotFoundError as error:
-                raise PolarError(f"{words[0]}: no such command; run `make install` first") from error
-            while process.poll() is None:
-                time.sleep(0.2)
-                status.update(f"{escape(shown)}\n  [dim]{escape(_last_line(log))}")
-        seconds = time.perf_counter() - start
-        text = log.read_text(encoding="utf-8", errors="replace")
-        if process.returncode != 0:
-            tail = "\n".join(text.splitlines()[-30:])
-            raise PolarError(
-                f"{shown}\n{tail}\nfailed with status {process.returncode}; the complete log: {log}"
+        self.console.print(f"[dim]$[/] {escape(shown)}", highlight=False, soft_wrap=True)
+        self.console.file.flush()
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        output = None if log is None else log.open("wb")
+        try:
+            done = subprocess.run(
+                words, stdout=output, stderr=output, cwd=ROOT, env=self.environment, check=False
             )
-        self.console.print(
-            f"[green]✓[/] [dim]{seconds:5.1f} s[/]  {escape(shown)}", highlight=False, soft_wrap=True
-        )
-        return text, seconds
+        except FileNotFoundError as error:
+            raise PolarError(f"{words[0]}: no such command; run `make install` first") from error
+        finally:
+            if output is not None:
+                output.close()
+        text = "" if log is None else log.read_text(encoding="utf-8", errors="replace")
+        if done.returncode != 0:
+            tail = "".join(f"\n{line}" for line in text.splitlines()[-30:])
+            where = "" if log is None else f"; the complete log: {log}"
+            raise PolarError(f"{shown}{tail}\nfailed with status {done.returncode}{where}")
+        return text
 
 
 def parts(work_dir: Path) -> list[Part]:
-    """The two parts, with the settings in which their configs differ."""
-    domain, slice_dir = work_dir / "domain_rm" / "data", ROOT / "examples" / "data"
+    """The two parts."""
+    catalogue, slice_dir = work_dir / "catalogue", ROOT / "examples" / "data"
     return [
         Part(
             name="domain_rm",
-            make_data=["examples/domain_rm/make_data.py", domain],
-            train=domain / "train.jsonl",
-            held_out=domain / "held_out.jsonl",
-            base=["--vocab-size", "768", "--hidden", "96", "--heads", "8"],
-            settings={"lr": 3e-3, "max_epochs": 8, "global_batch_pairs": 64},
+            make_data=["examples/domain_rm/make_data.py", catalogue],
+            data=catalogue / "train.jsonl",
+            held_out=catalogue / "held_out.jsonl",
         ),
         Part(
             name="alpaca",
-            train=slice_dir / "alpaca_train.jsonl",
+            data=slice_dir / "alpaca_train.jsonl",
             held_out=slice_dir / "alpaca_held_out.jsonl",
-            base=["--vocab-size", "4096", "--hidden", "96"],
-            settings={"max_epochs": 2},
         ),
     ]
 
 
-def run_part(part: Part, work_dir: Path, run: Runner) -> PartSummary:
+def run_part(part: Part, out: Path, run: Runner) -> PartSummary:
     """Runs all commands of a part.
 
     Args:
         part: The part.
-        work_dir: Folder of the part, which is created.
+        out: Folder of its fit.
         run: Runs a command.
 
     Raises:
         PolarError: A command failed.
     """
-    python = "python"
-    base, train_dir, hf_dir, eval_dir = (work_dir / name for name in ("base", "train", "hf", "eval"))
-    logs = work_dir / "logs"
+    python, logs = "python", out.parent / "logs"
     if part.make_data:
-        run([python, *part.make_data], logs / "data.log")
-    run([python, "examples/tiny_base.py", base, part.train, *part.base], logs / "base.log")
-    check: list[str | Path] = ["polar-ft", "data", "check", part.train, part.held_out, "--tokenizer", base]
-    run(check, logs / "check.log")
-
-    config = work_dir / "config.py"
-    paths = {"pretrained_model_name_or_path": str(base), "data": str(part.train)}
-    config.write_text(edit_config(CONFIG.read_text(encoding="utf-8"), {**paths, **part.settings}), "utf-8")
-    _, seconds = run(["xtuner", "train", config, "--work-dir", train_dir], logs / "train.log")
-    checkpoint = last_checkpoint(train_dir, logs / "train.log")
-
-    run([python, "tools/pth_to_hf.py", config, checkpoint, hf_dir], logs / "convert.log")
-    evaluate: list[str | Path] = [
-        python,
-        "tools/eval_preference.py",
-        hf_dir,
-        part.held_out,
-        "--out",
-        eval_dir,
-    ]
-    run([*evaluate, "--shuffle-references", "0"], logs / "eval.log")
-    compared, _ = run(
-        [python, "examples/check_export.py", config, checkpoint, hf_dir, part.held_out],
-        logs / "check_export.log",
-    )
-    metrics = json.loads((eval_dir / "metrics.json").read_text(encoding="utf-8"))
-    return summarize(metrics, json.loads(compared.splitlines()[-1]), seconds, work_dir)
+        run([python, *part.make_data], logs / f"{part.name}_data.log")
+    run(["polar-ft", "fit", part.data, "--held-out", part.held_out, "--out", out, "--yes"])
+    steps = json.loads((out / "fit.json").read_text(encoding="utf-8"))["done"]
+    checkpoint = Path(steps["train"]["result"]["checkpoint"])
+    compare: list[str | Path] = [python, "examples/check_export.py", out / "config.py", checkpoint]
+    compared = run([*compare, out / "model", part.held_out], logs / f"{part.name}_check_export.log")
+    metrics = json.loads((out / "eval" / "model" / "metrics.json").read_text(encoding="utf-8"))
+    return summarize(metrics, json.loads(compared.splitlines()[-1]), steps["train"]["seconds"], out)
 
 
-def edit_config(text: str, settings: Mapping[str, object]) -> str:
-    """Sets top-level names of a config, as a user edits the lines at its top.
-
-    Raises:
-        PolarError: The config has no such line.
-
-    >>> edit_config("lr = 1e-5  # low\\nmax_epochs = 1\\n", {"lr": 0.003})
-    'lr = 0.003\\nmax_epochs = 1\\n'
-    """
-    for name, value in settings.items():
-        lines = re.split(rf"^{name} = .*$", text, flags=re.MULTILINE)
-        if len(lines) != 2:
-            raise PolarError(f"{CONFIG}: has {len(lines) - 1} lines `{name} = …`; one was expected")
-        text = f"{name} = {value!r}".join(lines)
-    return text
-
-
-def last_checkpoint(train_dir: Path, log: Path) -> Path:
-    """The last checkpoint of a run.
-
-    Raises:
-        PolarError: There is none; the command of xtuner 0.2.0 exits with 0 even if training failed.
-    """
-    pointer = train_dir / "last_checkpoint"
-    if not pointer.is_file():
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
-        raise PolarError(f"{tail}\n`xtuner train` saved no checkpoint; the complete log: {log}")
-    return Path(pointer.read_text(encoding="utf-8").strip())
-
-
-def summarize(metrics: Mapping, compared: Mapping, train_seconds: float, work_dir: Path) -> PartSummary:
+def summarize(metrics: Mapping, compared: Mapping, train_seconds: float, out: Path) -> PartSummary:
     """The summary of a part from metrics.json and the output of check_export.py."""
     overall = metrics["metrics"]["overall"]
     return PartSummary(
@@ -256,10 +196,10 @@ def summarize(metrics: Mapping, compared: Mapping, train_seconds: float, work_di
         accuracy_length_baseline=metrics["metrics"]["baselines"]["longer_wins"]["overall"],
         accuracy_shorter_baseline=metrics["metrics"]["baselines"]["shorter_wins"]["overall"],
         train_seconds=round(train_seconds, 1),
-        hf_dir=_relative(work_dir / "hf"),
+        hf_dir=_relative(out / "model"),
         max_abs_score_diff_export=compared["max_abs_score_diff_export"],
-        eval_dir=_relative(work_dir / "eval"),
-        train_dir=_relative(work_dir / "train"),
+        eval_dir=_relative(out / "eval" / "model"),
+        train_dir=_relative(out / "train"),
     )
 
 
@@ -311,11 +251,6 @@ def _relative(path: str | Path) -> str:
     return str(path)
 
 
-def _last_line(log: Path) -> str:
-    lines = log.read_bytes()[-2000:].decode("utf-8", "replace").replace("\r", "\n").split("\n")
-    return next((line.strip()[:110] for line in reversed(lines) if line.strip()), "")
-
-
 def main(
     work_dir: Annotated[Path, typer.Option(help="What was in it is replaced.")] = Path("work_dirs/demo"),
 ) -> None:
@@ -338,7 +273,7 @@ def main(
 
     console.print(results_table(summary))
     for part_summary in summary.values():
-        for path in (part_summary.hf_dir, part_summary.eval_dir, part_summary.train_dir):
+        for path in (str(Path(part_summary.hf_dir).with_name("report.html")), part_summary.hf_dir):
             console.print(f"  {path}", highlight=False)
     console.print(f"  {_relative(file)}    ({time.perf_counter() - start:.0f} s in all)", highlight=False)
     if missed := shortfalls(summary):

@@ -1,32 +1,22 @@
 """The command ``polar-ft``: one Typer app, one sub-command per job.
 
-Sub-commands import torch, xtuner and the like when they run, so that ``polar-ft --help`` and ``polar-ft
-data`` start at once and need only the base install.
+A sub-command is imported when it is run, so that ``polar-ft --help`` starts at once. Torch, xtuner and so on
+are imported when they are needed, so that ``polar-ft data`` needs only the base install.
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from functools import cache
+from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import polar_ft
-from polar_ft.client.commands import score
-from polar_ft.conversion.commands import convert
-from polar_ft.data.commands import data_app
-from polar_ft.doctor.commands import doctor, plan
 from polar_ft.errors import PolarError, printable
-from polar_ft.evaluation.commands import eval_app
-from polar_ft.evaluation.scale import calibrate
 from polar_ft.options import APP_SETTINGS
-from polar_ft.parity.commands import parity
-from polar_ft.rft.commands import rft_app, to_openrlhf, to_trl, to_verl
-from polar_ft.serving.commands import serve
 
 # For each extra the packages that it installs; see setup.py.
 EXTRAS = {
@@ -47,45 +37,85 @@ EXTRAS = {
     },
 }
 
-# The help lists them in the order of the work.
-COMMANDS = (
-    "data",
-    "doctor",
-    "plan",
-    "train",
-    "convert",
-    "eval",
-    "serve",
-    "score",
-    "parity",
-    "calibrate",
-    "rft",
-)
+# The commands in the order of the work: where each is (a function or an app), and its line in the help.
+COMMANDS = {
+    "fit": ("polar_ft.fit.commands:fit", "Make a reward model of a file of preferences."),
+    "data": ("polar_ft.data.commands:data_app", "Check, convert, split and preview preference data."),
+    "label": (
+        "polar_ft.labelling.commands:label_app",
+        "Compare answers on a page, or see who agrees (label report).",
+    ),
+    "doctor": ("polar_ft.doctor.commands:doctor", "Check this machine, and what a run of CONFIG will take."),
+    "plan": ("polar_ft.doctor.commands:plan", "Print which ZeRO stages fit on GPUs, computed from shapes."),
+    "train": (
+        "polar_ft.training.commands:train",
+        "Train as `xtuner train` does, and exit with the run's status.",
+    ),
+    "migrate": ("polar_ft.migrate:migrate", "Turn a config of POLAR or xtuner into one of polar_ft."),
+    "watch": ("polar_ft.training.commands:watch", "Draw the curves of a training run in the terminal."),
+    "convert": (
+        "polar_ft.conversion.commands:convert",
+        "Convert a saved checkpoint to a HuggingFace folder.",
+    ),
+    "eval": (
+        "polar_ft.evaluation.commands:eval_app",
+        "Score held-out pairs, or compare two runs (eval compare A B).",
+    ),
+    "serve": ("polar_ft.serving.commands:serve", "Serve a reward model over HTTP, with a page to try it."),
+    "score": ("polar_ft.client.commands:score", "Score a data set with running servers."),
+    "parity": (
+        "polar_ft.parity.commands:parity",
+        "Check that scorer, training, transformers and engines agree.",
+    ),
+    "calibrate": (
+        "polar_ft.evaluation.scale:calibrate",
+        "Measure the range of a model's rewards, for use in RL.",
+    ),
+    "rft": ("polar_ft.rft.commands:rft_app", "Watch a policy that is trained with POLAR as its reward."),
+}
 
 
-class _InOrder(TyperGroup):
+@cache
+def load(name: str) -> Any:
+    """The sub-command of that name, imported."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    found = getattr(import_module(module), attribute)
+    if name == "data":
+        from polar_ft.rft import commands  # in a layer above `polar_ft.data`
+
+        for function in (commands.to_verl, commands.to_trl, commands.to_openrlhf):
+            found.command(function.__name__.replace("_", "-"))(function)
+    if isinstance(found, typer.Typer):
+        command: Any = typer.main.get_group(found)
+    else:
+        alone = typer.Typer(**APP_SETTINGS)
+        alone.command(name, **getattr(found, "command_settings", {}))(found)
+        command = typer.main.get_command(alone)
+    command.name = name
+    return command
+
+
+class _Commands(TyperGroup):
+    """The commands by name and help; the one that is run is imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=line) for name, (_, line) in COMMANDS.items()}
+
     def list_commands(self, ctx: Any) -> list[str]:
-        return sorted(self.commands, key=COMMANDS.index)
+        return list(COMMANDS)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else load(name), rest
 
 
 app = typer.Typer(
-    cls=_InOrder,
+    cls=_Commands,
     help="Fine-tune, check, convert, evaluate and serve POLAR reward models.",
     no_args_is_help=True,
     **APP_SETTINGS,
 )
-app.add_typer(data_app, name="data")
-app.command("doctor")(doctor)
-app.command("plan")(plan)
-app.command("convert")(convert)
-app.add_typer(eval_app, name="eval")
-app.command("serve")(serve)
-app.command("score")(score)
-app.command("parity")(parity)
-app.command("calibrate")(calibrate)
-app.add_typer(rft_app, name="rft")
-for function in (to_verl, to_trl, to_openrlhf):  # in a layer above `polar_ft.data`
-    data_app.command(function.__name__.replace("_", "-"))(function)
 
 
 @app.callback(invoke_without_command=True)
@@ -93,37 +123,6 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         typer.echo(f"polar-ft {polar_ft.__version__}")
         raise typer.Exit
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    options_metavar="",
-    epilog="""Options after CONFIG are those of `xtuner train`:
-
-\b
-  --deepspeed NAME         deepspeed_zero1, deepspeed_zero2, deepspeed_zero3,
-                           deepspeed_zero3_offload, or a JSON file
-  --work-dir DIR           Where checkpoints and logs go.
-                           [default: work_dirs/CONFIG]
-  --resume CHECKPOINT      Resume a run; auto takes the newest complete
-                           checkpoint, and starts anew if there is none.
-  --overwrite              Remove the checkpoints of an earlier run in the
-                           work folder.
-  --cfg-options KEY=VALUE  Other settings than the config's; several in a row.
-  --seed N                 Random seed.
-
-Processes: NPROC_PER_NODE in the environment; for several machines also NNODES, NODE_RANK, ADDR, PORT.""",
-)
-def train(
-    context: typer.Context, config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A config file.")]
-) -> None:
-    """Train as `xtuner train` does, and exit with the run's status.
-
-    `xtuner train` itself exits with 0 even if training failed.
-    """
-    from polar_ft.training.launch import launch
-
-    raise typer.Exit(launch(str(config), context.args))
 
 
 def main() -> None:
@@ -149,6 +148,9 @@ def run(command: typer.Typer) -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    from rich.console import Console
+    from rich.markup import escape
+
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"[red]error:[/red] {escape(printable(message))}")
     sys.exit(1)

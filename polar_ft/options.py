@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from polar_ft.groups import Pairing as PairingName
 
@@ -18,6 +20,29 @@ APP_SETTINGS: dict[str, Any] = dict(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class RunUnlessNamed(TyperGroup):
+    """A group of commands whose first one needs no name: ``polar-ft eval HF_DIR DATA …``.
+
+    A model folder that is called like a command is named with its path: ``./compare``.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            close = difflib.get_close_matches(args[0], self.commands) if args else []
+            if close and not Path(args[0]).exists():
+                ctx.fail(f"No such folder or command {args[0]!r}. Did you mean {close[0]!r}?")
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+class CalledAsTheGroup(TyperCommand):
+    """A command that help and errors call by the name of its group."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return super().make_context(parent.info_name, args, parent.parent, **extra)
+
 
 # Arguments.
 ModelFolder = Annotated[str, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")]

@@ -18,12 +18,14 @@ from polar_ft.conversion.checkpoint_files import publish
 from polar_ft.data.commands import data_app
 from polar_ft.errors import PolarError
 
+cli.load("data")  # of which some commands are in a layer above
 # Every command line that has a help.
 LINES = [
     [],
     *([command] for command in cli.COMMANDS),
     *(["data", command.name] for command in data_app.registered_commands),
     ["eval", "compare"],
+    ["label", "report"],
 ]
 
 
@@ -35,7 +37,12 @@ def shown_help(line: list[str], option: str = "--help") -> str:
 
 def test_help_lists_the_commands_in_the_order_of_the_work():
     listed = shown_help([]).partition("Commands:\n")[2].splitlines()
-    assert tuple(line.split()[0] for line in listed) == cli.COMMANDS
+    assert [line.split()[0] for line in listed] == list(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_line_of_a_command_is_that_of_its_own_help(name):
+    assert cli.load(name).get_short_help_str(80) == cli.COMMANDS[name][1]
 
 
 @pytest.mark.parametrize("line", LINES, ids=" ".join)
@@ -120,7 +127,7 @@ class TestTrain:
         pytest.importorskip("xtuner")
         lines: list[list[str]] = []
 
-        def run(command: list[str], folder: Path) -> SimpleNamespace:
+        def run(command: list[str], *_: object) -> SimpleNamespace:
             lines.append(command)
             return SimpleNamespace(wait=lambda: 3)
 

@@ -18,7 +18,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "polar_ft"
 # A folder is one entry, a file next to the folders too. docs/architecture.md shows it.
 LAYERS = [
     ["cli"],
-    ["doctor", "parity", "rft"],
+    ["fit"],
+    ["doctor", "labelling", "migrate", "parity", "rft"],
     ["training", "serving"],
     ["conversion", "evaluation", "client"],
     ["scoring"],

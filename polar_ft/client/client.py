@@ -50,6 +50,9 @@ class RewardModelClient:
     has to show that it gives raw rewards (see `polar_ft.client.contact`). Rewards come in the order of the
     data, and none is None: what a server does not answer raises a `RewardServerError` that names it.
 
+    ``server_type="sglang-mis"`` is SGLang with multi-item scoring: candidates of a (prompt, reference) are
+    one sequence for the engine, which computes what they share once.
+
     Many threads can share one client. Connections stay open until it is closed or garbage-collected.
 
     Args:

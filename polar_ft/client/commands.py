@@ -57,8 +57,10 @@ def score(
         ),
     ] = None,
     server_type: Annotated[
-        Literal["auto", "sglang", "vllm", "lmdeploy"],
-        typer.Option(metavar="ENGINE", help="auto, sglang, vllm or lmdeploy; auto asks the servers."),
+        Literal["auto", "sglang", "vllm", "lmdeploy", "sglang-mis"],
+        typer.Option(
+            metavar="ENGINE", help="auto, sglang, vllm, lmdeploy or sglang-mis; auto asks the servers."
+        ),
     ] = "auto",
     max_length: MaxLength = None,
     max_response_length: MaxResponseLength = None,

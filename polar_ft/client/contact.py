@@ -27,11 +27,11 @@ from typing import Any, Literal
 import numpy as np
 
 from polar_ft.client.errors import RewardServerError, WireError
-from polar_ft.client.wire import ROUTES, WIRES, Wire, read_rewards, request_body
+from polar_ft.client.wire import ROUTES, WIRES, Wire, read_answer, request_body, requests_of
 from polar_ft.groups import TextGroup
 from polar_ft.template import PolarTemplate
 
-ServerType = Literal["auto", "sglang", "vllm", "lmdeploy"]
+ServerType = Literal["auto", "sglang", "vllm", "lmdeploy", "sglang-mis"]
 
 # GET (path, body None) or POST (path, body) to the server: HTTP status and JSON, None where it is not JSON.
 Ask = Callable[[str, Any], Awaitable[tuple[int, Any]]]
@@ -46,6 +46,9 @@ _HOW_TO_START = {
     """--pooler-config '{"use_activation": false}'""",
     "sglang": "start it with: python -m sglang.launch_server --model MODEL --trust-remote-code "
     "--is-embedding",
+    "sglang-mis": "start it with: python -m sglang.launch_server --model MODEL --is-embedding --enable-mis "
+    "--attention-backend flashinfer; models whose class pools the last token only, as "
+    "LlamaForSequenceClassification, need server_type='sglang'",
     "lmdeploy": "start it with: lmdeploy serve api_server MODEL --backend pytorch",
     "polar_ft": "start it with: polar-ft serve MODEL",
 }
@@ -148,10 +151,10 @@ def _choose_wire(server: str, engine: str | None, server_type: ServerType, statu
                 f"server_type={', '.join(map(repr, WIRES))} (--server-type)",
             )
         return engine  # type: ignore[return-value]
-    if engine not in (None, server_type):
+    if engine not in (None, server_type.removesuffix("-mis")):
         raise RewardServerError(
             server,
-            f"is {ENGINE_NAMES[engine or '']}, not {ENGINE_NAMES[server_type]}; "
+            f"is {ENGINE_NAMES[engine or '']}, not {ENGINE_NAMES[server_type.removesuffix('-mis')]}; "
             f"say server_type={engine!r} or server_type='auto'",
         )
     return server_type
@@ -172,7 +175,7 @@ def _text(value: Any) -> str | None:
 
 
 async def check_scores(
-    server: str, ask: Ask, profile: Profile, probes: Sequence[np.ndarray]
+    server: str, ask: Ask, profile: Profile, probes: Sequence[np.ndarray], separator_id: int
 ) -> tuple[Mapping[str, Any], tuple[float, ...]]:
     """Scores the known inputs and checks that the scores are raw rewards; see the top of the module.
 
@@ -181,6 +184,7 @@ async def check_scores(
         ask: Sends a request.
         profile: What `identify` found.
         probes: The known inputs, `[inputs][tokens]`.
+        separator_id: See `requests_of`.
 
     Returns:
         The fields that every request must contain, and the scores.
@@ -190,16 +194,22 @@ async def check_scores(
         UnavailableError: It does not answer now.
     """
 
-    async def score(**extra: Any) -> tuple[float, ...]:
-        status, answer = await ask(ROUTES[profile.wire], request_body(profile.wire, probes, extra))
+    async def ask_for(inputs: Sequence[np.ndarray], extra: Mapping[str, Any]) -> list[float]:
+        status, answer = await ask(ROUTES[profile.wire], request_body(profile.wire, inputs, extra))
         if status != 200:
             raise RewardServerError(
                 server, refusal(status, answer, how_to_start(profile)), status if status >= 400 else None
             )
         try:
-            return tuple(read_rewards(profile.wire, answer, [len(ids) for ids in probes]))
+            return read_answer(profile.wire, answer, inputs)
         except WireError as error:
             raise RewardServerError(server, f"{error} ({how_to_start(profile)})") from None
+
+    async def score(**extra: Any) -> tuple[float, ...]:
+        scores = dict.fromkeys(range(len(probes)), 0.0)
+        for part in requests_of(profile.wire, probes, separator_id, profile.max_tokens):
+            scores.update(zip(part, await ask_for([probes[i] for i in part], extra), strict=True))
+        return tuple(scores.values())
 
     if profile.wire != "vllm":
         scores = await score()
@@ -259,7 +269,7 @@ def refusal(status: int, answer: Any, hint: str = "") -> str:
 
 def how_to_start(profile: Profile) -> str:
     """The command that starts such a server so that it gives raw rewards."""
-    return _HOW_TO_START[profile.engine or profile.wire]
+    return _HOW_TO_START["polar_ft" if profile.engine == "polar_ft" else profile.wire]
 
 
 def _has_raw_score(scores: Sequence[float]) -> bool:

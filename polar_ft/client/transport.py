@@ -31,7 +31,7 @@ from polar_ft.client.contact import (
 )
 from polar_ft.client.errors import RewardServerError, UnavailableError, WireError
 from polar_ft.client.servers import LOGGER, Endpoint, Pending, ServerPool
-from polar_ft.client.wire import ROUTES, read_rewards, request_body
+from polar_ft.client.wire import ROUTES, read_answer, request_body, requests_of
 from polar_ft.files import first_line
 from polar_ft.template import PolarTemplate
 
@@ -253,7 +253,9 @@ class Transport:
 
         profile = await identify(server.name, ask, self.server_type)
         if self.settings.check_raw:
-            extra, scores = await check_scores(server.name, ask, profile, self._probes)
+            extra, scores = await check_scores(
+                server.name, ask, profile, self._probes, self._template.separator_id
+            )
             profile = replace(profile, extra=extra, probe_scores=scores)
             if self._known is None:
                 self._known = (server.name, scores)
@@ -278,6 +280,15 @@ class Transport:
                 f"takes inputs of at most {profile.max_tokens} tokens, and one has {max(lengths)}; start it "
                 f"with a longer limit, or lower max_length",
             )
+        rewards = dict.fromkeys(range(len(inputs)), 0.0)
+        for part in requests_of(profile.wire, inputs, self._template.separator_id, profile.max_tokens):
+            scored = await self._ask_for_part(server, profile, [inputs[i] for i in part])
+            rewards.update(zip(part, scored, strict=True))
+        return list(rewards.values())
+
+    async def _ask_for_part(
+        self, server: Endpoint, profile: Profile, inputs: Sequence[np.ndarray]
+    ) -> list[float]:
         body = request_body(profile.wire, inputs, profile.extra)
         response = await self._send(server, ROUTES[profile.wire], body)
         if response.status_code != 200:
@@ -286,7 +297,7 @@ class Transport:
                 server.name, refusal(response.status_code, _json(response), hint), response.status_code
             )
         try:
-            return read_rewards(profile.wire, _strict_json(response), lengths)
+            return read_answer(profile.wire, _strict_json(response), inputs)
         except WireError as error:
             raise RewardServerError(server.name, str(error)) from None
 

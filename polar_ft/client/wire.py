@@ -4,9 +4,12 @@ SGLang    ``POST /classify {"input_ids": [[…], …]}``
           ``[{"embedding": [s]}, …]``, with the number of tokens read in ``meta_info.prompt_tokens``
 vLLM      ``POST /pooling {"input": [[…], …], "use_activation": false}``
           ``{"data": [{"index": 0, "data": [[s], [s], …]}, …], "usage": {"prompt_tokens": n}}``: one ``[s]``
-          per token, the reward last
+          per token, the reward last; of a …ForSequenceClassification ``[s]`` alone
 LMDeploy  ``POST /pooling {"input": [[…], …]}``
           ``{"data": [{"index": 0, "data": s}, …], "usage": {"prompt_tokens": n}}``
+SGLang with multi-item scoring ("sglang-mis"), for inputs that share a prefix, which is computed once
+          ``POST /v1/score {"query": […], "items": [[…], …]}``: the prefix, and what follows it in each input
+          ``{"scores": [[s], …], "usage": {"prompt_tokens": n}}``
 
 As of SGLang 0.5.23, vLLM 0.32 and LMDeploy 0.18. An answer is accepted only with as many rewards as inputs,
 each a finite number, and, where the engine gives the number of tokens it read, with as many as were sent.
@@ -15,6 +18,7 @@ each a finite number, and, where the engine gives the number of tokens it read, 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -22,11 +26,17 @@ import numpy as np
 
 from polar_ft.client.errors import WireError
 from polar_ft.data.records import describe
+from polar_ft.groups import common_prefix_length
 
-Wire = Literal["sglang", "vllm", "lmdeploy"]
-WIRES: tuple[Wire, ...] = ("sglang", "vllm", "lmdeploy")
+Wire = Literal["sglang", "vllm", "lmdeploy", "sglang-mis"]
+WIRES: tuple[Wire, ...] = ("sglang", "vllm", "lmdeploy", "sglang-mis")
 
-ROUTES: dict[Wire, str] = {"sglang": "/classify", "vllm": "/pooling", "lmdeploy": "/pooling"}
+ROUTES: dict[Wire, str] = {
+    "sglang": "/classify",
+    "vllm": "/pooling",
+    "lmdeploy": "/pooling",
+    "sglang-mis": "/v1/score",
+}
 
 
 def request_body(wire: Wire, inputs: Sequence[np.ndarray], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,17 +49,79 @@ def request_body(wire: Wire, inputs: Sequence[np.ndarray], extra: Mapping[str, A
 
     >>> request_body("vllm", [np.array([1, 2, 3])], {"use_activation": False})
     {'input': [[1, 2, 3]], 'use_activation': False}
+    >>> request_body("sglang-mis", [np.array([1, 7, 8, 9]), np.array([1, 7, 9])], {})
+    {'query': [1, 7], 'items': [[8, 9], [9]]}
     """
+    if wire == "sglang-mis":
+        shared = common_prefix_length(inputs)
+        return {
+            "query": inputs[0][:shared].tolist(),
+            "items": [ids[shared:].tolist() for ids in inputs],
+            **extra,
+        }
     return {"input_ids" if wire == "sglang" else "input": [ids.tolist() for ids in inputs], **extra}
 
 
-def read_rewards(wire: Wire, answer: Any, lengths: Sequence[int]) -> list[float]:
+def requests_of(
+    wire: Wire, inputs: Sequence[np.ndarray], separator_id: int, max_tokens: int | None
+) -> list[list[int]]:
+    """Divides inputs into those that one request of a wire format can hold: indices of inputs.
+
+    All formats but multi-item scoring take any inputs. There a request is one sequence for the engine, the
+    shared prefix and after a delimiter each item, so it holds candidates of one group: inputs that are the
+    same up to the separator.
+
+    Args:
+        wire: The wire format.
+        inputs: Token ids, `[inputs][tokens]`.
+        separator_id: Id of the separator.
+        max_tokens: Longest sequence that the engine takes; None where it is not known.
+
+    >>> inputs = [np.array(ids) for ids in ([1, 5, 0, 5, 9], [1, 6, 0, 6, 9], [1, 5, 0, 5, 7, 9])]
+    >>> requests_of("sglang-mis", inputs, separator_id=0, max_tokens=None)
+    [[0, 2], [1]]
+    """
+    if wire != "sglang-mis":
+        return [list(range(len(inputs)))]
+    groups: dict[bytes, list[int]] = {}
+    for index, ids in enumerate(inputs):
+        (separators,) = np.nonzero(ids == separator_id)
+        # Without a separator the whole input: it is sent alone, or with its equals.
+        head = ids[: separators[0] + 1] if len(separators) else ids
+        groups.setdefault(head.tobytes(), []).append(index)
+    requests: list[list[int]] = []
+    limit = max_tokens or sys.maxsize
+    for head_bytes, group in groups.items():
+        head_length = len(head_bytes) // inputs[group[0]].itemsize
+        tokens = limit  # the first opens a request
+        for index in group:
+            added = len(inputs[index]) - head_length + 1
+            if tokens + added > limit:
+                requests.append([])
+                tokens = head_length + 1
+            requests[-1].append(index)
+            tokens += added
+    return requests
+
+
+def fused_length(inputs: Sequence[np.ndarray]) -> int:
+    """Tokens of a multi-item request: the prefix once, what follows it, and a delimiter around each item.
+
+    >>> fused_length([np.array([1, 7, 8, 9]), np.array([1, 7, 9])])
+    8
+    """
+    shared = common_prefix_length(inputs)
+    return shared + sum(len(ids) - shared for ids in inputs) + len(inputs) + 1
+
+
+def read_rewards(wire: Wire, answer: Any, lengths: Sequence[int], fused: int = 0) -> list[float]:
     """Reads the rewards of an answer, in the order of the request.
 
     Args:
         wire: The wire format.
         answer: The JSON of the answer.
         lengths: Tokens of each input of the request, `[inputs]`.
+        fused: `fused_length` of a multi-item request.
 
     Raises:
         WireError: The answer does not have a reward for each input.
@@ -68,14 +140,26 @@ def read_rewards(wire: Wire, answer: Any, lengths: Sequence[int]) -> list[float]
     if wire == "sglang":
         # A single input gets an object that is not in a list.
         items = [answer] if isinstance(answer, Mapping) and "embedding" in answer else answer
-        return _read_items(items, lengths, "embedding", _of_embedding)
-    data = answer.get("data") if isinstance(answer, Mapping) else None
+        return _read_items(items, lengths, "embedding", _of_list)
+    key = "scores" if wire == "sglang-mis" else "data"
+    data = answer.get(key) if isinstance(answer, Mapping) else None
     if not isinstance(data, list):
-        raise WireError(f'it answered {_short(answer)} where an object with "data" belongs')
-    rewards = _read_items(_by_index(data), lengths, "data", _of_tokens if wire == "vllm" else _number)
+        raise WireError(f'it answered {_short(answer)} where an object with "{key}" belongs')
+    if wire == "sglang-mis":
+        rewards = _read_items([{key: row} for row in data], lengths, key, _of_list)
+    else:
+        rewards = _read_items(_by_index(data), lengths, key, _of_tokens if wire == "vllm" else _number)
     usage = answer.get("usage")
-    _check_tokens(usage.get("prompt_tokens") if isinstance(usage, Mapping) else None, sum(lengths))
+    read = usage.get("prompt_tokens") if isinstance(usage, Mapping) else None
+    if read != fused:  # a server without multi-item scoring reads the inputs one by one
+        _check_tokens(read, sum(lengths))
     return rewards
+
+
+def read_answer(wire: Wire, answer: Any, inputs: Sequence[np.ndarray]) -> list[float]:
+    """`read_rewards` of a request with these inputs."""
+    fused = fused_length(inputs) if wire == "sglang-mis" else 0
+    return read_rewards(wire, answer, [len(ids) for ids in inputs], fused)
 
 
 def _read_items(items: Any, lengths: Sequence[int], key: str, read: Any) -> list[float]:
@@ -110,10 +194,10 @@ def _by_index(data: list[Any]) -> list[Any]:
     return [placed[index] for index in range(len(data))]
 
 
-def _of_embedding(value: Any) -> float:
+def _of_list(value: Any) -> float:
     if not isinstance(value, list) or len(value) != 1:
         raise WireError(
-            f'"embedding" is {_short(value)} where one number in a list belongs — is a reward model served?'
+            f"the score is {_short(value)} where one number in a list belongs — is a reward model served?"
         )
     return _number(value[0])
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
+
+from polar_ft.errors import PolarError
 
 if TYPE_CHECKING:
     from polar_ft.conversion.verify import Verification
@@ -15,13 +17,21 @@ if TYPE_CHECKING:
 
 def convert(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG", help="The config that the run was started with.")
+        str,
+        typer.Argument(
+            metavar="CONFIG|HF_DIR",
+            help="The config that the run was started with. Or an exported model, with --as and "
+            "without CHECKPOINT.",
+        ),
     ],
     checkpoint: Annotated[
-        Path,
+        str,
         typer.Argument(metavar="CHECKPOINT", help="iter_N.pth (a file or a DeepSpeed folder), best or last."),
     ],
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="HuggingFace folder to write.")],
+    out_dir: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT_DIR", help="HuggingFace folder to write.", show_default=False),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -30,6 +40,15 @@ def convert(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace the model folder that OUT_DIR is.")] = False,
+    family: Annotated[
+        Literal["llama"] | None,
+        typer.Option(
+            "--as",
+            metavar="FAMILY",
+            help="llama: write an InternLM2 model as LlamaForSequenceClassification, which transformers and "
+            "engines read without code of the folder.",
+        ),
+    ] = None,
     adapter_only: Annotated[
         bool,
         typer.Option(
@@ -61,7 +80,15 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a saved checkpoint to a HuggingFace folder."""
+    """Convert a saved checkpoint to a HuggingFace folder.
+
+    With --as llama also an exported folder: polar-ft convert HF_DIR OUT_DIR --as llama.
+    """
+    if out_dir is None and (family is None or adapter_only or Path(config).is_file()):
+        raise PolarError(
+            f"{config} {checkpoint}: OUT_DIR is missing; give CONFIG CHECKPOINT OUT_DIR, or for an exported "
+            f"model HF_DIR OUT_DIR --as llama"
+        )
     columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TimeElapsedColumn())
     verified: list[Verification] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -70,22 +97,30 @@ def convert(
         def on_written(done: int, total: int) -> None:
             progress.update(task, description="writing", completed=done, total=total)
 
-        from polar_ft.conversion.convert import convert_checkpoint
+        from polar_ft.conversion.convert import convert_checkpoint, convert_folder
 
-        written = convert_checkpoint(
-            config,
-            checkpoint,
-            out_dir,
+        options: dict[str, Any] = dict(
             dtype=dtype,
             max_shard_size=max_shard_size,
             force=force,
-            adapter_only=adapter_only,
             verify=verify,
             verify_tolerance=verify_tolerance,
             allow_tokenizer_code=allow_tokenizer_code or (),
             on_written=on_written,
             on_verified=verified.append,
         )
+        if out_dir is None:
+            out_dir = Path(checkpoint)
+            written = convert_folder(config, out_dir, **options)
+        else:
+            written = convert_checkpoint(
+                Path(config),
+                Path(checkpoint),
+                out_dir,
+                adapter_only=adapter_only,
+                as_llama=family == "llama",
+                **options,
+            )
     size = sum(file.stat().st_size for file in out_dir.glob("*.safetensors"))
     typer.echo(
         f"{out_dir}: written in {str(written).removeprefix('torch.')}, {size / 1e6:,.1f} MB of weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from xtuner.registry import BUILDER
 from polar_ft.conversion.adapter import holds_adapter, merge_adapter, write_adapter_folder
 from polar_ft.conversion.checkpoint import read_checkpoint
 from polar_ft.conversion.checkpoint_files import read_manifest, resolve_checkpoint
-from polar_ft.conversion.huggingface import write_hf_folder
+from polar_ft.conversion.huggingface import HEAD, write_hf_folder
+from polar_ft.conversion.llama import llama_config
 from polar_ft.conversion.verify import (
     Verification,
     compare_rewards,
@@ -21,7 +23,8 @@ from polar_ft.conversion.verify import (
     scorer_of_weights,
 )
 from polar_ft.errors import PolarError
-from polar_ft.files import resolve_folder
+from polar_ft.files import read_json, resolve_folder
+from polar_ft.model.weights import load_backbone
 from polar_ft.reward_scale import TOLERANCES
 from polar_ft.scoring.scorer import RewardScorer
 from polar_ft.template import PolarTemplate
@@ -39,6 +42,7 @@ def convert_checkpoint(
     max_shard_size: str = "5GB",
     force: bool = False,
     adapter_only: bool = False,
+    as_llama: bool = False,
     verify: Path | None = None,
     verify_tolerance: float | None = None,
     allow_tokenizer_code: Iterable[str] = (),
@@ -55,6 +59,7 @@ def convert_checkpoint(
         max_shard_size: Largest weight file.
         force: Replace a folder that is not empty.
         adapter_only: Write the adapters of a LoRA run instead of merging them into the base.
+        as_llama: Write an InternLM2 model as LlamaForSequenceClassification; see `llama_config`.
         verify: Rows that checkpoint and folder have to give the same rewards; see `compare_rewards`.
         verify_tolerance: Largest difference of two rewards, as a share of the range of all; None takes that
             of the dtype in `polar_ft.reward_scale.TOLERANCES`.
@@ -69,8 +74,9 @@ def convert_checkpoint(
         PolarError: Config, checkpoint or base model do not fit, or the folder does not give the rewards of
             the checkpoint; the message says which and what to do. Nothing is left behind.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise PolarError(f"--dtype {dtype}: is not one of {', '.join(DTYPES)}")
+    _check_dtype(dtype)
+    if as_llama and adapter_only:
+        raise PolarError("--as llama: adapters alone are no Llama; leave out --adapter-only or --as")
     config = read_training_config(config_file)
     work_dir = Path(config.get("work_dir") or Path("work_dirs", config_file.stem))  # as xtuner puts it
     checkpoint = resolve_checkpoint(checkpoint, work_dir)
@@ -79,6 +85,8 @@ def convert_checkpoint(
     # Before anything that takes long.
     examples = sample(verify) if verify is not None else None
     _check_tokenizer(checkpoint, base)
+    if as_llama:
+        llama_config(read_json(resolve_folder(base) / "config.json"), template, base)
     weights = read_checkpoint(checkpoint)
     tensors, written = weights.tensors, weights.dtype
     if adapter_only and not holds_adapter(tensors):
@@ -101,9 +109,7 @@ def convert_checkpoint(
             examples,
             trained=lambda: scorer_of_weights(tensors if merged is None else merged, base, template),
             exported=lambda: RewardScorer.from_pretrained(folder, dtype=torch.float32),
-            tolerance=TOLERANCES[str(written).removeprefix("torch.")]
-            if verify_tolerance is None
-            else verify_tolerance,
+            tolerance=_tolerance(written, verify_tolerance),
         )
         if on_verified is not None:
             on_verified(outcome)
@@ -121,10 +127,102 @@ def convert_checkpoint(
             dtype=written,
             max_shard_size=max_shard_size,
             force=force,
+            as_llama=as_llama,
             on_written=on_written,
             check=check,
         )
     return written
+
+
+def convert_folder(
+    folder: str | os.PathLike[str],
+    out_dir: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    force: bool = False,
+    verify: Path | None = None,
+    verify_tolerance: float | None = None,
+    allow_tokenizer_code: Iterable[str] = (),
+    on_written: Callable[[int, int], None] | None = None,
+    on_verified: Callable[[Verification], None] | None = None,
+) -> torch.dtype:
+    """Writes a reward model that is a HuggingFace folder as LlamaForSequenceClassification.
+
+    Adapters are merged into their base. The weights are memory-mapped.
+
+    Args:
+        folder: Folder or hub id of an InternLM2 reward model; of a Llama, the copy has its tensors as they
+            are.
+        out_dir: Folder to write; other arguments are those of `convert_checkpoint`.
+        dtype: None keeps that of the weights.
+        max_shard_size: Largest weight file.
+        force: Replace a folder that is not empty.
+        verify: Rows that both folders have to give the same rewards.
+        verify_tolerance: Largest difference of two rewards, as a share of the range of all.
+        allow_tokenizer_code: See `PolarTemplate.from_pretrained`.
+        on_written: Called after each weight file with the bytes written so far and in all.
+        on_verified: Called with the outcome of ``verify``.
+
+    Returns:
+        The dtype that was written.
+
+    Raises:
+        PolarError: The folder is no reward model of these families, or the copy has other rewards. Nothing
+            is left behind.
+    """
+    _check_dtype(dtype)
+    template = PolarTemplate.from_pretrained(folder, allow_tokenizer_code=allow_tokenizer_code)
+    llama_config(read_json(resolve_folder(folder) / "config.json"), template, os.fspath(folder))
+    examples = sample(verify) if verify is not None else None
+    decoder, head, _ = load_backbone(folder)
+    if head is None:
+        raise PolarError(
+            f"{os.fspath(folder)}: has no reward head, so it is a base model and gives no rewards"
+        )
+    written = decoder.dtype if dtype is None else DTYPES[dtype]
+    state = {f"llm.{name}": tensor for name, tensor in decoder.state_dict().items()} | {HEAD: head}
+
+    def scorer(of: str | os.PathLike[str]) -> RewardScorer:
+        return RewardScorer.from_pretrained(
+            of, dtype=torch.float32, allow_tokenizer_code=allow_tokenizer_code
+        )
+
+    def check(copy: Path) -> None:
+        if examples is None:
+            return
+        outcome = compare_rewards(
+            examples,
+            trained=lambda: scorer(folder),
+            exported=lambda: scorer(copy),
+            tolerance=_tolerance(written, verify_tolerance),
+        )
+        if on_verified is not None:
+            on_verified(outcome)
+
+    write_hf_folder(
+        state,
+        base_folder=folder,
+        out_dir=out_dir,
+        template=template,
+        dtype=written,
+        max_shard_size=max_shard_size,
+        force=force,
+        as_llama=True,
+        repackaged=True,
+        on_written=on_written,
+        check=check,
+    )
+    return written
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise PolarError(f"--dtype {dtype}: is not one of {', '.join(DTYPES)}")
+
+
+def _tolerance(written: torch.dtype, chosen: float | None) -> float:
+    return TOLERANCES[str(written).removeprefix("torch.")] if chosen is None else chosen
 
 
 def _check_tokenizer(checkpoint: Path, base: str) -> None:

@@ -17,12 +17,15 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
+from polar_ft.conversion.llama import llama_config, write_tokenizer
 from polar_ft.conversion.model_card import model_card
 from polar_ft.conversion.output_folder import unfinished_folder
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
+from polar_ft.model.adapter_folder import KEY
 from polar_ft.model.backbones import Backbone, backbone_of, decoder_config, empty_decoder
 from polar_ft.model.base_folder import padding_token
+from polar_ft.reward_scale import FILE_NAME
 from polar_ft.template import SETTINGS_KEY, PolarTemplate
 
 HEAD = "v_head.weight"
@@ -37,14 +40,23 @@ TOKENIZER_FILES = (
     "tokenization_*.py",
     "generation_config.json",
 )
+# What else belongs to a reward model, whichever names its tensors have.
+SIDE_FILES = (FILE_NAME, "LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
 class _Export:
-    """A tensor of the folder, and the tensors of training it is made of: three where it is a ``wqkv``."""
+    """A tensor of the folder, and the tensors of training it is made of.
+
+    Attributes:
+        shape: Of the tensor.
+        sources: Tensors of training: three where it is a ``wqkv``.
+        part: The decoder tensor to take out of the one source, where that is a ``wqkv`` to be split.
+    """
 
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    part: str | None = None
 
 
 def write_hf_folder(
@@ -56,6 +68,8 @@ def write_hf_folder(
     dtype: torch.dtype,
     max_shard_size: str | int = "5GB",
     force: bool = False,
+    as_llama: bool = False,
+    repackaged: bool = False,
     on_written: Callable[[int, int], None] | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
@@ -71,28 +85,40 @@ def write_hf_folder(
         dtype: Of the weights that are written.
         max_shard_size: Largest weight file, as "5GB".
         force: Replace a model folder that exists.
+        as_llama: Write an InternLM2 model as LlamaForSequenceClassification, with no code.
+        repackaged: ``base_folder`` is the reward model itself, not what it was trained from: its reward scale
+            and licence are copied too.
         on_written: Called after each weight file with the bytes written so far and in all.
         check: Called with the complete folder before it is renamed; raises to refuse it.
 
     Raises:
-        PolarError: A tensor is missing, left over, mis-shaped or not finite, ``out_dir`` is not empty, or
-            the disk is full.
+        PolarError: A tensor is missing, left over, mis-shaped or not finite, ``out_dir`` is not empty, the
+            disk is full, or the model cannot be written as Llama.
     """
     base, out = resolve_folder(base_folder), Path(out_dir)
     config = read_json(base / "config.json")
     settings = decoder_config(config, str(base))
-    backbone = backbone_of(config)
-    exports = _plan(state, backbone, settings, template)
+    source = written = backbone_of(config)
+    if as_llama:
+        config = llama_config(config, template, os.fspath(base_folder))
+        written = backbone_of(config)
+    exports = _plan(state, source, written, settings, template)
     config = exported_config(config, template, dtype, vocab_size=settings.vocab_size)
     if out.resolve() == base.resolve():
-        raise PolarError(f"{out}: is the base model that the config names; name another folder")
+        what = "the model to be converted" if repackaged else "the base model that the config names"
+        raise PolarError(f"{out}: is {what}; name another folder")
     with unfinished_folder(out, force) as partial:
-        weights = _Weights(state, exports, dtype, backbone, settings)
+        weights = _Weights(state, exports, dtype, source, settings)
         _write_weights(weights, partial, max_shard_size, on_written)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (partial / "config.json").write_text(text, encoding="utf-8")
-        copy_files(base, partial, template, code=backbone.code)
-        card = model_card(out.name, os.fspath(base_folder), template, config)
+        if written is source:
+            copy_files(base, partial, template, code=source.code)
+        else:
+            write_tokenizer(base, partial, template, config)
+        if repackaged:
+            _copy(base, partial, SIDE_FILES)
+        card = model_card(out.name, os.fspath(base_folder), template, config, repackaged=repackaged)
         (partial / "README.md").write_text(card, encoding="utf-8")
         # safetensors makes its files the owner's alone; the others have the mode that the umask gives.
         mode = stat.S_IMODE((partial / "README.md").stat().st_mode)
@@ -104,7 +130,8 @@ def write_hf_folder(
 
 def _plan(
     state: Mapping[str, torch.Tensor],
-    backbone: Backbone,
+    source: Backbone,
+    written: Backbone,
     settings: PretrainedConfig,
     template: PolarTemplate,
 ) -> dict[str, _Export]:
@@ -120,7 +147,7 @@ def _plan(
             f"weights of a complete model; they cannot be converted"
         )
     # Rows that were added for new tokens, or to round their number up.
-    folder_embeddings = f"llm.{backbone.names.embeddings}"
+    folder_embeddings = f"llm.{source.names.embeddings}"
     rows = next((found[n][0] for n in (EMBEDDINGS, folder_embeddings) if n in found), settings.vocab_size)
     settings.vocab_size = max(settings.vocab_size, rows, template.reward_token_id + 1)
 
@@ -130,11 +157,19 @@ def _plan(
     # The head first, also in an error: it is what is lost most often.
     expected: dict[str, tuple[int, ...]] = {HEAD: (1, settings.hidden_size)}
     exports: dict[str, _Export] = {}
-    for name, (parts, shape) in backbone.names.folder_shapes(decoder).items():
+    for name, (parts, shape) in source.names.folder_shapes(decoder).items():
         sources = {f"llm.{name}": shape} if as_folder else {f"llm.{part}": decoder[part] for part in parts}
         expected.update(sources)
-        exports[f"model.{name}"] = _Export(shape, tuple(sources))
-    exports[backbone.head] = _Export(expected[HEAD], (HEAD,))
+        if written is source:
+            exports[f"model.{name}"] = _Export(shape, tuple(sources))
+            continue
+        for part in parts:  # Llama has the names of the decoder
+            exports[f"model.{part}"] = (
+                _Export(decoder[part], (f"llm.{name}",), part)
+                if as_folder
+                else _Export(decoder[part], (f"llm.{part}",))
+            )
+    exports[written.head] = _Export(expected[HEAD], (HEAD,))
     _check_tensors(expected, found)
     return exports
 
@@ -185,16 +220,18 @@ class _Weights:
     state: Mapping[str, torch.Tensor]
     exports: Mapping[str, _Export]
     dtype: torch.dtype
-    backbone: Backbone
+    source: Backbone
     config: PretrainedConfig
 
     def read(self, name: str) -> torch.Tensor:
         """A copy: tensors of a live model may share memory, which safetensors refuses."""
-        parts = [
-            self.state[source].detach().to("cpu", self.dtype, copy=True)
-            for source in self.exports[name].sources
-        ]
-        tensor = self.backbone.names.folder_tensor(parts, self.config)
+        export, names = self.exports[name], self.source.names
+        parts = [self.state[source].detach().to("cpu", self.dtype, copy=True) for source in export.sources]
+        if export.part is None:
+            tensor = names.folder_tensor(parts, self.config)
+        else:
+            whole = export.sources[0].removeprefix("llm.")
+            tensor = names.decoder_tensors(whole, parts[0], self.config)[export.part]
         # Their extremes are NaN or infinite if any value is; finds it without a copy of the tensor.
         if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             kind = str(self.dtype).removeprefix("torch.")
@@ -256,7 +293,8 @@ def exported_config(
         reward_token_id=template.reward_token_id,
     )
     config[SETTINGS_KEY] = template.settings
-    config.pop("_name_or_path", None)
+    for key in ("_name_or_path", KEY):
+        config.pop(key, None)
     backbone = backbone_of(config)
     config["architectures"] = [backbone.architecture]
     if backbone.code:
@@ -265,15 +303,15 @@ def exported_config(
         config["auto_map"] = dict(backbone.auto_map)
         return config
     config["id2label"], config["label2id"] = {"0": "reward"}, {"reward": 0}
+    # vLLM then returns the reward itself by default, not its sigmoid.
+    config["problem_type"] = "regression"
     config["pad_token_id"] = padding_token(config, template, "the base model")
     return config
 
 
 def copy_files(base: Path, folder: Path, template: PolarTemplate, code: Sequence[str] = ()) -> None:
     """Copies tokenizer files, and the model code that a family needs."""
-    for pattern in TOKENIZER_FILES:
-        for file in filter(Path.is_file, base.glob(pattern)):
-            shutil.copyfile(file, folder / file.name)
+    _copy(base, folder, TOKENIZER_FILES)
     # Also where the base has only a tokenizer with code of its own: this file needs none.
     (folder / "tokenizer.json").write_text(template.tokenizer_json, encoding="utf-8")
     if not code:
@@ -282,6 +320,12 @@ def copy_files(base: Path, folder: Path, template: PolarTemplate, code: Sequence
     source = base if own.is_file() and "class InternLM2ForRewardModel" in own.read_text() else _shipped_code()
     for name in code:
         shutil.copyfile(source / name, folder / name)
+
+
+def _copy(base: Path, folder: Path, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        for file in filter(Path.is_file, base.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _shipped_code() -> Path:

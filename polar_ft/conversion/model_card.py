@@ -16,7 +16,7 @@ tags: [reward-model, polar]
 ---
 # {name}
 
-A reward model in the manner of POLAR (arXiv 2507.05197), fine-tuned from `{base}` with polar_ft. It scores a
+A reward model in the manner of POLAR (arXiv 2507.05197), {made} from `{base}` with polar_ft. It scores a
 candidate against a reference: the higher the reward, the more the candidate is like what the reference shows
 to be wanted. Rewards compare candidates of the same prompt and reference; their zero has no meaning.
 
@@ -90,7 +90,9 @@ Engines other than polar_ft want the merged model: convert the checkpoint withou
 """
 
 
-def model_card(name: str, base: str, template: PolarTemplate, config: Mapping[str, Any]) -> str:
+def model_card(
+    name: str, base: str, template: PolarTemplate, config: Mapping[str, Any], *, repackaged: bool = False
+) -> str:
     """Text of the README.
 
     Args:
@@ -98,9 +100,11 @@ def model_card(name: str, base: str, template: PolarTemplate, config: Mapping[st
         base: Of the model that was fine-tuned, as the config names it.
         template: What the model was trained with.
         config: The exported ``config.json``.
+        repackaged: The base is the reward model itself, in another form.
     """
     own_code = bool(backbone_of(config).code)
-    return _common(name, base, template, "transformers") + _WITH_TRANSFORMERS.format(
+    made = "converted" if repackaged else "fine-tuned"
+    return _common(name, base, template, "transformers", made) + _WITH_TRANSFORMERS.format(
         name=name,
         auto_class="AutoModel" if own_code else "AutoModelForSequenceClassification",
         trust=", trust_remote_code=True" if own_code else "",
@@ -109,11 +113,14 @@ def model_card(name: str, base: str, template: PolarTemplate, config: Mapping[st
 
 def adapter_card(name: str, base: str, template: PolarTemplate) -> str:
     """Text of the README of adapters; arguments as of `model_card`."""
-    return _common(name, base, template, "peft") + _ADAPTERS.format(base=base.rstrip("/").split("/")[-1])
+    return _common(name, base, template, "peft", "fine-tuned") + _ADAPTERS.format(
+        base=base.rstrip("/").split("/")[-1]
+    )
 
 
-def _common(name: str, base: str, template: PolarTemplate, library: str) -> str:
+def _common(name: str, base: str, template: PolarTemplate, library: str, made: str) -> str:
     return _CARD.format(
+        made=made,
         name=name,
         base=base.rstrip("/").split("/")[-1],
         library=library,

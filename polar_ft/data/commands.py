@@ -314,7 +314,7 @@ def convert_command(
 def export_command(
     framework: Annotated[str, typer.Argument(metavar="FRAMEWORK", help=" | ".join(TARGETS))],
     files: Files,
-    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write; .json for label-studio and argilla.")],
     pairing: Pairing = "adjacent",
     reference: Annotated[
         Literal["best", "none"],
@@ -330,11 +330,13 @@ def export_command(
     split: Split = "train",
     max_line_mb: MaxLineMb = MAX_LINE_MB,
 ) -> None:
-    """Write pairs as TRL, OpenRLHF or LLaMA-Factory read them.
+    """Write pairs as training or labelling tools read them.
 
+    For Label Studio and Argilla the two answers come in any order, and which of them is chosen is left out.
     What has no place there is counted. A row that cannot be used is an error, and nothing is written.
     """
-    refuse_to_overwrite([out], force=force)
+    suffixes = (TARGETS[framework].suffix,) if framework in TARGETS else (".jsonl", ".json")
+    refuse_to_overwrite([out], force=force, suffixes=suffixes)
     with _progress("exporting", files) as on_bytes:
         done = export_rows(
             framework,

@@ -1,13 +1,17 @@
-"""Writes rows of polar_ft as the preference data of TRL, OpenRLHF and LLaMA-Factory.
+"""Writes rows of polar_ft as TRL, OpenRLHF, LLaMA-Factory, Label Studio and Argilla read them.
 
-All three read lists of messages and apply the chat template of their model, so all texts become messages,
-and every row has the same fields (`datasets` refuses a column of texts and lists). Read in the loaders of the
-three on 2026-11-24: ``trl/trainer/reward_trainer.py``, ``openrlhf/datasets/reward_dataset.py``, and
+The first three read lists of messages and apply the chat template of their model, so all texts become
+messages, and every row has the same fields (`datasets` refuses a column of texts and lists). Read in their
+loaders on 2026-11-24: ``trl/trainer/reward_trainer.py``, ``openrlhf/datasets/reward_dataset.py``, and
 ``src/llamafactory/data/converter.py``.
+
+In the last two people compare answers: the two are put in an order that depends on their texts alone, and
+which of them is chosen is not written. The layouts are those of `polar_ft.data.converters.annotation`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +21,7 @@ from typing import Any, Literal
 from polar_ft.data.converters.ranked import ranked
 from polar_ft.data.problems import RowProblem, raise_problems
 from polar_ft.data.reading import MAX_LINE_MB, OnBytes, expand, read_rows
-from polar_ft.data.records import Message, Pairing, PairRow, RowError, parse_row
+from polar_ft.data.records import Message, Pairing, PairRow, RowError, parse_row, text_of
 from polar_ft.data.writing import open_rows
 from polar_ft.errors import PolarError
 
@@ -50,19 +54,39 @@ class _UnreadableError(Exception):
     """A pair that the other framework cannot read; the message says why."""
 
 
-def _trl(prompt: Turns, chosen: Turns, rejected: Turns) -> dict[str, Any]:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+@dataclass(frozen=True)
+class _Pair:
+    """A pair as messages.
+
+    Attributes:
+        id: Its id.
+        prompt: The messages of the prompt.
+        chosen: The messages of the better answer.
+        rejected: The messages of the worse answer.
+        reference: The text of the (first) reference.
+    """
+
+    id: str
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    reference: str
 
 
-def _openrlhf(prompt: Turns, chosen: Turns, rejected: Turns) -> dict[str, Any]:
-    return {"chosen": prompt + chosen, "rejected": prompt + rejected}
+def _trl(pair: _Pair) -> dict[str, Any]:
+    return {"id": pair.id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+
+
+def _openrlhf(pair: _Pair) -> dict[str, Any]:
+    return {"id": pair.id, "chosen": pair.prompt + pair.chosen, "rejected": pair.prompt + pair.rejected}
 
 
 _TAGS = {"user": "human", "assistant": "gpt", "tool": "observation"}
 
 
-def _llama_factory(prompt: Turns, chosen: Turns, rejected: Turns) -> dict[str, Any]:
+def _llama_factory(pair: _Pair) -> dict[str, Any]:
     """A row of the sharegpt layout; what its loader would skip with a warning cannot be written."""
+    prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
     if len(chosen) > 1 or len(rejected) > 1:
         raise _UnreadableError("whose answer is several messages, where LLaMA-Factory has one")
     system, turns = (prompt[:1], prompt[1:]) if prompt[0]["role"] == "system" else ([], prompt)
@@ -71,11 +95,41 @@ def _llama_factory(prompt: Turns, chosen: Turns, rejected: Turns) -> dict[str, A
             raise _UnreadableError("whose turns do not alternate between user and assistant")
     spoken = [{"from": "system", "value": turn["content"]} for turn in system]
     spoken += [_spoken(turn) for turn in turns]
-    return {"conversations": spoken, "chosen": _spoken(chosen[0]), "rejected": _spoken(rejected[0])}
+    sides = {"chosen": _spoken(chosen[0]), "rejected": _spoken(rejected[0])}
+    return {"id": pair.id, "conversations": spoken, **sides}
 
 
 def _spoken(turn: Mapping[str, str]) -> dict[str, str]:
     return {"from": _TAGS[turn["role"]], "value": turn["content"]}
+
+
+def _label_studio(pair: _Pair) -> dict[str, Any]:
+    first, second = _in_any_order(pair)
+    data = {"prompt": _as_text(pair.prompt), "answer1": first, "answer2": second, "source_id": pair.id}
+    return {"data": data | ({"reference": pair.reference} if pair.reference else {})}
+
+
+def _argilla(pair: _Pair) -> dict[str, Any]:
+    first, second = _in_any_order(pair)
+    fields = {"instruction": _as_text(pair.prompt), "response1": first, "response2": second}
+    return {"id": pair.id, "fields": fields | ({"reference": pair.reference} if pair.reference else {})}
+
+
+def _in_any_order(pair: _Pair) -> list[str]:
+    """The answers in an order that says nothing of which is better, and is the same in every export."""
+    texts = ["\n".join(turn["content"] for turn in turns) for turns in (pair.chosen, pair.rejected)]
+    return sorted(texts, key=lambda text: hashlib.sha256(f"{pair.prompt} {text}".encode()).digest())
+
+
+def _as_text(turns: Turns) -> str:
+    r"""A prompt as one text; several turns with their roles.
+
+    >>> _as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+    'user: Hi\n\nassistant: Hello'
+    """
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
 
 
 @dataclass(frozen=True)
@@ -83,15 +137,23 @@ class Target:
     """A framework: how a pair of it is made, and how it is told to read the file.
 
     Attributes:
-        make: Makes a row of prompt, chosen and rejected.
+        make: Makes a row of a pair.
         usage: How the framework is told to read the file, with {path}, {file} and {name} for the file, its
             name, and its name without the suffix.
         has_margin: Whether its rows may have a margin.
+        is_for_people: Whether people are to compare the answers: it shows the reference and texts instead of
+            messages, and reads one list of all rows.
     """
 
-    make: Callable[[Turns, Turns, Turns], dict[str, Any]]
+    make: Callable[[_Pair], dict[str, Any]]
     usage: str
     has_margin: bool = True
+    is_for_people: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """How the name of its file ends."""
+        return ".json" if self.is_for_people else ".jsonl"
 
 
 TARGETS = {
@@ -109,6 +171,22 @@ TARGETS = {
         '"sharegpt", "ranking": true, "columns": {{"messages": "conversations", "chosen": "chosen", '
         '"rejected": "rejected"}}}}',
         has_margin=False,
+    ),
+    "label-studio": Target(
+        _label_studio,
+        "import it into a project with the template Human Preference collection for RLHF (for references add "
+        '<Text name="reference" value="$reference"/>); export as JSON, and read that with '
+        "polar-ft data convert label-studio",
+        has_margin=False,
+        is_for_people=True,
+    ),
+    "argilla": Target(
+        _argilla,
+        "make a dataset with rg.Settings.for_ranking() (for references: settings.fields.add(rg.TextField("
+        'name="reference", required=False))), and load it: dataset.records.from_json("{path}"); read what '
+        "dataset.records.to_json() writes with polar-ft data convert argilla",
+        has_margin=False,
+        is_for_people=True,
     ),
 }
 
@@ -132,7 +210,7 @@ def export_rows(
     Args:
         name: A key of `TARGETS`.
         sources: See `polar_ft.data.reading.DataSource.path`.
-        path: The .jsonl file to write; replaced if it exists.
+        path: The file to write, .jsonl or as `Target.suffix` says; replaced if it exists.
         pairing: "adjacent" or "all", for ranked rows.
         reference: For ranked rows without a reference: "best" leaves the best response out, as in training,
             where it becomes the reference; "none" pairs all responses.
@@ -151,8 +229,10 @@ def export_rows(
         raise PolarError(f"{name}: no such framework; there are {', '.join(TARGETS)}")
     if margins and not target.has_margin:
         raise PolarError(f"--margins: the rows of {name} have no place for a margin; leave it out")
-    if path.name.endswith(".gz"):
-        raise PolarError(f"{path}: the other frameworks know a file by its suffix; let it end in .jsonl")
+    if not path.name.endswith(target.suffix):
+        raise PolarError(
+            f"{path}: the other frameworks know a file by its suffix; let it end in {target.suffix}"
+        )
     done = Export()
     for source in sources:
         expand(source)
@@ -165,16 +245,18 @@ def export_rows(
                     continue
                 try:
                     converted = ranked(row, pairing=pairing, reference=reference)
-                    made = [_made(target, pair, margins, done) for pair in converted.rows]
+                    at, several = Path(place).name, len(converted.rows) > 1
+                    made = [
+                        _made(target, pair, f"{at}-{number}" if several else at, margins, done)
+                        for number, pair in enumerate(converted.rows, start=1)
+                    ]
                 except RowError as error:
                     done.problems.append(RowProblem.at(place, error))
                     continue
                 done.ties += sum(converted.left_out.values())
-                at = Path(place).name
-                for number, (pair, own) in enumerate(zip(made, converted.rows, strict=True), start=1):
+                for pair in made:
                     if pair is not None:
-                        name_of_row = at if len(made) == 1 else f"{at}-{number}"
-                        out.write({"id": str(own.get("id") or name_of_row), **pair})
+                        out.write(pair)
                         done.pairs += 1
         raise_problems(done.problems)
         if not out.count:
@@ -185,7 +267,9 @@ def export_rows(
     return done
 
 
-def _made(target: Target, row: Mapping[str, Any], margins: bool, done: Export) -> dict[str, Any] | None:
+def _made(
+    target: Target, row: Mapping[str, Any], place: str, margins: bool, done: Export
+) -> dict[str, Any] | None:
     """The row of a pair; None if the framework cannot read it, which is counted."""
     pair = parse_row(row)
     assert isinstance(pair, PairRow)
@@ -196,12 +280,18 @@ def _made(target: Target, row: Mapping[str, Any], margins: bool, done: Export) -
     try:
         if not prompt or not chosen or not rejected:
             raise _UnreadableError("whose prompt or answer has no message")
-        made = target.make(prompt, chosen, rejected)
+        references = pair.references or [pair.reference]
+        made = target.make(
+            _Pair(str(row.get("id") or place), prompt, chosen, rejected, text_of(references[0]))
+        )
     except _UnreadableError as error:
         done.left_out[str(error)] += 1
         return None
     has = {
-        "a reference": pair.references or pair.reference,
+        "a reference": (pair.references or pair.reference) and not target.is_for_people,
+        "several references, of which the first was written": target.is_for_people
+        and len(pair.references or ()) > 1,
+        "a prompt of several turns, which became one text": target.is_for_people and len(prompt) > 1,
         "a margin": pair.margin is not None and not margins,
         "a weight other than 1": pair.weight != 1,
         'the wrapper "pretrain", which is no dialogue': pair.wrapper != "sft",

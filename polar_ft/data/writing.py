@@ -23,8 +23,9 @@ class RowWriter:
         count: Rows written so far.
     """
 
-    def __init__(self, path: Path, stream: Any) -> None:
+    def __init__(self, path: Path, stream: Any, is_list: bool = False) -> None:
         self.count = 0
+        self._is_list = is_list
         self._path = path
         self._stream = stream
 
@@ -34,8 +35,11 @@ class RowWriter:
         Raises:
             PolarError: The disk is full or fails.
         """
+        line = to_line(row)
+        if self._is_list:
+            line = (b",\n" if self.count else b"[\n") + line.rstrip(b"\n")
         with _disk_errors(self._path):
-            self._stream.write(to_line(row))
+            self._stream.write(line)
         self.count += 1
 
 
@@ -67,17 +71,20 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
+def refuse_to_overwrite(
+    paths: Iterable[Path], *, force: bool, suffixes: tuple[str, ...] = (".jsonl", ".jsonl.gz")
+) -> None:
     """Checks that outputs may be written; called before any work is done.
 
     Raises:
-        PolarError: An output exists and ``force`` was not given, its name does not end in .jsonl, or nothing
-            can be written to its folder.
+        PolarError: An output exists and ``force`` was not given, its name has none of the suffixes, or
+            nothing can be written to its folder.
     """
     for path in paths:
-        if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        if not path.name.endswith(suffixes):
+            kind = "a JSON list" if suffixes == (".json",) else "JSON lines"
             raise PolarError(
-                f"{path}: rows are written as JSON lines; the name must end in .jsonl or .jsonl.gz"
+                f"{path}: rows are written as {kind}; the name must end in {' or '.join(suffixes)}"
             )
         if path.is_dir():
             raise PolarError(f"{path}: is a folder; name a file")
@@ -95,10 +102,11 @@ def refuse_to_overwrite(paths: Iterable[Path], *, force: bool) -> None:
 
 @contextmanager
 def open_rows(path: Path) -> Iterator[RowWriter]:
-    """Opens a .jsonl or .jsonl.gz file for writing; it appears, complete, if the block succeeds.
+    """Opens a file of rows for writing; it appears, complete, if the block succeeds.
 
     Args:
-        path: The file; its folder is created where it is missing.
+        path: A .jsonl or .jsonl.gz file, or a .json file for one list of all rows; its folder is created
+            where it is missing.
 
     Raises:
         PolarError: The file cannot be written.
@@ -111,8 +119,12 @@ def open_rows(path: Path) -> Iterator[RowWriter]:
         # A gzip file without a time stamp, so that the same rows give the same bytes.
         stream = gzip.GzipFile(path.name, "wb", fileobj=raw, mtime=0) if path.name.endswith(".gz") else raw
         try:
-            yield RowWriter(path, stream)
+            is_list = path.name.endswith(".json")
+            writer = RowWriter(path, stream, is_list)
+            yield writer
             with _disk_errors(path):
+                if is_list:
+                    stream.write(b"\n]\n" if writer.count else b"[]\n")
                 if stream is not raw:
                     stream.close()
                 raw.flush()

@@ -12,8 +12,10 @@ of these estimates against measured peaks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -268,6 +270,51 @@ def estimate(
         reserved=reserved,
         **parts,
     )
+
+
+def estimate_run(
+    hf_config: Mapping[str, Any],
+    lora: LoraSettings | None,
+    strategy: Strategy,
+    tokens: int,
+    *,
+    gpus: int,
+    available: int,
+    device: Literal["cuda", "cpu"],
+) -> tuple[Estimate, ModelSize]:
+    """What a run takes on each GPU, in the dtype that such a run would be configured with.
+
+    That is float32 on a CPU and for all weights without DeepSpeed, else bfloat16.
+
+    Args:
+        hf_config: Shapes of the model.
+        lora: Adapters; None trains all weights.
+        strategy: ZeRO stage, or none.
+        tokens: Of the largest pack.
+        gpus: Data-parallel ranks.
+        available: Bytes of a GPU.
+        device: What it runs on.
+    """
+    size = model_size(hf_config, lora)
+    exact = device == "cpu" or (strategy == "none" and lora is None)
+    dtype = torch.float32 if exact else torch.bfloat16
+    layer = _layer_bytes(json.dumps(dict(hf_config)), dtype, lora)
+    activations = Activations.of_model(size, tokens, layer, dtype.itemsize, "auto")
+    found = estimate(
+        strategy,
+        size,
+        activations,
+        gpus=gpus,
+        available=available,
+        device=device,
+        base_bytes=dtype.itemsize,
+    )
+    return found, size
+
+
+@lru_cache(maxsize=16)
+def _layer_bytes(hf_config: str, dtype: torch.dtype, lora: LoraSettings | None) -> int:
+    return layer_activations(json.loads(hf_config), dtype, lora)
 
 
 def _plain(size: ModelSize, gpus: int, device: str, base_bytes: int, autocast: bool) -> dict[str, int]:

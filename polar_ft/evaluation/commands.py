@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from polar_ft.data.reading import DataSource
 from polar_ft.errors import PolarError
@@ -19,45 +17,24 @@ from polar_ft.groups import Pairing as PairingName
 from polar_ft.options import (
     APP_SETTINGS,
     AllowTokenizerCode,
+    CalledAsTheGroup,
     Device,
     Dtype,
     MaxLength,
     MaxResponseLength,
     Pairing,
+    RunUnlessNamed,
     Split,
 )
 
-
-class _RunUnlessNamed(TyperGroup):
-    """A group of commands whose first one needs no name: ``polar-ft eval HF_DIR DATA …``.
-
-    A model folder that is called like a command is named with its path: ``./compare``.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in self.commands:
-            close = difflib.get_close_matches(args[0], self.commands) if args else []
-            if close and not Path(args[0]).exists():
-                ctx.fail(f"No such folder or command {args[0]!r}. Did you mean {close[0]!r}?")
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
-
-
-class _CalledAsTheGroup(TyperCommand):
-    """A command that help and errors call by the name of its group."""
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        return super().make_context(parent.info_name, args, parent.parent, **extra)
-
-
 eval_app = typer.Typer(
-    cls=_RunUnlessNamed,
+    cls=RunUnlessNamed,
     help="Score held-out pairs, or compare two runs (eval compare A B).",
     **APP_SETTINGS,
 )
 
 
-@eval_app.command("run", cls=_CalledAsTheGroup, context_settings=APP_SETTINGS["context_settings"])
+@eval_app.command("run", cls=CalledAsTheGroup, context_settings=APP_SETTINGS["context_settings"])
 def run(
     model: Annotated[
         str | None, typer.Argument(metavar="HF_DIR", help="Folder of the exported reward model.")

@@ -223,6 +223,9 @@ def load_scorer(folder: Path, *, device: str | None, dtype: DtypeName, **setting
         PolarError: The folder holds no reward model, or there is no such device.
     """
     # Imported here: `--help`, bad data and a wrong path need no torch.
+    from polar_ft.model.imports import import_decoders
+
+    import_decoders()
     from polar_ft.scoring.scorer import RewardScorer
 
     return RewardScorer.from_pretrained(folder, device=device, dtype=dtype, **settings)

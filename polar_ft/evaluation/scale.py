@@ -183,6 +183,9 @@ def calibrate(
         groups = random.Random(0).sample(groups, max_references)
 
     # Imported here: `polar-ft --help`, bad data and a wrong path need no torch.
+    from polar_ft.model.imports import import_decoders
+
+    import_decoders()
     from polar_ft.scoring.scorer import RewardScorer
 
     scorer = RewardScorer.from_pretrained(

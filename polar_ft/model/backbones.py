@@ -9,12 +9,16 @@ for checks without torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaModel, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2Model
+from transformers.modeling_utils import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm, Qwen2RotaryEmbedding
 
@@ -275,9 +279,26 @@ def empty_decoder(config: PretrainedConfig) -> Any:
         PolarError: Its layers have a part that polar_ft does not know.
     """
     backbone = BACKBONES[config.model_type]  # InternLM2's is a config of Llama
-    with torch.device("meta"):
+    with no_init_weights(), _parameters_on_meta():
         decoder = backbone.decoder(config)
     refuse_unknown_layers(decoder, f"a {backbone.model_type} model")
-    # Not a parameter and in no checkpoint: computed here, on the CPU.
     decoder.rotary_emb = backbone.rotary(config=config)
     return decoder
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made within the block move to the device "meta" at once; all else is computed on the CPU.
+
+    Under ``torch.device("meta")`` the rotary frequencies would be computed there too, for which torch imports
+    its compiler: seconds.
+    """
+    original = nn.Module.register_parameter
+
+    def register_parameter(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        original(self, name, parameter)
+
+    with patch.object(nn.Module, "register_parameter", register_parameter):
+        yield

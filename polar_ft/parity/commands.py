@@ -24,7 +24,8 @@ def parity(
         typer.Option(
             metavar="[ENGINE=]HOST:PORT",
             help="A running engine that serves the model; ENGINE is sglang, vllm or lmdeploy, and "
-            "found out where it is left out. May be repeated.",
+            "found out where it is left out; sglang-mis compares multi-item scoring, and single requests to "
+            "the same server. May be repeated.",
         ),
     ] = None,
     trust_remote_code: Annotated[

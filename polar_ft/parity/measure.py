@@ -110,7 +110,8 @@ def measure_parity(
 
     Args:
         model: Model folder or hub id.
-        servers: Running engines that serve the model, each ``[engine=]host:port``.
+        servers: Running engines that serve the model, each ``[engine=]host:port``. SGLang's multi-item
+            scoring (sglang-mis) is compared with single requests to the same server too.
         api_key: Of the servers.
         trust_remote_code: Also score with transformers and the Python files of the folder.
         n_inputs: Number of inputs; each has four candidates.
@@ -126,7 +127,7 @@ def measure_parity(
     Raises:
         PolarError: There is no such model, or a setting is wrong. A server that fails is in the report.
     """
-    addresses = [_split_address(server) for server in servers]
+    addresses = _with_single_requests([_split_address(server) for server in servers])
     tokenizer_code = tuple(allow_tokenizer_code)
     on_way("scorer")
     basis = _score(
@@ -264,6 +265,20 @@ def _split_address(server: str) -> tuple[ServerType, str]:
         if engine == name:
             return engine, host
     raise PolarError(f"--server {server}: {name!r} is not one of {', '.join(WIRES)}")
+
+
+def _with_single_requests(addresses: Sequence[tuple[ServerType, str]]) -> list[tuple[ServerType, str]]:
+    """Puts single requests to a server before its multi-item scoring, so that a report shows both.
+
+    >>> _with_single_requests([("sglang-mis", "a:1")])
+    [('sglang', 'a:1'), ('sglang-mis', 'a:1')]
+    """
+    ways: dict[tuple[ServerType, str], None] = {}
+    for engine, host in addresses:
+        if engine == "sglang-mis":
+            ways["sglang", host] = None
+        ways[engine, host] = None
+    return list(ways)
 
 
 def _walk(basis: _Basis, way: _Way, tolerance: float | None) -> Deviation:

@@ -121,7 +121,10 @@ def watch(
     follow: Annotated[bool, typer.Option("--follow", help="Show new lines until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write lines and alarms as JSON.")] = False,
 ) -> None:
-    """Show figures of a policy's answers, and alarms where they drift; with one it exits with status 1."""
+    """Show figures of a policy's answers, and alarms where they drift.
+
+    Exits with status 1 if there is an alarm.
+    """
     console = Console(highlight=False)
     if follow:
         with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -18,25 +18,29 @@ from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.options import AllowTokenizerCode, Device, Dtype, MaxLength, MaxResponseLength, ModelFolder
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 KEY_VARIABLE = "POLAR_API_KEY"
+
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help=f"File with the API key that clients must send; or set {KEY_VARIABLE}."
+    ),
+]
+AllowUnauthenticated = Annotated[
+    bool,
+    typer.Option("--allow-unauthenticated", help="Accept requests from other machines without an API key."),
+]
 
 
 def serve(
     model: ModelFolder,
     host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="PORT", min=0, max=65535, help="0 takes a free one.")] = 30000,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help=f"File with the API key that clients must send; or set {KEY_VARIABLE}."
-        ),
-    ] = None,
-    allow_unauthenticated: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unauthenticated", help="Accept requests from other machines without an API key."
-        ),
-    ] = False,
+    api_key_file: KeyFile = None,
+    allow_unauthenticated: AllowUnauthenticated = False,
     name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The model's name for clients.", show_default="its folder's"),
@@ -133,13 +137,15 @@ def serve(
         raise PolarError(
             "--think-start, --think-end: a tag is not empty; leave them out if there are no thoughts"
         )
-    key = _api_key(api_key_file)
-    listening = _listen(host, port, protected=key is not None or allow_unauthenticated)
+    key = read_api_key(api_key_file)
+    listening = listen(host, port, protected=key is not None or allow_unauthenticated)
     read_json(resolve_folder(model) / "config.json")  # a wrong folder is found before torch is imported
     try:
+        from polar_ft.model.imports import import_decoders
+
+        import_decoders()
         from polar_ft.scoring.scorer import RewardScorer
         from polar_ft.serving.app import create_app
-        from polar_ft.serving.connections import HttpServer
         from polar_ft.serving.limits import Limits
         from polar_ft.serving.telemetry import log_as_json, note
     except ModuleNotFoundError as error:
@@ -164,7 +170,7 @@ def serve(
     gc.collect()
     gc.freeze()
 
-    local = _is_loopback(listening.getsockname()[0])
+    local = is_loopback(listening.getsockname()[0])
     if max_per_address is None and not local:  # on this machine all clients have one address
         max_per_address = max(1, max_connections // 2)
     app = create_app(
@@ -187,9 +193,16 @@ def serve(
         thinking=Thinking(think_start, think_end, opened_by_prompt=think_in_prompt),
     )
     log_as_json()
-    address = _address(listening)
+    address = address_of(listening)
     typer.echo(f"serving {model} at {address} (a page to try it; Ctrl-C ends it)")
     note("ready", address=address, device=str(scorer.device), dtype=str(scorer.dtype).removeprefix("torch."))
+    serve_until_signal(app, listening)
+
+
+def serve_until_signal(app: FastAPI, listening: socket.socket) -> NoReturn:
+    """Serves until SIGINT or SIGTERM, answers what has arrived, and ends the process."""
+    from polar_ft.serving.connections import HttpServer
+
     # uvicorn raises the signals that it got again when it has answered everything.
     got: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -201,7 +214,7 @@ def serve(
     os._exit(128 + signal.SIGINT if signal.SIGINT in got else 0)
 
 
-def _api_key(file: Path | None) -> str | None:
+def read_api_key(file: Path | None) -> str | None:
     """The key from the file, else from the environment; not from the command line, which others can see."""
     if file is None:
         key = os.environ.get(KEY_VARIABLE)
@@ -220,12 +233,12 @@ def _api_key(file: Path | None) -> str | None:
     return key
 
 
-def _listen(host: str, port: int, *, protected: bool) -> socket.socket:
+def listen(host: str, port: int, *, protected: bool) -> socket.socket:
     """Opens a listening socket, before minutes are spent on loading the model."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
-        if not protected and not _is_loopback(str(address[0])):
+        if not protected and not is_loopback(str(address[0])):
             raise PolarError(
                 f"--host {host}: other machines could reach the server, and no API key is set; "
                 f"give --api-key-file FILE, set {KEY_VARIABLE}, or say --allow-unauthenticated"
@@ -242,10 +255,12 @@ def _listen(host: str, port: int, *, protected: bool) -> socket.socket:
     return listening
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach an address."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _address(listening: socket.socket) -> str:
+def address_of(listening: socket.socket) -> str:
+    """The URL of a listening socket."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -64,6 +64,7 @@ class Guard:
         api_key: Key that every route except /health requires; None requires none.
         loopback_only: Refuse requests to a host name other than this machine's. Otherwise a web page that is
             open in a browser here could reach the server by a name that it resolves to 127.0.0.1.
+        page: The page at /, which is also shown to those who have not given the key yet.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Guard:
         metrics: Metrics,
         api_key: str | None,
         loopback_only: bool,
+        page: Path = PLAYGROUND,
     ) -> None:
         self.app = app
         self.limits = limits
@@ -84,6 +86,7 @@ class Guard:
         self.metrics = metrics
         self._key = api_key.encode() if api_key else None
         self.loopback_only = loopback_only
+        self.page = page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a request."""
@@ -183,7 +186,7 @@ class Guard:
         headers = {"WWW-Authenticate": "Bearer"}
         if scope["path"] == "/" and scope["method"] == "GET":
             # The page shows nothing of the model, and it is where a person enters the key.
-            return playground(401, headers)
+            return html_page(self.page, 401, headers)
         return error_response(401, "send the API key as Authorization: Bearer KEY", headers)
 
     def _too_large(self) -> Response:
@@ -225,9 +228,14 @@ class Guard:
 _READ_HEADERS = {b"host", b"authorization", b"content-length"}
 
 
-def playground(status: int = 200, headers: dict[str, str] | None = None) -> HTMLResponse:
-    """Makes the response of the playground; its headers allow connections only to this server."""
-    return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"), status, {**_PAGE_HEADERS, **(headers or {})})
+def playground() -> HTMLResponse:
+    """Makes the response of the playground."""
+    return html_page(PLAYGROUND)
+
+
+def html_page(page: Path, status: int = 200, headers: dict[str, str] | None = None) -> HTMLResponse:
+    """Makes the response of a page; its headers allow connections only to this server."""
+    return HTMLResponse(page.read_text(encoding="utf-8"), status, {**_PAGE_HEADERS, **(headers or {})})
 
 
 _PAGE_HEADERS = {

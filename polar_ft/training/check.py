@@ -91,8 +91,7 @@ def check_run(arguments: Sequence[str]) -> CheckedRun:
     _check_deepspeed(run.deepspeed)
     parsed = read_config(file, run.options)
     if not _is_ours(parsed.names):
-        _check_other_config(file, parsed.names)
-        return CheckedRun(file, run, parsed.names, None)
+        return CheckedRun(file, run, parsed.names, None, warnings=_check_other_config(file, parsed.names))
     if not parsed.imported:
         raise PolarError(
             f"{file}: names its classes as text, as the copy in a work folder does, which xtuner cannot "
@@ -138,14 +137,23 @@ def _is_ours(names: Mapping[str, Any]) -> bool:
     return any(str(part_of(names, place, "")).startswith("polar_ft.") for place in places)
 
 
-def _check_other_config(config: Path, names: Mapping[str, Any]) -> None:
-    """Other configs are xtuner's business; but flash_attn is found missing only after a download."""
+def _check_other_config(config: Path, names: Mapping[str, Any]) -> list[str]:
+    """Other configs are xtuner's business; but flash_attn is found missing only after a download.
+
+    Returns:
+        Warnings: what polar_ft has to offer instead.
+    """
+    model = str(part_of(names, "model.type", "a model"))
+    is_reward_model = model.endswith(".RewardModel")
     if names.get("use_varlen_attn") and find_spec("flash_attn") is None:
         raise PolarError(
-            f"{config}: trains {part_of(names, 'model.type', 'a model')}, which needs flash_attn (not "
-            f"installed); to train with polar_ft, which does not need it, copy one of its configs "
-            f"(configs/polar_7b_custom.py) and set pretrained_model_name_or_path and data there"
+            f"{config}: trains {model}, which needs flash_attn (not installed); polar_ft does not need it: "
+            f"{f'`polar-ft migrate {config}` writes this config for it, or ' if is_reward_model else ''}copy "
+            f"one of its configs (configs/polar_7b_custom.py) and set pretrained_model_name_or_path and data"
         )
+    if is_reward_model:
+        return [f"trains {model} of xtuner; `polar-ft migrate {config}` writes this config for polar_ft"]
+    return []
 
 
 def _check_deepspeed(deepspeed: str | None) -> None:

@@ -53,7 +53,6 @@ def save_checkpoint(runner: Any, dataset: RewardDataset, step: int, keep: int) -
     Raises:
         PolarError: It could not be written.
     """
-    runner.logger.info(f"Saving checkpoint at {step} iterations")
     state = {
         "ranks": get_world_size(),
         "random": all_gather_object(_random_state()),
@@ -65,6 +64,7 @@ def save_checkpoint(runner: Any, dataset: RewardDataset, step: int, keep: int) -
     if is_main_process():
         point_to(target)
         prune(Path(runner.work_dir), keep)
+    runner.logger.info(f"saved {target}")
 
 
 def save_best(runner: Any, target: Path, step: int) -> None:

@@ -41,6 +41,9 @@ class RunArguments:
         deepspeed: ``--deepspeed``: a file, or the name of one that xtuner ships.
         resume: ``--resume``.
         options: ``--cfg-options``: (dotted) name to value.
+        seed: ``--seed``.
+        launcher: ``--launcher``: how several processes find each other.
+        local_rank: ``--local-rank``.
     """
 
     config: str
@@ -48,6 +51,9 @@ class RunArguments:
     deepspeed: str | None = None
     resume: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    launcher: str = "none"
+    local_rank: int = 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,8 +80,8 @@ def parse_arguments(arguments: Sequence[str]) -> RunArguments:
     parser.add_argument("--resume")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[])
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"])
-    parser.add_argument("--local_rank", "--local-rank", type=int)
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
     known, unknown = parser.parse_known_args(arguments)
     if unknown:
         name = next((text for text in unknown if text.startswith("-")), unknown[0])
@@ -88,7 +94,16 @@ def parse_arguments(arguments: Sequence[str]) -> RunArguments:
         if not equals or not name:
             raise PolarError(f"--cfg-options {text}: write NAME=VALUE, without spaces around =")
         options[name] = parse_value(value)
-    return RunArguments(known.config, known.work_dir, known.deepspeed, known.resume, options)
+    return RunArguments(
+        config=known.config,
+        work_dir=known.work_dir,
+        deepspeed=known.deepspeed,
+        resume=known.resume,
+        options=options,
+        seed=known.seed,
+        launcher=known.launcher,
+        local_rank=known.local_rank,
+    )
 
 
 def parse_value(text: str) -> Any:

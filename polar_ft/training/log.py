@@ -17,6 +17,7 @@ from polar_ft.errors import PolarError
 from polar_ft.groups import Layout, TokenGroup
 from polar_ft.training.data import RewardDataset
 from polar_ft.training.step import StepBatch, StepResult
+from polar_ft.training.terminal.events import REPORTED, report
 
 _ROWS_NAMED = 10
 
@@ -147,12 +148,14 @@ class TrainingLog:
             {**values, "iter": step}, step=step, file_path=f"{self.runner.timestamp}.json"
         )
         left = self.seconds / (step - self.first) * (self.steps - step)
+        report("step", step=step, steps=self.steps, left=left, figures=values)
         shown = {"lr": f"{lr:.4e}", "eta": str(timedelta(seconds=int(left)))}
         shown |= {name: f"{values[name]:.4f}" for name in ("time", "data_time")}
         shown |= {name: f"{value:.4f}" for name, value in values.items() if name not in shown}
         self.runner.logger.info(
             f"Iter(train) [{step:>{len(str(self.steps))}}/{self.steps}]  "
-            + "  ".join(f"{name}: {value}" for name, value in shown.items())
+            + "  ".join(f"{name}: {value}" for name, value in shown.items()),
+            extra=REPORTED,
         )
 
 

@@ -31,7 +31,9 @@ from polar_ft.training.engines import DeepSpeedEngine, Engine, PlainEngine
 from polar_ft.training.log import TrainingLog, report_bad_step
 from polar_ft.training.ranks import STOPPED, StopSignals, beat, report_ending
 from polar_ft.training.step import StepBatch, take_step, unwrapped
+from polar_ft.training.terminal.events import report
 from polar_ft.training.threads import set_threads
+from polar_ft.training.track import start_tracking
 from polar_ft.training.validation import Validation
 
 # A run of fewer steps is warned of.
@@ -54,6 +56,7 @@ class TrainingLoop(BaseLoop):
         save_total_limit: How many checkpoints are kept, those written last; below 1 all are.
         max_bad_steps: So many steps in a row whose loss or gradient is not finite end the run.
         log_interval: Steps from one line of the log to the next.
+        track: Tracking services, see `polar_ft.training.track.as_services`.
         validation: ``data``, ``interval``, ``metric`` and ``patience`` of `Validation`; None, or None as its
             data, for no validation.
 
@@ -76,9 +79,11 @@ class TrainingLoop(BaseLoop):
         save_total_limit: int = 2,
         max_bad_steps: int = 5,
         log_interval: int = 1,
+        track: Any = None,
         validation: Mapping[str, Any] | None = None,
     ) -> None:
         _refuse_hooks(runner)
+        report("phase", text="reading and tokenizing the data")
         self.dataset: RewardDataset = BUILDER.build(dataloader["dataset"])
         self.workers = {
             name: dataloader[name] for name in ("num_workers", "pin_memory") if name in dataloader
@@ -99,6 +104,7 @@ class TrainingLoop(BaseLoop):
         self.save_total_limit = save_total_limit
         self.max_bad_steps = max_bad_steps
         self.log_interval = log_interval
+        self.track = track
         self.validation: Validation | None = None
         if validation is not None and validation.get("data") is not None:
             self.validation = Validation(
@@ -138,8 +144,10 @@ class TrainingLoop(BaseLoop):
             restore_run_state(runner, self.dataset)
         if first >= steps:
             runner.logger.info(f"the checkpoint has seen all {steps} steps, so nothing is left to train")
+        trackers = []
         if is_main_process():
             work_folder.begin()
+            trackers = start_tracking(self.track, runner)
         runner.call_hook("before_train")
         log = TrainingLog(
             runner,
@@ -189,6 +197,8 @@ class TrainingLoop(BaseLoop):
         if self.validation is not None:
             self.validation.finish(runner)
         runner.call_hook("after_train")
+        for tracker in trackers:
+            tracker.close()
         return runner.model
 
     def _engine(self) -> Engine:
@@ -218,6 +228,7 @@ class TrainingLoop(BaseLoop):
         if is_main_process():
             kept = {
                 "settings": plan.settings,
+                "steps": self._max_iters,
                 "data": str(self.dataset.groups.folder),
                 "achieved": asdict(summary),
             }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from xtuner.registry import BUILDER
 
@@ -24,6 +24,7 @@ from polar_ft.model.settings import Checkpointing, LoraSettings, LossType, Penal
 from polar_ft.model.weights import grow_embeddings, load_backbone
 from polar_ft.template import PolarTemplate
 from polar_ft.training import lora as adapters
+from polar_ft.training.terminal.events import report
 
 
 def weights_dtype(llm: Mapping[str, Any]) -> torch.dtype:
@@ -71,6 +72,7 @@ class PolarRewardModel(BaseModel):
         lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        report("phase", text="loading the model")
         self.objective = PairObjective(loss_type, penalty_type, penalty_weight)
         self.template = tokenizer if isinstance(tokenizer, PolarTemplate) else BUILDER.build(dict(tokenizer))
         self.base_folder: str = os.fspath(llm["pretrained_model_name_or_path"])
@@ -96,7 +98,7 @@ class PolarRewardModel(BaseModel):
         if self.adapter is not None:
             adapters.work_around_zero3_checkpoint_error(self.llm)
             adapters.record_adapters(self, self.adapter)
-            print_log(adapters.describe(self, self.adapter), "current")
+            MMLogger.get_current_instance().info(adapters.describe(self, self.adapter))
 
     def plan_checkpointing(self, tokens: int, unallocated_bytes: int) -> str:
         """Decides how many layers are computed again in backward; called when training starts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from polar_ft.training import upstream, work_folder
 from polar_ft.training.check import CheckedRun, check_rows, check_run
 from polar_ft.training.config import parse_again
 from polar_ft.training.ranks import FOLDER_VARIABLE, end_with_launcher, report_ending
+from polar_ft.training.terminal.events import report, report_log_records
 
 
 def prepare_training(pretrained_model_name_or_path: str) -> str:
@@ -47,9 +49,10 @@ def prepare_training(pretrained_model_name_or_path: str) -> str:
     """
     if _options_pending():
         return pretrained_model_name_or_path
-    run = _run()
+    run = current_run()
     if run is not None:
         work_folder.enter(run)
+    report("phase", text="reading the data")
     resumed = run is not None and run.arguments.resume is not None  # then the rows were read at its start
     if run is not None and run.settings is not None and not resumed and _is_main():
         check_rows(run.settings)
@@ -69,17 +72,46 @@ def prepare_tiny_training(pretrained_model_name_or_path: str, data: Sources) -> 
     """
     if _options_pending():
         return pretrained_model_name_or_path
-    run = _run()
+    run = current_run()
     if run is not None:
         work_folder.enter(run)  # before a base is made again
+    report("phase", text="looking for the tiny base model")
     tiny_base_of(Path(pretrained_model_name_or_path), data, vocab_size=4096, hidden=96)
     return prepare_training(pretrained_model_name_or_path)
 
 
+def set_up() -> None:
+    """Sets up the process of a rank: short errors, workarounds, events. May be called again."""
+    sys.excepthook = _short_excepthook
+    # xtuner's script imports DeepSpeed for every run.
+    upstream.apply(deepspeed=_started_by_xtuner())
+    report_log_records()
+
+
+def call_model_resource(cfg: Any) -> None:
+    """Calls the ``model_resource`` of a config, as xtuner 0.2.0 does (``tools/utils.py``).
+
+    Args:
+        cfg: mmengine's Config; every ``pretrained_model_name_or_path`` in it becomes what the function
+            returns.
+    """
+    resource = cfg.get("model_resource")
+    if not resource:
+        return
+    folder = resource["fn"](cfg["pretrained_model_name_or_path"], **resource.get("args", {}))
+    places = [cfg._cfg_dict]
+    while places:
+        place = places.pop()
+        values = list(place.values()) if isinstance(place, dict) else place
+        if isinstance(place, dict) and "pretrained_model_name_or_path" in place:
+            place["pretrained_model_name_or_path"] = folder
+        places += [value for value in values if isinstance(value, (dict, list))]
+
+
 @cache
-def _run() -> CheckedRun | None:
-    """The run that xtuner's script was started for, after its checks; None in another program."""
-    if not sys.argv[0].endswith("xtuner/tools/train.py"):
+def current_run() -> CheckedRun | None:
+    """The run that this process was started for, after its checks; None in another program."""
+    if not (_started_by_xtuner() or sys.argv[0].endswith("polar_ft/training/start.py")):
         return None
     end_with_launcher()
     run = check_run(sys.argv[1:])
@@ -87,6 +119,10 @@ def _run() -> CheckedRun | None:
         for warning in run.warnings:
             print(f"warning: {run.config}: {warning}", file=sys.stderr)
     return run
+
+
+def _started_by_xtuner() -> bool:
+    return sys.argv[0].endswith("xtuner/tools/train.py")
 
 
 def _is_main() -> bool:
@@ -104,18 +140,15 @@ def _options_pending() -> bool:
     """
     from mmengine.config import Config
 
-    sys.excepthook = _short_excepthook
-    upstream.apply()
-    run = _run()
+    set_up()
+    run = current_run()
     merge = Config.merge_from_dict
-    if run is None or not run.overridden or hasattr(merge, "polar_ft"):
+    if run is None or not run.overridden or hasattr(merge, "polar_ft") or not _started_by_xtuner():
         return False
 
     def merge_from_dict(self: Any, options: Mapping[str, Any], **settings: Any) -> None:
-        from xtuner.tools.utils import set_model_resource
-
         again = parse_again(self, run.overridden)
-        set_model_resource(again)
+        call_model_resource(again)
         object.__setattr__(self, "_cfg_dict", again._cfg_dict)
         Config.merge_from_dict = merge
         rest = {name: value for name, value in options.items() if name not in run.overridden}
@@ -128,10 +161,13 @@ def _options_pending() -> bool:
 
 def _short_excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Prints errors that the user can fix in one line, without a traceback; the exit status stays 1."""
-    report_ending(f"{kind.__name__}: {error}" if not isinstance(error, PolarError) else str(error))
     if isinstance(error, PolarError):
-        print(f"\nerror: {error}", file=sys.stderr)
+        text = str(error)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        print(f"\nerror: {error}; make room there, then start again", file=sys.stderr)
+        text = f"{error}; make room there, then start again"
     else:
+        report_ending(f"{kind.__name__}: {error}", trace="".join(traceback.format_exception(error)))
         sys.__excepthook__(kind, error, trace)
+        return
+    report_ending(text)
+    print(f"\nerror: {text}", file=sys.stderr)

@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
-import psutil
-
 from polar_ft.files import write_atomically
 
 FOLDER_VARIABLE = "POLAR_FT_RANKS"
 # Process id of `polar_ft.training.launch`.
 LAUNCHER_VARIABLE = "POLAR_FT_LAUNCHER"
+
+# What a process that trains runs, by the end of its path: xtuner's script, or ours.
+SCRIPTS = ("tools/train.py", "training/start.py")
 
 # Exit status of a run that saved and stopped because of a signal: EX_TEMPFAIL of sysexits.h, nothing is
 # wrong, the same command may be tried again.
@@ -68,6 +69,7 @@ class Ending:
         status: Exit status.
         error: In a line.
         time: Seconds since 1970.
+        trace: The traceback of an error that the user cannot fix.
     """
 
     rank: int
@@ -75,6 +77,7 @@ class Ending:
     status: int
     error: str
     time: float
+    trace: str = ""
 
 
 _step = 0
@@ -87,9 +90,9 @@ def beat(phase: str, step: int | None = None) -> None:
     _write("beat", asdict(Beat(_rank(), _step, phase, time.time())))
 
 
-def report_ending(error: str, status: int = 1) -> None:
+def report_ending(error: str, status: int = 1, trace: str = "") -> None:
     """Records why this process ends."""
-    _write("ending", asdict(Ending(_rank(), socket.gethostname(), status, error, time.time())))
+    _write("ending", asdict(Ending(_rank(), socket.gethostname(), status, error, time.time(), trace)))
 
 
 def beats(folder: Path) -> list[Beat]:
@@ -147,6 +150,8 @@ def end_with_launcher() -> None:
     Raises:
         SystemExit: It is gone already.
     """
+    import psutil  # in the extra "train" alone
+
     launcher = os.environ.get(LAUNCHER_VARIABLE)
     if launcher is None:
         return

@@ -21,6 +21,7 @@ from polar_ft.files import write_atomically
 from polar_ft.groups import Layout
 from polar_ft.model.settings import Checkpointing, LoraSettings, LossType, PenaltyType
 from polar_ft.training.config import Options, ParsedConfig, did_you_mean, parse_value, read_config
+from polar_ft.training.track import as_services
 
 Metric = Literal["accuracy", "accuracy_ties_half", "macro_accuracy", "log_loss"]
 
@@ -53,6 +54,7 @@ ALIASES = {
     "max_grad_norm": "max_norm",
     "gradient_checkpointing": "recompute_layers",
     "save_interval": "save_steps",
+    "report_to": "track",
 }
 
 
@@ -207,6 +209,11 @@ class Settings(BaseModel):
         ge=1,
     )
     log_interval: int = _setting("steps between lines in the log", "train_cfg.log_interval", ge=1)
+    track: str | dict[str, Any] | list[str | dict[str, Any]] | None = _setting(
+        "a [tracking service](training.md#tracking-services) that gets all figures as well: its name, or "
+        "`dict(type=name, …)` with arguments of it, or a list",
+        "train_cfg.track",
+    )
     val_interval: int = _setting(
         "steps between [validations](training.md#validation)", "train_cfg.validation.interval", ge=1
     )
@@ -219,6 +226,15 @@ class Settings(BaseModel):
         "train_cfg.validation.patience",
         ge=1,
     )
+
+    @field_validator("track")
+    @classmethod
+    def _names_services(cls, value: Any) -> Any:
+        try:
+            as_services(value)
+        except PolarError as error:
+            raise ValueError(str(error)) from error
+        return value
 
     @field_validator("data", "val_data")
     @classmethod
@@ -358,7 +374,7 @@ def write_tables(page: str, configs: Path) -> str:
 
 
 def _table_row(name: str, schema: Mapping[str, Any], shipped: Sequence[Mapping[str, Any]]) -> str:
-    *published, tiny = [_as_code(names[name]) if name in names else "(none)" for names in shipped]
+    *published, tiny = [f"`{code_of(names[name])}`" if name in names else "(none)" for names in shipped]
     both = " / ".join(dict.fromkeys(published))
     cells = [f"`{name}`", _values(schema), schema["description"], both, "" if both == tiny else tiny]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -372,6 +388,7 @@ def _values(schema: Mapping[str, Any]) -> str:
         "string": "text",
         "boolean": "`True`, `False`",
         "array": "list",
+        "object": "`dict(…)`",
         "null": "`None`",
     }
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -387,16 +404,15 @@ def _values(schema: Mapping[str, Any]) -> str:
     return f"{kinds[schema['type']]} {bounds}".strip()
 
 
-def _as_code(value: Any) -> str:
+def code_of(value: Any) -> str:
     """A value as a config has it; 1e-5 is not 1e-05.
 
-    >>> _as_code(1e-05), _as_code((0.9, 0.95)), _as_code({"r": 8})
-    ('`1e-5`', '`(0.9, 0.95)`', '`dict(r=8)`')
+    >>> code_of(1e-05), code_of((0.9, 0.95)), code_of({"r": 8})
+    ('1e-5', '(0.9, 0.95)', 'dict(r=8)')
     """
-    text = re.sub(r"e-0(\d)", r"e-\1", repr(value).replace("'", '"'))
     if isinstance(value, Mapping):
-        text = f"dict({', '.join(f'{key}={item!r}' for key, item in value.items())})".replace("'", '"')
-    return f"`{text}`"
+        return f"dict({', '.join(f'{key}={item!r}' for key, item in value.items())})".replace("'", '"')
+    return re.sub(r"e-0(\d)", r"e-\1", repr(value).replace("'", '"'))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,21 @@ import socket
 import torch
 
 
-def apply() -> None:
-    """Applies every workaround; a second call changes nothing."""
+def apply(*, deepspeed: bool = True) -> None:
+    """Applies every workaround; a second call changes nothing.
+
+    Args:
+        deepspeed: Also those that import DeepSpeed, which takes seconds.
+    """
     _cpu_has_no_is_bf16_supported()
     _distributed_cpu_has_no_cuda_device()
     _data_parallel_cpu_has_no_devices()
-    _deepspeed_compiles_for_nothing()
     _checkpoints_hold_no_histories()
     _checkpoints_load_without_running()
     _deepspeed_takes_one_port()
+    if deepspeed:
+        _deepspeed_compiles_for_nothing()
+        _deepspeed_checkpoints_load_without_running()
 
 
 def _cpu_has_no_is_bf16_supported() -> None:
@@ -98,18 +104,21 @@ def _checkpoints_hold_no_histories() -> None:
 def _checkpoints_load_without_running() -> None:
     """``--resume`` ends in UnpicklingError with torch 2.6 and later, whose ``torch.load`` runs no pickles.
 
-    Upstream: mmengine 0.10.6 ``runner/checkpoint.py``, xtuner 0.2.0 ``tools/utils.py`` and deepspeed 0.16.2
-    ``runtime/checkpoint_engine/``, which save objects of their own. Those are named here, and nothing else
-    is loaded. Goes when they save plain data.
+    Upstream: mmengine 0.10.6 ``runner/checkpoint.py`` and xtuner 0.2.0 ``tools/utils.py``; a checkpoint holds
+    an object of mmengine's. It is named here, and nothing else is loaded. Goes when they save plain data.
     """
+    from mmengine.config import ConfigDict
+
+    torch.serialization.add_safe_globals([ConfigDict])
+
+
+def _deepspeed_checkpoints_load_without_running() -> None:
+    """As the one above, for the objects of deepspeed 0.16.2 ``runtime/checkpoint_engine/``."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
-    from mmengine.config import ConfigDict
 
-    torch.serialization.add_safe_globals(
-        [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, ConfigDict]
-    )
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
 
 
 def _deepspeed_takes_one_port() -> None:

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import torch
 from mmengine.dist import broadcast_object_list, is_main_process
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger
 
 from polar_ft.data.reading import Sources
 from polar_ft.errors import PolarError
@@ -29,6 +29,7 @@ from polar_ft.training.engines import Engine
 from polar_ft.training.ranks import beat
 from polar_ft.training.settings import Metric
 from polar_ft.training.step import unwrapped
+from polar_ft.training.terminal.events import REPORTED, report
 
 SECONDS_BETWEEN_LINES = 30.0
 SUBSETS_SHOWN = 12
@@ -111,7 +112,7 @@ class Validation:
         self.metric: Metric = metric
         self.patience = patience
         self.progress = _Progress(f"{metric} {self.pairs.digest}")
-        print_log(f"validation: {self.pairs}", "current")
+        MMLogger.get_current_instance().info(f"validation: {self.pairs}")
 
     def start(self, runner: Any, engine: Engine, step: int) -> None:
         """Validates what training starts from, or restores the validations of the checkpoint that it resumes.
@@ -170,8 +171,9 @@ class Validation:
         scalars = scalars_of(figures)
         seconds = time.monotonic() - started
         runner.visualizer.add_scalars({f"val/{name}": value for name, value in scalars.items()}, step=step)
-        for line in _lines(figures, step, seconds):
-            runner.logger.info(line)
+        lines = list(_lines(figures, step, seconds))
+        for line in lines:
+            runner.logger.info(line, extra=REPORTED)
 
         value, log_loss = scalars.get(self.metric), scalars.get("log_loss")
         progress = self.progress
@@ -182,10 +184,13 @@ class Validation:
             progress.best_checkpoint = str(target) if save else None
         else:
             progress.without_best += 1
+        best = progress.without_best == 0
+        report("validation", step=step, figures=scalars, best=best, text=lines[0])
         runner.message_hub.update_info(_KEY, asdict(progress))
-        if progress.without_best == 0 and progress.best_checkpoint:
+        if best and progress.best_checkpoint:
             save_best(runner, Path(progress.best_checkpoint), step)
-            runner.logger.info(f"validation: best {self.metric} so far, saved as {progress.best_checkpoint}")
+            saved = f"validation: best {self.metric} so far, saved as {progress.best_checkpoint}"
+            runner.logger.info(saved, extra=REPORTED)  # the table marks it
 
 
 def scalars_of(figures: Figures) -> dict[str, float]:

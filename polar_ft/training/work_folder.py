@@ -7,6 +7,7 @@ identity: the settings that change the result. A start is refused where it would
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import sys
@@ -74,6 +75,8 @@ CHANGEABLE = frozenset(
 # Places: what they hold is compared instead (the step plan, the tokenizer), so both may be moved.
 _PLACES = frozenset({"data", "pretrained_model_name_or_path"})
 _TOKENIZER = "tokenizer"
+
+LOGGER = logging.getLogger(__name__)
 
 Identity = dict[str, Any]
 
@@ -330,7 +333,7 @@ def _check_resumed(checkpoint: Path, *, deepspeed: bool) -> None:
     from polar_ft.conversion.checkpoint import check_resumable  # imports torch; the launcher needs none
 
     if os.environ.get("LOCAL_RANK", "0") == "0" and verify(checkpoint) is None:  # it may be large
-        print(f"{checkpoint}: its integrity cannot be checked (no manifest)", file=sys.stderr)
+        LOGGER.warning("%s: its integrity cannot be checked (no manifest)", checkpoint)
     check_resumable(checkpoint, deepspeed=deepspeed)
     manifest = read_manifest(checkpoint)
     if manifest is None:

@@ -40,7 +40,11 @@ LMDEPLOY = """{
            {"index": 1, "object": "pooling", "data": -11.03}],
   "usage": {"prompt_tokens": 5, "total_tokens": 5, "completion_tokens": 0}
 }"""
-BODIES = {"sglang": SGLANG, "vllm": VLLM, "lmdeploy": LMDEPLOY}
+SGLANG_MIS = """{
+  "scores": [[-0.5703], [-11.03]], "pooled_hidden_states": null, "token_logprobs": null, "model": "default",
+  "usage": {"prompt_tokens": 5, "total_tokens": 5, "completion_tokens": 0}, "object": "scoring"
+}"""
+BODIES = {"sglang": SGLANG, "sglang-mis": SGLANG_MIS, "vllm": VLLM, "lmdeploy": LMDEPLOY}
 
 
 def test_requests():
@@ -100,7 +104,10 @@ VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["data", "index", "embedding", "usage", "prompt_tokens", "meta_info", "x"]), inner
+            st.sampled_from(
+                ["data", "index", "embedding", "usage", "prompt_tokens", "scores", "meta_info", "x"]
+            ),
+            inner,
         )
     ),
     max_leaves=12,

@@ -196,7 +196,7 @@ def test_convert_says_what_it_left_out(write_rows: WriteRows, tmp_path: Path) ->
         (["check", "in.jsonl", "--max-line-mb", 0], "max_line_mb"),
         (
             ["convert", "xml", "in.jsonl", "out.jsonl"],
-            "xml: no such format; there are auto, arena, chat-pairs, ",
+            "xml: no such format; there are auto, arena, argilla, chat-pairs, ",
         ),
         (["convert", "ranked", "in.jsonl", "out.csv"], "the name must end in .jsonl or .jsonl.gz"),
         (["convert", "hh-rlhf", "in.jsonl", "out.jsonl", "--pairing", "all"], "is no option of the format"),

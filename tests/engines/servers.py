@@ -39,7 +39,9 @@ class Vllm:
 
 
 @contextmanager
-def vllm_server(environment: Path, model: Path, folder: Path, *options: str) -> Iterator[Vllm]:
+def vllm_server(
+    environment: Path, model: Path, folder: Path, *options: str, remote_code: bool = True
+) -> Iterator[Vllm]:
     """`vllm serve` on a free port of this machine.
 
     Args:
@@ -47,13 +49,23 @@ def vllm_server(environment: Path, model: Path, folder: Path, *options: str) -> 
         model: What to serve.
         folder: For its log and caches.
         options: More options.
+        remote_code: Whether the model needs its own code, and to be told that it is pooled.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(environment / "bin" / "vllm"), "serve", str(model)]
-    command += ["--runner", "pooling", "--trust-remote-code", "--dtype", "float32"]
-    command += ["--max-model-len", str(CONTEXT), "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--runner", "pooling", "--trust-remote-code"] if remote_code else []
+    command += [
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        str(CONTEXT),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     # Compiling takes longer than everything that is asked here.
     command += ["--enforce-eager", *options]
     settings = {

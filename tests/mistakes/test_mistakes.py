@@ -134,6 +134,21 @@ MISTAKES = [
     Mistake(
         "mistyped option of training", ["train", "tiny.py", "--work_dir", "w"], r"did you mean --work-dir\?"
     ),
+    Mistake(
+        "the config that POLAR published",
+        ["train", "POLAR_7B_full_varlenattn_custom_dataset"],
+        r"needs flash_attn \(not installed\).*`polar-ft migrate .*varlenattn_custom_dataset\.py` writes this",
+    ),
+    Mistake("migrating our own", ["migrate", "tiny.py"], r"tiny\.py: is a config of polar_ft already"),
+    Mistake("migrating a page", ["migrate", "notes.md"], r"notes\.md: is no config, which is a Python file"),
+    Mistake(
+        "no such tracking service",
+        [*TRAIN, "track=wanbd"],
+        r"'wanbd' is no tracking service; did you mean wandb",
+    ),
+    Mistake("a tracking service that is not installed", [*TRAIN, "track=neptune"], r"pip install neptune"),
+    Mistake("watching no folder", ["watch", "none"], r"none: no such folder; name the work folder of a run"),
+    Mistake("watching no run", ["watch", "work"], r"work: has no figures of a run"),
     Mistake("Markdown as config", ["train", "notes.md"], r"notes\.md: is no config, which is a Python file"),
     Mistake("data as config", ["train", "rows.jsonl"], r"rows\.jsonl: is no config, which is a Python file"),
     Mistake("data that is not there", [*TRAIN, "data=none.jsonl"], r"data: none\.jsonl: no such file"),

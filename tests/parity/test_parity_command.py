@@ -193,3 +193,13 @@ def test_a_llama_needs_no_code_of_its_folder(model, tmp_path):
     assert found["error"] is None
     assert found["max_abs_diff"] < 1e-4
     assert report["max_reward"] - report["min_reward"] > 0.5
+
+
+@pytest.mark.usefixtures("quick")
+def test_multi_item_scoring_is_compared_with_single_requests(model):
+    code, report = report_of(model, "--server", "sglang-mis=same:1", "--server", "sglang=same:1")
+    assert code == 0
+    assert [way["name"] for way in report["comparisons"][2:]] == ["sglang same:1", "sglang-mis same:1"]
+    code, report = report_of(model, "--server", "sglang-mis=off:1")
+    assert code == 1
+    assert [way["name"] for way in report["comparisons"][2:]] == ["sglang off:1", "sglang-mis off:1"]

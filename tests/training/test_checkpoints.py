@@ -199,6 +199,7 @@ def train(monkeypatch):
             validation=None,
             stop_training=False,
             log_interval=1,
+            track=None,
             save_steps=2,
             save_total_limit=1,
             warmup_ratio=0.1,

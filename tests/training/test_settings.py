@@ -116,6 +116,7 @@ def test_published_config_without_flash_attn_names_the_way_out(tmp_path):
     assert ended.returncode == 1
     assert "needs flash_attn (not installed)" in ended.stderr
     assert "configs/polar_7b_custom.py" in ended.stderr
+    assert "POLAR_7B_full_varlenattn_custom_dataset.py` writes this config for it" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
 
 

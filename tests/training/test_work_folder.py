@@ -48,7 +48,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The command lines that `launch` runs; none is really started."""
     lines: list[list[str]] = []
 
-    def run(command: list[str], folder: Path) -> SimpleNamespace:
+    def run(command: list[str], *_: object) -> SimpleNamespace:
         lines.append(command[2:])
         return SimpleNamespace(wait=lambda: 0)
 

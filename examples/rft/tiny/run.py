@@ -57,7 +57,7 @@ ARMS: dict[str, list[str]] = {
 LABELS = {
     "references": ("tab:blue", "references"),
     "shuffled": ("tab:gray", "shuffled references"),
-    "hacked": ("tab:red", "without a KL term"),
+    "hacked": ("tab:red", "shuffled, without a KL term"),
 }
 
 
@@ -72,7 +72,7 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
 ) -> None:
     """Runs everything, draws rft.png and writes rft.json."""
-    if not (demo / "hf" / "config.json").is_file():
+    if not (demo / "model" / "config.json").is_file():
         raise PolarError(f"{demo}: has no reward model; run make demo first")
     if not (environment / "bin" / "python").exists():
         raise PolarError(f"{environment}: has no TRL; run tools/rft_env.sh trl first")
@@ -80,7 +80,7 @@ def main(
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     model = out / "reward_model"
-    shutil.copytree(demo / "hf", model)
+    shutil.copytree(demo / "model", model)
     cli = [sys.executable, "-m", "polar_ft.cli"]
     _run([*cli, "calibrate", str(model), str(demo / "data" / "held_out.jsonl")], out / "calibrate.log")
     python = str((environment / "bin" / "python").absolute())

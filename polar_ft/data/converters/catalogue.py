@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from polar_ft.data.converters.annotation import argilla, label_studio
 from polar_ft.data.converters.arena import arena
 from polar_ft.data.converters.benchmarks import (
     domain_of,
@@ -81,6 +82,8 @@ CONVERTERS: dict[str, Format] = {
     "openai": Format(openai_pair, "OpenAI's preference fine-tuning"),
     "trl": Format(preference, "TRL's preferences, also with an implicit prompt", layout="chat-pairs"),
     "openrlhf": Format(preference, "OpenRLHF, in all forms that it reads", layout="chat-pairs"),
+    "label-studio": Format(label_studio, "Label Studio's export JSON, comparisons with its tag Pairwise"),
+    "argilla": Format(argilla, "records of Argilla 2 with a ranking, as JSON or from the hub"),
     "trl-unpaired": Format(
         unpaired, "TRL's unpaired preferences, as ranked rows", pairing="all", gather=unpaired_prompt
     ),

@@ -220,6 +220,55 @@ _ROWS |= {
     },
     "openrlhf": {"chosen": _dialogue("4"), "rejected": _dialogue("5"), "margin": 1.0},
     "trl": {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
+    "label-studio": {
+        "id": 11,
+        "annotations": [
+            {
+                "id": 21,
+                "completed_by": 3,
+                "result": [
+                    {
+                        "id": "Dx_aB91ISN",
+                        "type": "pairwise",
+                        "value": {"selected": "right"},
+                        "origin": "manual",
+                        "to_name": "comparison",
+                        "from_name": "comparison",
+                    }
+                ],
+                "was_cancelled": False,
+                "ground_truth": False,
+                "created_at": "2026-11-24T10:00:00.000000Z",
+                "updated_at": "2026-11-24T10:00:04.000000Z",
+                "lead_time": 4.288,
+                "result_count": 1,
+                "task": 11,
+            }
+        ],
+        "file_upload": "tasks.json",
+        "drafts": [],
+        "predictions": [],
+        "data": {"prompt": "2 + 2?", "answer1": "5", "answer2": "4"},
+        "meta": {},
+        "created_at": "2026-11-24T09:00:00.000000Z",
+        "updated_at": "2026-11-24T10:00:04.000000Z",
+        "inner_id": 1,
+        "total_annotations": 1,
+        "cancelled_annotations": 0,
+        "total_predictions": 0,
+        "project": 83,
+        "updated_by": 3,
+        "comment_authors": [],
+    },
+    "argilla": {
+        "id": "q-1",
+        "fields": {"instruction": "2 + 2?", "response1": "5", "response2": "4"},
+        "metadata": {},
+        "suggestions": {},
+        "responses": {"ranking": [{"value": ["response2", "response1"], "user_id": "7d1e"}]},
+        "vectors": {},
+        "_server_id": "c0ffee",
+    },
     "trl-unpaired": {"prompt": "2 + 2?", "completion": "4", "label": True},
 }
 

@@ -1,0 +1,1 @@
+"""From one file of preferences to a served reward model: ``polar-ft fit``."""
