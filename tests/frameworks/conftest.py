@@ -35,13 +35,22 @@ PROJECTS = {
 }
 
 
+RAN: set[str] = set()
+
+
+def environment_of(name: str) -> Path:
+    """Folder of an environment."""
+    assert ENVIRONMENTS
+    return Path(ENVIRONMENTS).resolve() / name
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Prints the versions that were run."""
     found = []
-    for folder in sorted(Path(ENVIRONMENTS or os.devnull).glob("*/")):
-        project = PROJECTS.get(folder.name.partition("-")[0], "")
-        for metadata in folder.glob(f"lib/python*/site-packages/{project}-*.dist-info"):
-            found.append(metadata.stem.replace("-", " ").replace("_", "-"))
+    for environment in sorted(RAN):
+        project = PROJECTS[environment.partition("-")[0]]
+        (metadata,) = environment_of(environment).glob(f"lib/python*/site-packages/{project}-*.dist-info")
+        found.append(metadata.stem.replace("-", " ").replace("_", "-"))
     if found:
         terminalreporter.write_line(f"frameworks: {', '.join(found)}")
 
@@ -72,8 +81,8 @@ def run(tmp_path: Path) -> Callable[..., Any]:
     """Runs a script of this folder in the environment of a framework and returns the JSON that it wrote."""
 
     def run(environment: str, script: str, **given: Any) -> Any:
-        assert ENVIRONMENTS
-        python = Path(ENVIRONMENTS).resolve() / environment / "bin" / "python"
+        RAN.add(environment)
+        python = environment_of(environment) / "bin" / "python"
         (tmp_path / "given.json").write_text(json.dumps(given))
         command = [str(python), str(Path(__file__).with_name(script)), str(tmp_path)]
         variables = {

@@ -90,3 +90,13 @@ def test_trinity_scores_responses(run, rows, model, server, scored):
     assert result["rewards"] == same_as(expected)
     assert [metrics["polar"] for metrics in result["metrics"]] == same_as(expected)
     assert result["away"].startswith("RewardServerError: 127.0.0.1:9")
+
+
+def test_areal_scores_episodes(run, rows, model, server, scored):
+    result = run("areal", "areal_run.py", rows=rows, model=str(model), server=server, floor=FLOOR)
+    calls = [{**row, "prompt": row["question"]} for row in rows]
+    assert result["episodes"] == same_as(scored(calls))
+    # AReaL's wrapper asks for one reward after the other.
+    assert result["wrapped"] == same_as([reward for call in calls[:6] for reward in scored([call])])
+    assert result["away"]["workflow"].startswith("RewardServerError: 127.0.0.1:9")
+    assert result["away"]["wrapped"].startswith("PolarError: 127.0.0.1:9: no reward within 3.2 s")

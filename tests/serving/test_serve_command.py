@@ -143,3 +143,7 @@ def test_a_port_that_is_taken():
 def test_a_device_that_is_not_there(model_folder):
     result = CliRunner().invoke(app, ["serve", str(model_folder), "--port", "0", "--device", "warp:9"])
     assert str(result.exception).startswith("device warp:9: ")
+
+
+def test_an_empty_tag_of_thoughts():
+    assert "leave them out" in refused("--think-end", "")
