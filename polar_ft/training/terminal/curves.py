@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from rich.text import Text
 
@@ -63,11 +64,10 @@ def draw_curve(curve: Points, marks: Points, width: int, height: int, last: int)
     for row in range(height):
         label = labels[0] if row == 0 else labels[1] if row == height - 1 else ""
         line = Text(f"{label:>{margin}} ┤", style="dim")
-        for column, bits in enumerate(cells[row]):
-            if (column, row) in marked:
-                line.append(_MARK, style="not dim magenta")
-            else:
-                line.append(chr(_BRAILLE + bits) if bits else " ", style="not dim cyan")
+        for mark, places in groupby(range(columns), lambda column: (column, row) in marked):  # noqa: B023
+            bits = [cells[row][column] for column in places]
+            text = "".join(_MARK if mark else chr(_BRAILLE + one) if one else " " for one in bits)
+            line.append(text, style=f"not dim {'magenta' if mark else 'cyan'}")
         lines.append(line)
     steps = f"{first}{last:>{columns - len(str(first))}}"
     return [*lines, Text(" " * (margin + 2) + steps, style="dim")]
