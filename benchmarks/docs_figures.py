@@ -43,6 +43,14 @@ _TIMES = (
     "{time_estimates.median_abs_error:.0%} in the median"
 )
 
+_REFERENCES = "{rft_tiny.summary.references"
+
+
+def _right(arm: str, how: str) -> str:
+    key = f"rft_tiny.summary.{arm}.right_{how}"
+    return f"{{{key}.lowest:.0%}} to {{{key}.highest:.0%}}"
+
+
 # By page: sentences with a field for each figure, FILE.KEY.KEY:FORMAT. Each stands there once, and lines may
 # break anywhere.
 SENTENCES: dict[str, list[str]] = {
@@ -81,6 +89,24 @@ SENTENCES: dict[str, list[str]] = {
         "one prompt and reference; "
         f"{_TOKENS[0]} tokens with shared prefixes, {_TOKENS[1]} without ({{example_data.saved:.0%}} saved)",
         "gate_proj, up_proj, down_proj; {example_data.trained_by_lora_r4:,} parameters are trained",
+    ],
+    "docs/rft.md": [
+        "{rft_tiny.steps:d} steps, 256 questions about products that neither model has seen; all of it took "
+        "{rft_tiny.minutes:.1f} minutes on two cores",
+        f"supervised policy, mean | {_REFERENCES}.right_greedy.before:.0%}} | "
+        f"{_REFERENCES}.right_sampled.before:.0%}} | |",
+        f"| with references | {_right('references', 'greedy')} | {_right('references', 'sampled')} | silent",
+        f"can be learned | {_right('shuffled', 'greedy')} | {_right('shuffled', 'sampled')} | |",
+        "after 60 steps | {rft_tiny.summary.hacked.right_greedy.after:.0%} | "
+        "{rft_tiny.summary.hacked.right_sampled.after:.0%} | alarm at step "
+        "{rft_tiny.summary.hacked.first_alarm:d} |",
+        "mean reward rises from {rft_tiny.summary.hacked.rewards.before:.1f} to "
+        "{rft_tiny.summary.hacked.rewards.after:.1f}, and {rft_tiny.summary.hacked.formed_sampled.after:.0%} "
+        "of its sampled answers are well-formed",
+        "get rewards from {rft_tiny.floor.right.lowest:.1f} to {rft_tiny.floor.right.highest:.1f}, "
+        "wrong ones from {rft_tiny.floor.wrong.lowest:.1f} (median {rft_tiny.floor.wrong.median:.1f}), "
+        "and an empty one up to {rft_tiny.floor.empty.highest:.1f}, which is why the floor is "
+        "{rft_tiny.floor.floor:.1f}.",
     ],
     "benchmarks/README.md": [
         f"{_DATA} times as long",

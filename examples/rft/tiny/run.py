@@ -76,7 +76,7 @@ def main(
         raise PolarError(f"{demo}: has no reward model; run make demo first")
     if not (environment / "bin" / "python").exists():
         raise PolarError(f"{environment}: has no TRL; run tools/rft_env.sh trl first")
-    started = time.perf_counter()
+    started, load = time.perf_counter(), os.getloadavg()[0]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     model = out / "reward_model"
@@ -136,7 +136,8 @@ def main(
     seconds = time.perf_counter() - started
     written = {
         "command": f"examples/rft/tiny/run.py --seeds {seeds} --steps {steps} --workers {workers}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"load {load:.1f} at the start",
         "seconds": seconds,
         "minutes": seconds / 60,
         "steps": steps,
@@ -192,7 +193,7 @@ def _show(results: Sequence[dict[str, Any]], seconds: float) -> None:
             str(result["seed"]),
             *(f"{before[key]:.1%} → {after[key]:.1%}" for key in MEASURED),
             f"{result['rewards'][0]:.1f} → {result['rewards'][-1]:.1f}",
-            "; ".join(result["alarms"]) or "silent",
+            "silent" if result["first_alarm"] is None else f"alarm at step {result['first_alarm']}",
         )
     CONSOLE.print(table)
     CONSOLE.print(f"{seconds:.0f} s in all")
