@@ -10,7 +10,7 @@ Its workflows hand over the response and the column ``response_key``, not the pr
 ``{"prompt": …, "reference": …}``. They ask for one response after the other.
 
 An error is raised after ``max_wait`` seconds without a server; Trinity logs it, and trains without the task.
-``max_wait`` is to be shorter than its ``explorer.max_timeout``.
+``max_wait`` is 1200 here unless given: Trinity ends a task itself after ``explorer.max_timeout``, 1800 s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PolarRewardFn(RewardFn):
 
     def __init__(self, **settings: Any) -> None:
         # Trinity makes one for every task.
-        self._reward = shared_reward(settings)
+        self._reward = shared_reward({"max_wait": 1200.0, **settings})
         self._reward.check_single_calls("Trinity-RFT")
 
     def __call__(self, response: str, truth: Any = None, **_: Any) -> dict[str, float]:

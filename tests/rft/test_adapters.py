@@ -21,6 +21,10 @@ QUESTION = [{"role": "user", "content": "2 + 2?"}]
 REFERENCE = [{"role": "assistant", "content": "4"}]
 OUTPUTS = ["It is 4.", "<think>Hm.</think>It is 5.", "<think>It is"]
 FLOOR = -20.0
+KEYS = (
+    *("score", "raw", "answered", "truncated", "overlong", "length"),
+    *("by_rule", "rule_right", "rule_failed"),
+)
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def test_verl_batch(settings, rewards):
         ["polar"] * 3, OUTPUTS, [REFERENCE, "4", REFERENCE], [{"prompt": QUESTION}] * 3, **settings
     )
     assert [row["score"] for row in rows] == rewards
-    assert len({tuple(row) for row in rows}) == 1  # verl keeps the keys of the first row
+    assert {tuple(row) for row in rows} == {KEYS}
     assert [row["answered"] for row in rows] == [1.0, 1.0, 0.0]
 
 
@@ -113,8 +117,7 @@ def test_openrlhf(settings, rewards):
         for output in OUTPUTS
     ]
     assert [answer["rewards"][0] for answer in answers] == rewards
-    logs = answers[2]["extra_logs"]
-    assert (logs["answered"], logs["truncated"], logs["length"]) == (0.0, 0.0, 0.0)
+    assert answers[2]["extra_logs"] == {"raw": FLOOR, **dict.fromkeys(KEYS[2:], 0.0)}
     with pytest.raises(PolarError, match="does not begin with its prompt"):
         reward_func(["other"], [prompt], [{"prompt": QUESTION, "reference": "4"}])
     with pytest.raises(PolarError, match="label"):
