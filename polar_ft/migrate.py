@@ -494,7 +494,7 @@ def migrate(
     ],
     out: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="The config to write.", show_default="NAME_polar_ft.py"),
+        typer.Argument(metavar="OUT", help="The config to write.", show_default="NAME_polar_ft.py"),
     ] = None,
     gpus: Annotated[
         int, typer.Option(metavar="N", min=1, help="GPUs that the old config ran on, for the size of a step.")
