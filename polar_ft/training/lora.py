@@ -37,6 +37,7 @@ def add_adapters(decoder: Any, settings: LoraSettings, base: str) -> Adapter:
     decoder.requires_grad_(False)
     if settings.load_in_4bit:
         _hold_in_4bit(decoder)
+    import_module("torch.distributed.tensor")  # peft takes it as imported; `import_decoders` leaves it out
     from peft import LoraConfig, inject_adapter_in_model
 
     with _bitsandbytes_hidden(not settings.load_in_4bit), torch.random.fork_rng(devices=[]):
