@@ -32,6 +32,7 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "save_total_limit": (2, ""),
     "max_bad_steps": (5, "a non-finite loss updates nothing; so many such steps in a row end the run"),
     "log_interval": (1, ""),
+    "track": (None, 'a tracking service as well: "wandb", "mlflow", "swanlab", "trackio", …'),
     "val_metric": ("accuracy", "the best checkpoint is kept by this; of equal ones that of lower log-loss"),
     "val_patience": (None, "training ends after so many validations without a new best; None: at the end"),
 }

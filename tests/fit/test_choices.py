@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from polar_ft.doctor.settings import PUBLISHED_SHAPES
 from polar_ft.errors import PolarError
 from polar_ft.fit.choices import GIB, Base, Choice, Data, Machine, choose, parse_given, planned_steps
+from polar_ft.training.settings import Settings
 
 SMALL = Base("internlm/POLAR-1_8B-Base", PUBLISHED_SHAPES["internlm/POLAR-1_8B"])
 LARGE = Base("internlm/POLAR-7B-Base", PUBLISHED_SHAPES["internlm/POLAR-7B"])
@@ -119,3 +122,9 @@ def test_a_wrong_setting_is_named(entry, says):
     with pytest.raises(PolarError) as error:
         parse_given([entry])
     assert says in str(error.value)
+
+
+def test_the_config_that_is_written_has_every_setting():
+    # One that it lacked would be set by --set without effect.
+    text = files("polar_ft.fit").joinpath("config.py.j2").read_text(encoding="utf-8")
+    assert set(Settings.model_fields) <= set(re.findall(r'setting\("(\w+)"\)', text))
