@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from polar_ft.doctor.settings import PUBLISHED_SHAPES
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.fit.choices import Base
@@ -15,8 +16,8 @@ from polar_ft.fit.steps import Result, Steps, Tell, content_of
 
 TINY = "a tiny base model"
 DEFAULT_BASE = "internlm/POLAR-1_8B-Base"
-# The published folders keep their tokenizer in Python code of their own; no other code of them is run.
-TOKENIZER_CODE = ("tokenization_internlm2_fast.InternLM2TokenizerFast",)
+# The published models keep their tokenizer in Python code of their own; no other code of them is run.
+PUBLISHED_TOKENIZER_CODE = ("tokenization_internlm2_fast.InternLM2TokenizerFast",)
 
 
 def find_base(
@@ -27,7 +28,8 @@ def find_base(
     Args:
         steps: Runs the step.
         name: Folder or hub id; None makes a tiny one.
-        tokenizer_code: Tokenizer classes that may be run, next to those of the published models.
+        tokenizer_code: Tokenizer classes that may be run; that of the published models, under their ids at
+            the hub, always may.
         out: Folder of the fit.
         train: Rows that a tiny one's vocabulary is learned from.
         make: Download it; else of a published model its shapes alone are taken.
@@ -35,7 +37,9 @@ def find_base(
     Raises:
         PolarError: There is no such model, or it cannot be trained.
     """
-    allowed = (*TOKENIZER_CODE, *tokenizer_code)
+    allowed = tuple(tokenizer_code)
+    if name is not None and name.removesuffix("-Base") in PUBLISHED_SHAPES:
+        allowed = (*PUBLISHED_TOKENIZER_CODE, *allowed)
     if name is None:
         folder = out / "base"
         result = steps.run(
@@ -50,8 +54,6 @@ def find_base(
             reward_token_id=result["reward_token_id"],
         )
     if not make and not Path(name).is_dir():
-        from polar_ft.doctor.settings import PUBLISHED_SHAPES
-
         shape = PUBLISHED_SHAPES.get(name.removesuffix("-Base"))
         if shape is None:
             raise PolarError(
