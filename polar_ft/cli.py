@@ -39,11 +39,11 @@ EXTRAS = {
 
 # The commands in the order of the work: where each is (a function or an app), and its line in the help.
 COMMANDS = {
-    "fit": ("polar_ft.fit.commands:fit", "Make a reward model of a file of preferences."),
+    "fit": ("polar_ft.fit.commands:fit", "Make a reward model from a file of preferences."),
     "data": ("polar_ft.data.commands:data_app", "Check, convert, split and preview preference data."),
     "label": (
         "polar_ft.labelling.commands:label_app",
-        "Compare answers on a page, or see who agrees (label report).",
+        "Compare answers on a page; report how far people agree.",
     ),
     "doctor": ("polar_ft.doctor.commands:doctor", "Check this machine, and what a run of CONFIG will take."),
     "plan": ("polar_ft.doctor.commands:plan", "Print which ZeRO stages fit on GPUs, computed from shapes."),

@@ -503,8 +503,8 @@ def migrate(
 ) -> None:
     """Turn a config of POLAR or xtuner into one of polar_ft.
 
-    Lists what changed and why, and what could not be carried over. The old file is read, not trained: nothing
-    is downloaded.
+    Lists what changed and why, and what could not be carried over. The code of the old file is run, but what
+    it imports is not, and nothing is downloaded or trained.
     """
     file = Path(old_config)
     if not file.exists():

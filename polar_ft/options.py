@@ -92,9 +92,7 @@ AllowTokenizerCode = Annotated[
 # Of data.
 Split = Annotated[
     str,
-    typer.Option(
-        metavar="NAME", help="Split of a HuggingFace data set; eval takes test, everything else train."
-    ),
+    typer.Option(metavar="NAME", help="Split of a HuggingFace data set."),
 ]
 Pairing = Annotated[PairingName, typer.Option(help="How ranked rows become pairs.")]
 MaxLineMb = Annotated[float, typer.Option(metavar="MB", help="Longest line of JSON that is read, in MB.")]

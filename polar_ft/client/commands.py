@@ -35,8 +35,8 @@ def score(
         str,
         typer.Argument(
             metavar="IN",
-            help="Rows with prompt, reference and output or candidates, or preference rows: .jsonl, "
-            ".jsonl.gz, .parquet, a folder of those, or a HuggingFace data-set id.",
+            help="Rows with prompt, reference and output or candidates, or preference rows: JSON lines, a "
+            "table, Parquet, a folder, or a HuggingFace data-set id.",
         ),
     ],
     out: Annotated[

@@ -20,8 +20,7 @@ def convert(
         str,
         typer.Argument(
             metavar="CONFIG|HF_DIR",
-            help="The config that the run was started with. Or an exported model, with --as and "
-            "without CHECKPOINT.",
+            help="Config of the run; with --as also an exported model, and then no CHECKPOINT follows.",
         ),
     ],
     checkpoint: Annotated[
@@ -39,28 +38,28 @@ def convert(
         ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
-    force: Annotated[bool, typer.Option("--force", help="Replace the model folder that OUT_DIR is.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT_DIR if it is a model folder.")] = False,
     family: Annotated[
         Literal["llama"] | None,
         typer.Option(
             "--as",
             metavar="FAMILY",
             help="llama: write an InternLM2 model as LlamaForSequenceClassification, which transformers and "
-            "engines read without code of the folder.",
+            "engines load without code from the folder.",
         ),
     ] = None,
     adapter_only: Annotated[
         bool,
         typer.Option(
-            "--adapter-only", help="Of a LoRA run: the adapters and the head, not the merged model."
+            "--adapter-only", help="Of a LoRA run write the adapters and the head, not the merged model."
         ),
     ] = False,
     verify: Annotated[
         Path | None,
         typer.Option(
             metavar="ROWS",
-            help="Rows, as for training: the first 32 are scored with the checkpoint in float32 and with "
-            "what was written; where the rewards differ, nothing is kept.",
+            help="Rows, as for training: the first 32 are scored before and after the conversion, in "
+            "float32; if the rewards differ, nothing is kept.",
         ),
     ] = None,
     verify_tolerance: Annotated[
@@ -76,13 +75,13 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="CLASS",
-            help="Tokenizer class of the base folder that may be run, by name; the shipped configs say it.",
+            help="Name of a tokenizer class whose code in the folder may be run, as in the shipped configs.",
         ),
     ] = None,
 ) -> None:
     """Convert a saved checkpoint to a HuggingFace folder.
 
-    With --as llama also an exported folder: polar-ft convert HF_DIR OUT_DIR --as llama.
+    With --as llama also an exported model: polar-ft convert HF_DIR OUT_DIR --as llama.
     """
     if out_dir is None and (family is None or adapter_only or Path(config).is_file()):
         raise PolarError(

@@ -84,7 +84,7 @@ def _damage(file: str, error: Exception, position: int) -> str:
             "damaged; copy it again"
         )
     if os.path.islink(file) and not os.path.exists(file):
-        return f"is a link to {os.readlink(file)}, which does not exist — mend the link"
+        return f"is a link to {os.readlink(file)}, which does not exist — correct the link"
     if isinstance(error, PermissionError) or os.path.isdir(file):
         return "cannot be read: permission denied — change the permissions (chmod), or leave it out"
     size = os.path.getsize(file) if os.path.exists(file) else position

@@ -101,7 +101,7 @@ def _part(part: Mapping[str, Any]) -> str:
 def _call(call: Any) -> str:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError('has a call in tool_calls without "name" — mend it or leave the row out')
+        raise ValueError('has a call in tool_calls without "name" — correct it or leave the row out')
     return _as_json(function["name"], function.get("arguments"))
 
 

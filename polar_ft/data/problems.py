@@ -77,7 +77,7 @@ def not_utf8(text: bytes, at: int, unit: str = "line") -> str:
     how = (
         f"save the file as UTF-8 (iconv -f {encoding} -t UTF-8)"
         if encoding
-        else "mend it (all else is UTF-8)"
+        else "correct it (all else is UTF-8)"
     )
     return f"is not valid UTF-8 (0x{text[at]:02x} at byte {at + 1} of the {unit}) — {how}"
 

@@ -113,7 +113,7 @@ def expand(path: str, *, recursive: bool = False) -> list[str]:
             raise PolarError(f"{path}: cannot read this kind of file; it must end in {_kinds()}")
         return [path]
     if os.path.islink(path):
-        raise PolarError(f"{path}: is a link to {os.readlink(path)}, which does not exist; mend the link")
+        raise PolarError(f"{path}: is a link to {os.readlink(path)}, which does not exist; correct the link")
     # A data-set id looks like a path; a path in an existing folder is meant as a file.
     in_folder = "/" in path and Path(path).parent.is_dir()
     if _is_data(path) or in_folder or not _DATASET_ID.fullmatch(path):
@@ -368,5 +368,5 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
         for number, row in enumerate(dataset, start=1):
             yield f"{place}:{number}", dict(row)
     except Exception as error:  # of a feature that cannot be decoded, or a damaged file in the cache
-        reason = f"cannot be read further ({type(error).__name__}: {first_line(error)}) — load it anew"
+        reason = f"cannot be read further ({type(error).__name__}: {first_line(error)}) — download it again"
         yield f"{place}:{number + 1}", FileProblem(place, number + 1, "", reason)

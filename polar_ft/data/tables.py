@@ -307,7 +307,7 @@ def _excel_text(cell: Any) -> str | None:
 def _wrong_cell(cells: Sequence[Any], texts: Sequence[str | None]) -> str | None:
     for cell, text in zip(cells, texts, strict=True):
         if text is None and getattr(cell, "data_type", None) == "e":
-            return f"the cell {cell.coordinate} is the error {cell.value} — mend the formula"
+            return f"the cell {cell.coordinate} is the error {cell.value} — correct the formula"
         if text is None:
             return (
                 f"the cell {cell.coordinate} has {_EXCEL_LONGEST:,} characters, where Excel cuts texts off — "

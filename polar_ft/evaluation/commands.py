@@ -43,7 +43,7 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="DATA",
-            help="Held-out pairs or ranked rows: .jsonl, .jsonl.gz, .parquet, a folder of those, or a "
+            help="Held-out pairs or ranked rows: JSON lines, a table, Parquet, a folder, or a "
             "HuggingFace data-set id. With several, rows without a subset count to a subset of their file.",
         ),
     ] = None,
@@ -167,7 +167,7 @@ def compare(
         list[Path],
         typer.Argument(
             metavar="RUN",
-            help="Folders of runs, or files of scores. The first is what the others are held against.",
+            help="Folders of runs, or files of scores. The others are compared with the first.",
         ),
     ],
     out: Annotated[

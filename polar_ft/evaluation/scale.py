@@ -154,7 +154,7 @@ def calibrate(
         typer.Argument(
             metavar="DATA",
             help="Pairs, ranked rows, or rows of prompt, reference and output, which a policy sampled: "
-            ".jsonl, .jsonl.gz, .parquet, a folder of those, or a HuggingFace data-set id. The temperature "
+            "JSON lines, a table, Parquet, a folder, or a HuggingFace data-set id. The temperature "
             "needs pairs.",
         ),
     ],

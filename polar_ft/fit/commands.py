@@ -29,7 +29,10 @@ def fit(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for everything.", show_default="DATA_rm")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder for model, report, config and data.", show_default="DATA_rm"
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -52,12 +55,12 @@ def fit(
         ),
     ] = None,
     fix: Annotated[
-        bool, typer.Option("--fix", help="Leave out bad rows, and count them, instead of stopping.")
+        bool, typer.Option("--fix", help="Leave out bad rows and count them, instead of stopping.")
     ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="Set a choice yourself, e.g. lr=1e-5; may be repeated."
+            "--set", metavar="NAME=VALUE", help="Make a choice yourself, e.g. lr=1e-5; may be repeated."
         ),
     ] = None,
     learning_curve: Annotated[
@@ -66,21 +69,21 @@ def fit(
             metavar="N",
             min=3,
             max=5,
-            help="Train on parts of the data as well, each half of the next: N points.",
+            help="Also train on 1/2, 1/4, … of the data, to see whether more helps: N trainings in all.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show plan, choices, memory and time, and train nothing.")
+        bool, typer.Option("--dry-run", help="Show data, choices, memory and time; write and train nothing.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before training.")] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the model at the end.")] = False,
     allow_tokenizer_code: AllowTokenizerCode = None,
     split: Split = "train",
 ) -> None:
-    """Make a reward model of a file of preferences.
+    """Make a reward model from a file of preferences.
 
     Checks the data, chooses how to train on this machine, trains, converts, compares with the base model,
-    and reports. The same command continues a fit that was interrupted.
+    and reports. The same command resumes a fit that was interrupted.
     """
     from polar_ft.data.converters import parse_mapping
 
@@ -112,7 +115,7 @@ def fit(
     try:
         _fit(wanted, folder, yes=yes, started=started)
     except KeyboardInterrupt:
-        typer.echo("\ninterrupted; the same command continues", err=True)
+        typer.echo("\ninterrupted; the same command resumes", err=True)
         raise typer.Exit(130) from None
     if serve:
         command = [sys.executable, "-m", "polar_ft.cli", "serve", str(folder / "model")]

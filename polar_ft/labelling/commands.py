@@ -35,7 +35,7 @@ from polar_ft.serving.commands import (
 
 label_app = typer.Typer(
     cls=RunUnlessNamed,
-    help="Compare answers on a page, or see who agrees (label report).",
+    help="Compare answers on a page; report how far people agree.",
     **APP_SETTINGS,
 )
 
@@ -55,7 +55,7 @@ def label(
         float, typer.Option(metavar="SHARE", min=0, max=1, help="Share of pairs shown twice, sides swapped.")
     ] = 0.1,
     pairs_per_row: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Most pairs of a row with several answers.")
+        int, typer.Option(metavar="N", min=1, help="Largest number of pairs from one row.")
     ] = 1,
     model: Annotated[
         str | None,
@@ -63,7 +63,10 @@ def label(
     ] = None,
     server: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Ask this server for rewards instead of loading a model."),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The same order, with rewards from a running server; its key in POLAR_API_KEY.",
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -76,8 +79,10 @@ def label(
 ) -> None:
     """Serve a page on which people compare two answers by keyboard.
 
-    Every labeller has a file in --out, which training reads; a decision is on the disk before the next pair
-    is shown. Rows may be added to IN between two starts.
+    Each labeller's decisions are one file in --out, which training reads; each decision is on the disk before
+    the next pair is shown. Rows may be added to IN between two starts.
+
+    polar-ft label report DIR shows how far labellers agree.
     """
     expand(data)
     key = read_api_key(api_key_file)
@@ -145,7 +150,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Write the report as JSON.")] = False,
     force: Force = False,
 ) -> None:
-    """Show how labellers agree, with each other and with themselves, and whether they favour a side."""
+    """Report how far labellers agree, with each other and with themselves, and whether they favour a side."""
     from polar_ft.labelling.decisions import read_decisions
     from polar_ft.labelling.report import report_on, show, write_agreed
 

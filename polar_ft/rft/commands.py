@@ -45,8 +45,9 @@ Layout = Annotated[
 WithRule = Annotated[
     Rule | None,
     typer.Option(
-        help="Rewards of all rows by comparing final answers, with math-verify, in place of the reward "
-        "model; without it each row says so itself in its field rule."
+        help="Rule that rewards all rows in place of the reward model; math compares final answers by "
+        "math-verify.",
+        show_default="each row's own field rule",
     ),
 ]
 
@@ -115,15 +116,16 @@ def _write(
 @rft_app.command("watch")
 def watch(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="What watch=… of the reward names, or a file.")
+        Path,
+        typer.Argument(metavar="FOLDER", help="Folder that watch=… of the reward names, or a file in it."),
     ],
-    last: Annotated[int, typer.Option(min=1, help="Lines to show.")] = 20,
+    last: Annotated[int, typer.Option(metavar="N", min=1, help="Number of latest lines to show.")] = 20,
     follow: Annotated[bool, typer.Option("--follow", help="Show new lines until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write lines and alarms as JSON.")] = False,
 ) -> None:
     """Show figures of a policy's answers, and alarms where they drift.
 
-    Exits with status 1 if there is an alarm.
+    They are written where the reward has the setting watch=FOLDER. Exits with status 1 if there is an alarm.
     """
     console = Console(highlight=False)
     if follow:

@@ -48,7 +48,7 @@ train.command_settings = dict(  # type: ignore[attr-defined]
   --work-dir DIR           Where checkpoints and logs go.
                            [default: work_dirs/CONFIG]
   --resume CHECKPOINT      Resume a run; auto takes the newest complete
-                           checkpoint, and starts anew if there is none.
+                           checkpoint, and starts a new run if there is none.
   --overwrite              Remove the checkpoints of an earlier run in the
                            work folder.
   --cfg-options KEY=VALUE  Other settings than the config's; several in a row.

@@ -122,7 +122,7 @@ class Tracker:
         except Exception as error:  # of the service, the network, an account
             if method not in self._warned:
                 LOGGER.warning(
-                    "track: %s failed in %s (%s: %s); training goes on, and TensorBoard has every figure",
+                    "track: %s failed in %s (%s: %s); training continues, and TensorBoard has every figure",
                     *(self._name, method, type(error).__name__, first_line(error)),
                 )
             self._warned.add(method)

@@ -219,8 +219,8 @@ def test_a_service_gets_config_and_figures_and_no_failure_ends_a_run(name, tmp_p
     assert "tiny_now" in named.values()
     assert others == [("log", 1, {"loss": 0.5}), ("finish",)]
     assert [record.message for record in caplog.records if "failed" in record.message] == [
-        f"track: {name} failed in add_scalars (ConnectionError: the service is away); training goes on, and "
-        f"TensorBoard has every figure"
+        f"track: {name} failed in add_scalars (ConnectionError: the service is away); training continues, "
+        f"and TensorBoard has every figure"
     ]
 
 

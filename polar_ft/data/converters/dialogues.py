@@ -158,7 +158,7 @@ def _first_difference(chosen: Turns, rejected: Turns) -> int:
 
 def _other_prompt(at: int) -> RowError:
     return RowError(
-        "rejected", f"has another prompt than chosen from turn {at + 1} on — mend it or leave the row out"
+        "rejected", f"has another prompt than chosen from turn {at + 1} on — correct it or leave the row out"
     )
 
 

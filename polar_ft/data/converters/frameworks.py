@@ -153,7 +153,7 @@ def swift_pair(row: Mapping[str, Any]) -> Converted:
             raise RowError("rejected_messages", "is given together with rejected_response — keep one of them")
         rejected = messages(pair.rejected_messages)
         if rejected[:at] != turns[:at]:
-            raise RowError("rejected_messages", "has another prompt than messages — mend it or leave it out")
+            raise RowError("rejected_messages", "has another prompt than messages — correct or drop it")
         rejected = rejected[at:]
     elif pair.rejected_response is None:
         raise RowError("rejected_response", "is missing — without a worse answer there is no pair")
