@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from polar_ft.doctor.settings import PUBLISHED_SHAPES
 from polar_ft.errors import PolarError
+from polar_ft.fit import base as fit_base
+from polar_ft.fit.base import PUBLISHED_TOKENIZER_CODE, find_base
 from polar_ft.fit.choices import GIB, Base, Choice, Data, Machine, choose, parse_given, planned_steps
 from polar_ft.training.settings import Settings
 
@@ -128,3 +132,27 @@ def test_the_config_that_is_written_has_every_setting():
     # One that it lacked would be set by --set without effect.
     text = files("polar_ft.fit").joinpath("config.py.j2").read_text(encoding="utf-8")
     assert set(Settings.model_fields) <= set(re.findall(r'setting\("(\w+)"\)', text))
+
+
+FOUND = {"has_head": False, "reward_tokens": {}, "reward_token_id": 1}
+
+
+class Runs:
+    """Steps that are only run."""
+
+    def run(self, name: str, inputs: Any, work: Callable[..., Any], outputs: Sequence[Path] = ()) -> Any:
+        return work(lambda *_: None)
+
+
+def test_tokenizer_code_is_allowed_for_the_published_models_alone(tmp_path, monkeypatch):
+    def allowed(name: str) -> tuple[str, ...]:
+        return find_base(Runs(), name, (), tmp_path, tmp_path, make=False).allow_tokenizer_code
+
+    assert allowed("internlm/POLAR-7B-Base") == PUBLISHED_TOKENIZER_CODE
+    # A folder that names the same class may hold anybody's code.
+    (tmp_path / "POLAR-7B-Base").mkdir()
+    (tmp_path / "POLAR-7B-Base" / "config.json").write_text("{}")
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(fit_base, "_look_at", lambda name, folder, code: seen.append(code) or FOUND)
+    assert allowed(str(tmp_path / "POLAR-7B-Base")) == ()
+    assert seen == [()]
