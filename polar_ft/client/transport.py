@@ -193,7 +193,7 @@ class Transport:
         for server in self.pool.servers:
             sent_at = asyncio.get_running_loop().time()
             try:
-                profiles.append(await self._profile(server))
+                profiles.append(await self._profile(server, sent_at))
             except UnavailableError as problem:
                 self.pool.failed(server, problem, sent_at)
                 profiles.append(None)
@@ -215,7 +215,7 @@ class Transport:
             server = await self.pool.acquire(pending, give_up_at)
             sent_at = loop.time()
             try:
-                profile = await self._profile(server)
+                profile = await self._profile(server, sent_at)
                 rewards = await self._ask_for_rewards(server, profile, inputs)
                 self.pool.answered(server)
                 return rewards
@@ -232,9 +232,17 @@ class Transport:
             finally:
                 self.pool.release(server)
 
-    async def _profile(self, server: Endpoint) -> Profile:
-        """The server's profile, after a first contact if it failed or had no request for a while."""
+    async def _profile(self, server: Endpoint, since: float) -> Profile:
+        """The server's profile, after a first contact if it failed or had no request for a while.
+
+        Args:
+            server: The server.
+            since: When it was asked for. If the contact of another request has failed since then, this one
+                fails with it, and does not wait for a time-out of its own.
+        """
         async with server.contact:
+            if server.profile is None and server.failed_at > since:
+                raise UnavailableError(server.last_reason)
             now = asyncio.get_running_loop().time()
             idle = server.requests <= 1 and now - server.answered_at > IDLE_SECONDS
             if server.profile is None or idle:
