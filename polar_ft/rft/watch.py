@@ -165,19 +165,27 @@ class RewardWatch:
         every: Answers of a line: about a step's.
 
     Raises:
-        PolarError: The folder cannot be made.
+        PolarError: The folder cannot be made, or ``every`` is below 1.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int = 256) -> None:
-        process = f"{socket.gethostname()}-{os.getpid()}"
-        self.file = Path(folder) / f"rewards-{process}.jsonl"
+        if every < 1:
+            raise PolarError(f"watch_every={every}: must be at least 1")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PolarError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-        self._events = EventFile(self.file.parent / process)
+        self._folder = Path(folder)
         self._every = every
         self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begins the files of this process."""
+        self._pid = os.getpid()
+        process = f"{socket.gethostname()}-{self._pid}"
+        self.file = self._folder / f"rewards-{process}.jsonl"
+        self._events = EventFile(self._folder / process)
         self._total = 0
         self._seen: list[_Seen] = []
 
@@ -220,6 +228,8 @@ class RewardWatch:
             distance=min(distance(text, reference) for reference in references),
         )
         with self._lock:
+            if os.getpid() != self._pid:  # forked, as AReaL's pool of processes is
+                self._begin()
             self._seen.append(seen)
             if len(self._seen) >= self._every:
                 self._write()

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from typer.testing import CliRunner
 
 from polar_ft.cli import app
-from polar_ft.errors import DataError
+from polar_ft.errors import DataError, PolarError
 from polar_ft.groups import TextGroup
 from polar_ft.rft import commands
 from polar_ft.rft.watch import RewardWatch, WatchLine, alarms, read_watch
@@ -179,6 +179,24 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     (file,) = tmp_path.glob("*.jsonl")
     file.write_text(file.read_text()[:-20])
     assert len(read_watch(tmp_path)) == 2
+
+
+def test_a_forked_process_has_a_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    watch = RewardWatch(tmp_path, every=2)
+    for pid in (1, 1, 1, 2, 2):  # the third answer of the first is not the second's
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        watch.add(float(pid), "a", ["b"], raw=float(pid))
+    files = sorted(tmp_path.glob("*.jsonl"))
+    assert [[(line.answers, line.reward) for line in read_watch(file)] for file in files] == [
+        [(2, 1)],
+        [(2, 2)],
+    ]
+
+
+def test_lines_have_answers(tmp_path):
+    with pytest.raises(PolarError, match="watch_every=0: must be at least 1"):
+        RewardWatch(tmp_path, every=0)
 
 
 def test_rewards_are_watched(serve, reward_from, tmp_path):
