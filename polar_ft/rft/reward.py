@@ -266,10 +266,12 @@ class PolarReward:
             )
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections and ends the processes of rules; the next call starts them again."""
         self.client.close()
-        if self._math is not None:
-            self._math.rule.close()
+        with self._lock:
+            math, self._math = self._math, None
+        if math is not None:
+            math.rule.close()
 
     def _gather(self, ask: _Ask) -> None:
         with self._lock:

@@ -83,6 +83,11 @@ class MathRule:
 
     def _check(self, references: list[str], answer: str) -> Verdict:
         worker: _Worker | None = getattr(self._own, "worker", None)
+        if worker is not None and worker.ended:
+            # Killed by others, such as the kernel for want of memory: no fault of this answer.
+            self._workers.remove(worker)
+            worker.end()
+            worker = None
         if worker is None:
             worker = self._own.worker = _Worker()
             self._workers.append(worker)
@@ -109,6 +114,7 @@ class _Worker:
             encoding="utf-8",
         )
         if self._line(_START) != "ready":
+            self.end()  # it may have written something else
             raise PolarError(
                 "rule \"math\": its process does not start; see what python -c 'import math_verify' says"
             )
@@ -120,8 +126,14 @@ class _Worker:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
+            self.end()
             return None
         return self._line(seconds) or None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended while nothing was asked."""
+        return self._process.poll() is not None
 
     def _line(self, seconds: float) -> str:
         assert self._process.stdout is not None
@@ -134,7 +146,10 @@ class _Worker:
         return line
 
     def end(self) -> None:
-        """Ends the process and closes its pipes."""
+        """Ends the process and closes its pipes; does nothing the second time."""
+        assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            return
         self._process.kill()
         self._process.communicate()
 

@@ -68,6 +68,27 @@ def test_a_process_that_does_not_answer_is_ended(monkeypatch):
         slow.close()
 
 
+def test_a_process_that_was_killed_while_it_had_nothing_to_do_costs_no_answer():
+    rule = MathRule(processes=1)
+    try:
+        assert rule.check(["1"], r"\boxed{1}").result(60) == "right"
+        (worker,) = rule._workers
+        worker._process.kill()
+        worker._process.wait()
+        assert rule.check(["1"], r"\boxed{1}").result(60) == "right"
+        assert len(rule._workers) == 1
+        assert worker._process.stdin.closed
+    finally:
+        rule.close()
+
+
+def test_rules_after_close(serve, reward_from):
+    reward = reward_from(serve(), rule_rewards=[3, -8])
+    assert [one.raw for one in reward.score([math_sample(r"\boxed{0.5}")])] == [3]
+    reward.close()
+    assert [one.raw for one in reward.score([math_sample(r"\boxed{0.5}")])] == [3]
+
+
 def test_a_process_that_does_not_start_is_an_error(monkeypatch):
     monkeypatch.setattr(rules, "_PROGRAM", "raise SystemExit(1)")
     broken = MathRule(processes=1)
