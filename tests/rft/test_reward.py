@@ -168,6 +168,11 @@ def test_references_are_compared_without_their_thoughts(serve, reward_from, temp
         reward.score([TextGroup("Q?", ("<think>2 + 2",), ("4",))])
 
 
+def test_a_thought_that_the_prompt_opens_has_a_tag(serve, reward_from):
+    with pytest.raises(PolarError, match="think_in_prompt: has no effect without tags"):
+        reward_from(serve(), think_start="", think_end="", think_in_prompt=True)
+
+
 def test_channels_of_gpt_oss(serve, reward_from, template):
     tags = {"think_start": "<|channel|>analysis<|message|>", "think_end": "<|channel|>final<|message|>"}
     start = "<|channel|>analysis<|message|>2 + 2<|end|><|start|>assistant"

@@ -161,7 +161,11 @@ def test_rule_rewards_have_to_be_measured_or_given(serve, reward_from):
     with pytest.raises(PolarError, match="rule_rewards="):
         reward_from(serve()).score([math_sample("1")])
     with pytest.raises(PolarError, match="above the floor -20"):
-        reward_from(serve(), rule_rewards=[1, -30]).score([math_sample("1")])
+        reward_from(serve(), rule_rewards=[1, -30])
+    with pytest.raises(PolarError, match=r"rule_rewards=\[1\]: must be two numbers"):
+        reward_from(serve(), rule_rewards=[1])
+    with pytest.raises(PolarError, match="rule_seconds=0: must be"):
+        reward_from(serve(), rule_seconds=0)
 
 
 def test_the_rule_of_a_row_reaches_the_sample():
