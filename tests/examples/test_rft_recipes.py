@@ -184,6 +184,10 @@ def test_waits_for_servers_and_parity(bash, recorded) -> None:
     assert asked == ["gpu-1:30000/health|", "gpu-1:30000/health|", "gpu-2:30000/health|"]
     parity = "polar-ft parity my_rm --server gpu-1:30000 --server gpu-2:30000 --tolerance 0.1|"
     assert recorded()[-1] == parity
+    # Spaces as the adapters take them; a proxy is for other machines than this one.
+    spaced = bash(script, "--no-parity", REWARD_SERVERS="gpu-1:30000, 127.0.0.1:30000", no_proxy="gpu-1")
+    assert spaced.returncode == 0
+    assert "--noproxy 127.0.0.1,localhost,gpu-1 http://127.0.0.1:30000/health" in recorded()[-1]
     assert bash(script, REWARD_SERVERS=servers, PARITY_STATUS="1").returncode == 1
     assert bash(script, "--no-parity", REWARD_SERVERS=servers).returncode == 0
     assert not any("parity" in line for line in recorded())
