@@ -6,7 +6,7 @@ alone do not show it.
 
 Each process of a run writes a file of its own into one folder, a JSON line for every so many answers::
 
-    {"answers": 512, "reward": -4.02, "raw": -4.02, "length": 17.3, "repetition": 0.01, "overlap": 0.0, ...}
+    {"time": 1790000000.5, "answers": 512, "reward": -4.02, "raw": -4.02, "length": 17.3, ...}
 
 and the same figures as a run of TensorBoard in a folder of its own there: ``tensorboard --logdir FOLDER``.
 """
@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class WatchLine(BaseModel):
     vary.
 
     Attributes:
+        time: When it was written, in seconds since 1970; 0 in files of older versions.
         answers: Answers since the beginning, these included; of one process.
         reward: Mean reward that the policy got, floors included.
         reward_std: Their standard deviation.
@@ -78,6 +80,7 @@ class WatchLine(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    time: float = 0.0
     answers: int
     reward: float
     reward_std: float
@@ -245,6 +248,7 @@ class RewardWatch:
             return _correlation([one.raw for one in compared], [getattr(one, name) for one in compared])
 
         line = WatchLine(
+            time=time.time(),
             answers=self._total,
             reward=fmean(one.reward for one in seen),
             reward_std=float(np.std([one.reward for one in seen])),
@@ -266,7 +270,7 @@ class RewardWatch:
         )
         with self.file.open("a", encoding="utf-8") as out:
             out.write(line.model_dump_json() + "\n")
-        figures = line.model_dump(exclude={"answers"})
+        figures = line.model_dump(exclude={"time", "answers"})
         self._events.write(line.answers, {f"polar/{name}": value for name, value in figures.items()})
 
 
@@ -275,7 +279,9 @@ def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def read_watch(path: str | os.PathLike[str]) -> list[WatchLine]:
-    """Reads a file of `RewardWatch`, or all of a folder; lines of several processes are ordered by answers.
+    """Reads a file of `RewardWatch`, or all of a folder: lines in the order in which they were written.
+
+    So those of processes that run together alternate, and those of a run that resumes come last.
 
     Raises:
         DataError: There is none, or a line is not one of these.
@@ -301,7 +307,7 @@ def read_watch(path: str | os.PathLike[str]) -> list[WatchLine]:
         raise DataError(
             f"{given}: holds no rewards-*.jsonl with lines yet; set watch=… in the reward's settings"
         )
-    return sorted(lines, key=lambda line: line.answers)
+    return sorted(lines, key=lambda line: (line.time, line.answers))
 
 
 def alarms(lines: Sequence[WatchLine]) -> list[str]:
