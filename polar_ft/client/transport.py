@@ -222,7 +222,7 @@ class Transport:
             except UnavailableError as problem:
                 self.pool.failed(server, problem, sent_at)
                 tries_left -= not problem.busy
-                if tries_left <= 0 or loop.time() > give_up_at:
+                if tries_left <= 0 or loop.time() > give_up_at + pending.queued:
                     raise RewardServerError(
                         self.pool.names,
                         f"no answer after {self.settings.max_retries} tries each; {self.pool.reasons()}"
