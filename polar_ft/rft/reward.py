@@ -288,7 +288,10 @@ class PolarReward:
         if first:
             timer = threading.Timer(self._gather_seconds, self._send_waiting)
             timer.daemon = True
-            timer.start()
+            try:
+                timer.start()
+            except RuntimeError:  # no thread can be started: a limit of the system, or the process ends
+                self._send_waiting()
 
     def _send_waiting(self) -> None:
         with self._lock:
