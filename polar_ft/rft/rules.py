@@ -85,18 +85,21 @@ class MathRule:
         worker: _Worker | None = getattr(self._own, "worker", None)
         if worker is not None and worker.ended:
             # Killed by others, such as the kernel for want of memory: no fault of this answer.
-            self._workers.remove(worker)
-            worker.end()
+            self._forget(worker)
             worker = None
         if worker is None:
             worker = self._own.worker = _Worker()
             self._workers.append(worker)
         found = worker.ask({"golds": list(map(final_answer, references)), "answer": answer}, self._seconds)
         if found is None:
-            self._own.worker = None
-            self._workers.remove(worker)
+            self._forget(worker)
             return "failed"
         return found
+
+    def _forget(self, worker: _Worker) -> None:
+        self._own.worker = None
+        self._workers.remove(worker)
+        worker.end()
 
 
 class _Worker:
@@ -121,26 +124,26 @@ class _Worker:
 
     def ask(self, question: dict[str, Any], seconds: float) -> Any:
         """The verdict; None if the process has ended or was ended."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            self.end()
-            return None
-        return self._line(seconds) or None
+        return self._line(seconds, json.dumps(question) + "\n") or None
 
     @property
     def ended(self) -> bool:
         """Whether the process has ended while nothing was asked."""
         return self._process.poll() is not None
 
-    def _line(self, seconds: float) -> str:
+    def _line(self, seconds: float, question: str = "") -> str:
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
         timer = threading.Timer(seconds, self._process.kill)
-        timer.start()
-        line = self._process.stdout.readline().rstrip("\n")
-        timer.cancel()
+        timer.start()  # first: where that fails, no verdict is left to be read as the next one's
+        try:
+            self._process.stdin.write(question)
+            self._process.stdin.flush()
+            line = self._process.stdout.readline().rstrip("\n")
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
         if not line:
             self.end()
         return line

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 
@@ -78,6 +79,21 @@ def test_a_process_that_was_killed_while_it_had_nothing_to_do_costs_no_answer():
         assert rule.check(["1"], r"\boxed{1}").result(60) == "right"
         assert len(rule._workers) == 1
         assert worker._process.stdin.closed
+    finally:
+        rule.close()
+
+
+def test_a_verdict_is_never_that_of_another_answer(monkeypatch):
+    rule = MathRule(processes=1)
+    try:
+        assert rule.check(["1"], r"\boxed{1}").result(60) == "right"
+        with monkeypatch.context() as changed:
+            changed.setattr(
+                threading.Timer, "start", Mock(side_effect=RuntimeError("can't start new thread"))
+            )
+            with pytest.raises(RuntimeError):
+                rule.check(["1"], r"\boxed{1}").result(60)
+        assert rule.check(["1"], r"\boxed{2}").result(60) == "wrong"
     finally:
         rule.close()
 
