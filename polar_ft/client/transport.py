@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -282,10 +283,13 @@ class Transport:
         self, server: Endpoint, profile: Profile, inputs: Sequence[np.ndarray]
     ) -> list[float]:
         lengths = [len(ids) for ids in inputs]
-        if profile.max_tokens is not None and max(lengths) > profile.max_tokens:
+        # A multi-item request has a delimiter on both sides of its only item.
+        most = sys.maxsize if profile.max_tokens is None else profile.max_tokens
+        most -= 2 if profile.wire == "sglang-mis" else 0
+        if max(lengths) > most:
             raise RewardServerError(
                 server.name,
-                f"takes inputs of at most {profile.max_tokens} tokens, and one has {max(lengths)}; start it "
+                f"takes inputs of at most {most} tokens, and one has {max(lengths)}; start it "
                 f"with a longer limit, or lower max_length",
             )
         rewards = dict.fromkeys(range(len(inputs)), 0.0)
