@@ -132,11 +132,13 @@ class Pending:
         preference: The servers, the best one for its (prompt, reference) first.
         tokens: Its tokens.
         server: The server to which it is assigned.
+        queued: Seconds that it waited for its turn at servers that work.
     """
 
     preference: Sequence[Endpoint]
     tokens: int
     server: Endpoint | None = None
+    queued: float = 0.0
 
 
 class ServerPool:
@@ -187,7 +189,8 @@ class ServerPool:
 
         Args:
             pending: The request.
-            give_up_at: Time until which to wait for servers that pause.
+            give_up_at: Time until which to wait for servers that pause; later by the time for which it had
+                to queue.
 
         Raises:
             RewardServerError: All servers pause for longer than that.
@@ -201,10 +204,14 @@ class ServerPool:
                 server.requests += 1
                 return server
             wakes = min((s.rests_until for s in self.servers if s.rests_until > now), default=None)
-            if wakes is not None and wakes > give_up_at and all(s.rests_until > now for s in self.servers):
+            give_up = give_up_at + pending.queued
+            if wakes is not None and wakes > give_up and all(s.rests_until > now for s in self.servers):
                 raise RewardServerError(self.names, f"gave up waiting; {self.reasons()}")
+            one_works = any(not s.failures and s.rests_until <= now for s in self.servers)
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), None if wakes is None else wakes - now)
+            if one_works:
+                pending.queued += loop.time() - now
 
     def release(self, server: Endpoint) -> None:
         """Gives a server back when its request has ended, in whatever way."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -193,7 +194,7 @@ class Transport:
         for server in self.pool.servers:
             sent_at = asyncio.get_running_loop().time()
             try:
-                profiles.append(await self._profile(server))
+                profiles.append(await self._profile(server, sent_at))
             except UnavailableError as problem:
                 self.pool.failed(server, problem, sent_at)
                 profiles.append(None)
@@ -215,14 +216,14 @@ class Transport:
             server = await self.pool.acquire(pending, give_up_at)
             sent_at = loop.time()
             try:
-                profile = await self._profile(server)
+                profile = await self._profile(server, sent_at)
                 rewards = await self._ask_for_rewards(server, profile, inputs)
                 self.pool.answered(server)
                 return rewards
             except UnavailableError as problem:
                 self.pool.failed(server, problem, sent_at)
                 tries_left -= not problem.busy
-                if tries_left <= 0 or loop.time() > give_up_at:
+                if tries_left <= 0 or loop.time() > give_up_at + pending.queued:
                     raise RewardServerError(
                         self.pool.names,
                         f"no answer after {self.settings.max_retries} tries each; {self.pool.reasons()}"
@@ -232,9 +233,17 @@ class Transport:
             finally:
                 self.pool.release(server)
 
-    async def _profile(self, server: Endpoint) -> Profile:
-        """The server's profile, after a first contact if it failed or had no request for a while."""
+    async def _profile(self, server: Endpoint, since: float) -> Profile:
+        """The server's profile, after a first contact if it failed or had no request for a while.
+
+        Args:
+            server: The server.
+            since: When it was asked for. If the contact of another request has failed since then, this one
+                fails with it, and does not wait for a time-out of its own.
+        """
         async with server.contact:
+            if server.profile is None and server.failed_at > since:
+                raise UnavailableError(server.last_reason)
             now = asyncio.get_running_loop().time()
             idle = server.requests <= 1 and now - server.answered_at > IDLE_SECONDS
             if server.profile is None or idle:
@@ -274,10 +283,13 @@ class Transport:
         self, server: Endpoint, profile: Profile, inputs: Sequence[np.ndarray]
     ) -> list[float]:
         lengths = [len(ids) for ids in inputs]
-        if profile.max_tokens is not None and max(lengths) > profile.max_tokens:
+        # A multi-item request has a delimiter on both sides of its only item.
+        most = sys.maxsize if profile.max_tokens is None else profile.max_tokens
+        most -= 2 if profile.wire == "sglang-mis" else 0
+        if max(lengths) > most:
             raise RewardServerError(
                 server.name,
-                f"takes inputs of at most {profile.max_tokens} tokens, and one has {max(lengths)}; start it "
+                f"takes inputs of at most {most} tokens, and one has {max(lengths)}; start it "
                 f"with a longer limit, or lower max_length",
             )
         rewards = dict.fromkeys(range(len(inputs)), 0.0)

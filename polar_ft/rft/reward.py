@@ -166,6 +166,10 @@ class PolarReward:
             raise PolarError(f"normalise={normalise!r}: must be 'none', 'group' or 'batch'")
         if bool(think_start) != bool(think_end):
             raise PolarError("think_start and think_end: give both tags, or two empty texts for none")
+        if think_in_prompt and not think_start:
+            raise PolarError("think_in_prompt: has no effect without tags; give think_start and think_end")
+        if not rule_seconds > 0:
+            raise PolarError(f"rule_seconds={rule_seconds!r}: must be a number greater than 0")
         self.floor = measured_floor(model) if floor is None else float(floor)
         self.thinking = Thinking(think_start, think_end, think_in_prompt) if think_start else None
         self.shaping = shaping_of(
@@ -178,6 +182,10 @@ class PolarReward:
             overlong_buffer=overlong_buffer,
             overlong_penalty=overlong_penalty,
         )
+        if rule_rewards is not None:  # measured ones are read when a row asks for them
+            if isinstance(rule_rewards, str) or len(rule_rewards) != 2:
+                raise PolarError(f"rule_rewards={rule_rewards!r}: must be two numbers (right, wrong)")
+            self._check_rule_rewards(*rule_rewards)
         self.normalise: Normalise = normalise
         self.client = RewardModelClient(
             model,
@@ -266,10 +274,12 @@ class PolarReward:
             )
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections and ends the processes of rules; the next call starts them again."""
         self.client.close()
-        if self._math is not None:
-            self._math.rule.close()
+        with self._lock:
+            math, self._math = self._math, None
+        if math is not None:
+            math.rule.close()
 
     def _gather(self, ask: _Ask) -> None:
         with self._lock:
@@ -278,7 +288,10 @@ class PolarReward:
         if first:
             timer = threading.Timer(self._gather_seconds, self._send_waiting)
             timer.daemon = True
-            timer.start()
+            try:
+                timer.start()
+            except RuntimeError:  # no thread can be started: a limit of the system, or the process ends
+                self._send_waiting()
 
     def _send_waiting(self) -> None:
         with self._lock:
@@ -320,11 +333,7 @@ class PolarReward:
         with self._lock:
             if self._math is None:
                 right, wrong = self._rule_rewards or measured_rule_rewards(self._model)
-                if not self.floor < wrong < right:
-                    raise PolarError(
-                        f"rule_rewards: right {right:g} must be above wrong {wrong:g}, and that above the "
-                        f"floor {self.floor:g} of outputs without an answer"
-                    )
+                self._check_rule_rewards(right, wrong)
                 self._math = _MathRewards(MathRule(self._rule_seconds), right, wrong)
             rewards = self._math
 
@@ -340,6 +349,13 @@ class PolarReward:
                 _settle(ask, error)
 
         rewards.rule.check(references, answer).add_done_callback(settle)
+
+    def _check_rule_rewards(self, right: float, wrong: float) -> None:
+        if not self.floor < wrong < right:
+            raise PolarError(
+                f"rule_rewards: right {right:g} must be above wrong {wrong:g}, and that above the floor "
+                f"{self.floor:g} of outputs without an answer"
+            )
 
     def _ask_servers(self, asked: Sequence[_Scored]) -> None:
         """Encodes samples and asks for their rewards; each future gets its own reward or an error."""

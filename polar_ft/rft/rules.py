@@ -83,15 +83,23 @@ class MathRule:
 
     def _check(self, references: list[str], answer: str) -> Verdict:
         worker: _Worker | None = getattr(self._own, "worker", None)
+        if worker is not None and worker.ended:
+            # Killed by others, such as the kernel for want of memory: no fault of this answer.
+            self._forget(worker)
+            worker = None
         if worker is None:
             worker = self._own.worker = _Worker()
             self._workers.append(worker)
         found = worker.ask({"golds": list(map(final_answer, references)), "answer": answer}, self._seconds)
         if found is None:
-            self._own.worker = None
-            self._workers.remove(worker)
+            self._forget(worker)
             return "failed"
         return found
+
+    def _forget(self, worker: _Worker) -> None:
+        self._own.worker = None
+        self._workers.remove(worker)
+        worker.end()
 
 
 class _Worker:
@@ -109,32 +117,42 @@ class _Worker:
             encoding="utf-8",
         )
         if self._line(_START) != "ready":
+            self.end()  # it may have written something else
             raise PolarError(
                 "rule \"math\": its process does not start; see what python -c 'import math_verify' says"
             )
 
     def ask(self, question: dict[str, Any], seconds: float) -> Any:
         """The verdict; None if the process has ended or was ended."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        return self._line(seconds) or None
+        return self._line(seconds, json.dumps(question) + "\n") or None
 
-    def _line(self, seconds: float) -> str:
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended while nothing was asked."""
+        return self._process.poll() is not None
+
+    def _line(self, seconds: float, question: str = "") -> str:
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
         timer = threading.Timer(seconds, self._process.kill)
-        timer.start()
-        line = self._process.stdout.readline().rstrip("\n")
-        timer.cancel()
+        timer.start()  # first: where that fails, no verdict is left to be read as the next one's
+        try:
+            self._process.stdin.write(question)
+            self._process.stdin.flush()
+            line = self._process.stdout.readline().rstrip("\n")
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
         if not line:
             self.end()
         return line
 
     def end(self) -> None:
-        """Ends the process and closes its pipes."""
+        """Ends the process and closes its pipes; does nothing the second time."""
+        assert self._process.stdout is not None
+        if self._process.stdout.closed:
+            return
         self._process.kill()
         self._process.communicate()
 

@@ -162,6 +162,8 @@ def shaping_of(
         )
     if max_characters is None and overlong_buffer:
         raise PolarError("overlong_buffer: has no effect without max_characters; set both")
+    if max_characters is None and overlong_penalty != 1.0:
+        raise PolarError("overlong_penalty: has no effect without max_characters; set both")
     if not overlong_penalty >= 0:
         raise PolarError(f"overlong_penalty={overlong_penalty}: is subtracted, so it must not be negative")
     return Shaping(

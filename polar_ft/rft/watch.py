@@ -6,7 +6,7 @@ alone do not show it.
 
 Each process of a run writes a file of its own into one folder, a JSON line for every so many answers::
 
-    {"answers": 512, "reward": -4.02, "raw": -4.02, "length": 17.3, "repetition": 0.01, "overlap": 0.0, ...}
+    {"time": 1790000000.5, "answers": 512, "reward": -4.02, "raw": -4.02, "length": 17.3, ...}
 
 and the same figures as a run of TensorBoard in a folder of its own there: ``tensorboard --logdir FOLDER``.
 """
@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class WatchLine(BaseModel):
     vary.
 
     Attributes:
+        time: When it was written, in seconds since 1970; 0 in files of older versions.
         answers: Answers since the beginning, these included; of one process.
         reward: Mean reward that the policy got, floors included.
         reward_std: Their standard deviation.
@@ -78,6 +80,7 @@ class WatchLine(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
+    time: float = 0.0
     answers: int
     reward: float
     reward_std: float
@@ -165,19 +168,27 @@ class RewardWatch:
         every: Answers of a line: about a step's.
 
     Raises:
-        PolarError: The folder cannot be made.
+        PolarError: The folder cannot be made, or ``every`` is below 1.
     """
 
     def __init__(self, folder: str | os.PathLike[str], every: int = 256) -> None:
-        process = f"{socket.gethostname()}-{os.getpid()}"
-        self.file = Path(folder) / f"rewards-{process}.jsonl"
+        if every < 1:
+            raise PolarError(f"watch_every={every}: must be at least 1")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+            Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise PolarError(f"{folder}: cannot be made ({error.strerror}); choose another folder") from error
-        self._events = EventFile(self.file.parent / process)
+        self._folder = Path(folder)
         self._every = every
         self._lock = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begins the files of this process."""
+        self._pid = os.getpid()
+        process = f"{socket.gethostname()}-{self._pid}"
+        self.file = self._folder / f"rewards-{process}.jsonl"
+        self._events = EventFile(self._folder / process)
         self._total = 0
         self._seen: list[_Seen] = []
 
@@ -220,6 +231,8 @@ class RewardWatch:
             distance=min(distance(text, reference) for reference in references),
         )
         with self._lock:
+            if os.getpid() != self._pid:  # forked, as AReaL's pool of processes is
+                self._begin()
             self._seen.append(seen)
             if len(self._seen) >= self._every:
                 self._write()
@@ -235,6 +248,7 @@ class RewardWatch:
             return _correlation([one.raw for one in compared], [getattr(one, name) for one in compared])
 
         line = WatchLine(
+            time=time.time(),
             answers=self._total,
             reward=fmean(one.reward for one in seen),
             reward_std=float(np.std([one.reward for one in seen])),
@@ -256,7 +270,7 @@ class RewardWatch:
         )
         with self.file.open("a", encoding="utf-8") as out:
             out.write(line.model_dump_json() + "\n")
-        figures = line.model_dump(exclude={"answers"})
+        figures = line.model_dump(exclude={"time", "answers"})
         self._events.write(line.answers, {f"polar/{name}": value for name, value in figures.items()})
 
 
@@ -265,7 +279,9 @@ def _correlation(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def read_watch(path: str | os.PathLike[str]) -> list[WatchLine]:
-    """Reads a file of `RewardWatch`, or all of a folder; lines of several processes are ordered by answers.
+    """Reads a file of `RewardWatch`, or all of a folder: lines in the order in which they were written.
+
+    So those of processes that run together alternate, and those of a run that resumes come last.
 
     Raises:
         DataError: There is none, or a line is not one of these.
@@ -291,7 +307,7 @@ def read_watch(path: str | os.PathLike[str]) -> list[WatchLine]:
         raise DataError(
             f"{given}: holds no rewards-*.jsonl with lines yet; set watch=… in the reward's settings"
         )
-    return sorted(lines, key=lambda line: line.answers)
+    return sorted(lines, key=lambda line: (line.time, line.answers))
 
 
 def alarms(lines: Sequence[WatchLine]) -> list[str]:

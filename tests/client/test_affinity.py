@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -203,3 +204,24 @@ def test_order_of_rewards(serve, connect, template, n):
     data = make_data(300)[::-1]
     client = connect(*[serve("vllm") for _ in range(n)], tokens_per_request=700)
     assert client(data) == expected(template, data)
+
+
+def test_requests_of_a_server_that_hangs_fail_with_its_first_contact(serve, connect, template):
+    """Eight are assigned to it before it is known; each would wait for a time-out of its own."""
+    hangs = FakeServer("sglang")
+    asked = 0
+
+    def models() -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        time.sleep(1.0)
+        return {}
+
+    hangs.models = models
+    data = make_data(60)
+    client = connect(hangs, serve("sglang"), tokens_per_request=200, timeout=0.3, retry_delay=5.0)
+    try:
+        assert client(data) == expected(template, data)
+    finally:
+        hangs.stop()
+    assert asked == 1

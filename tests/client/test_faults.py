@@ -135,6 +135,17 @@ def test_retry_after_is_honoured(serve, connect, template, data):
     assert times[1] - times[0] >= 1.0
 
 
+def test_waiting_for_its_turn_is_no_waiting_for_servers(serve, connect, template):
+    """Ten requests, one at a time: the ninth breaks off once, long after max_wait, and is tried again."""
+
+    def fault(number: int, rewards: list[float]) -> Any:
+        return Answer(reset=True) if number == 8 else time.sleep(0.1)
+
+    data = [{"prompt": "Q?", "reference": "r", "output": f"Answer {i}"} for i in range(10)]
+    client = connect(serve(fault=fault), concurrency=1, tokens_per_request=1, max_wait=0.3)
+    assert client(data) == expected(template, data)
+
+
 def test_busy_is_no_failure_but_has_an_end(serve, connect, data):
     """429 does not count against max_retries; after max_wait seconds it is enough."""
     server = serve("sglang", lambda number, rewards: Answer(429))

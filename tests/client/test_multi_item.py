@@ -197,6 +197,17 @@ def test_a_group_that_is_longer_than_the_context_is_divided(start, tokenizer_dir
     assert len(server.bodies) > 3
 
 
+def test_an_input_has_to_leave_room_for_its_delimiters(start, tokenizer_dir, template):
+    longest = max(len(ids) for ids in probe_sequences(template))
+    row = {"prompt": "p", "reference": "r", "output": "a"}
+    with client_of(tokenizer_dir, start(limit=10 * longest)) as client:
+        row["output"] = "a" * (1 + 10 * longest - 2 - len(client.encode(row).ids))
+        assert client([row]) == expected(template, [row])
+        row["output"] += "a"
+        with pytest.raises(RewardServerError, match=rf"at most {10 * longest - 2} tokens, and one has"):
+            client([row])
+
+
 def test_a_server_without_multi_item_scoring(start, tokenizer_dir, template, data):
     """The same route scores the inputs one by one, and says so by the number of tokens."""
     with client_of(tokenizer_dir, start("single")) as client:

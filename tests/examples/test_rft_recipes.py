@@ -30,7 +30,8 @@ STAND_INS = {
     "polar-ft": '[ "$1" = parity ] && exit ${PARITY_STATUS:-0}; exec sleep ${SERVER_SECONDS:-60}',
     "curl": '[ -z "${NO_SERVER-}" ] || exit 7; [ -e "$RECORD.up" ] || { touch "$RECORD.up"; exit 7; }',
     "sleep": 'case $1 in 2|10) exec "$REAL_SLEEP" 0.02 ;; *) exec "$REAL_SLEEP" "$@" ;; esac',
-    "ray": 'if [ "$1" = health-check ]; then [ "$(grep -c ^ray.health "$RECORD")" -lt ${HEAD_GONE:-99} ]; fi',
+    "ray": 'if [ "$1" = health-check ]; then [ "$(grep -c ^ray.health "$RECORD")" -lt ${HEAD_GONE:-99} ]; '
+    'elif [ "$1" = stop ]; then exit ${STOP_STATUS:-0}; fi',
     "python3": 'echo "$(grep -c ^python3 "$RECORD")"',
     "train": 'exit ${TRAIN_STATUS:-0}',
     "scontrol": 'printf "%s\\n" node1 node2 node3',
@@ -174,6 +175,9 @@ def test_reward_servers_of_a_machine(bash, recorded) -> None:
     assert started.returncode == 1
     assert "a reward server has ended" in started.stderr
     assert recorded() == ["polar-ft serve my_rm --host 127.0.0.1 --port 31000|2"]
+    # The other servers may have ended as well: that they cannot be ended again is not the status.
+    several = bash(CLUSTER / "serve_rewards.sh", REWARD_GPUS="0,1,2,3,4,5", SERVER_SECONDS="0.3")
+    assert several.returncode == 1
     assert "ENGINE=llama: must be" in bash(CLUSTER / "serve_rewards.sh", ENGINE="llama").stderr
 
 
@@ -184,6 +188,10 @@ def test_waits_for_servers_and_parity(bash, recorded) -> None:
     assert asked == ["gpu-1:30000/health|", "gpu-1:30000/health|", "gpu-2:30000/health|"]
     parity = "polar-ft parity my_rm --server gpu-1:30000 --server gpu-2:30000 --tolerance 0.1|"
     assert recorded()[-1] == parity
+    # Spaces as the adapters take them; a proxy is for other machines than this one.
+    spaced = bash(script, "--no-parity", REWARD_SERVERS="gpu-1:30000, 127.0.0.1:30000", no_proxy="gpu-1")
+    assert spaced.returncode == 0
+    assert "--noproxy 127.0.0.1,localhost,gpu-1 http://127.0.0.1:30000/health" in recorded()[-1]
     assert bash(script, REWARD_SERVERS=servers, PARITY_STATUS="1").returncode == 1
     assert bash(script, "--no-parity", REWARD_SERVERS=servers).returncode == 0
     assert not any("parity" in line for line in recorded())
@@ -226,6 +234,7 @@ def test_ray_cluster(bash, recorded) -> None:
     assert calls[0] == "ray start --num-gpus 8 --disable-usage-stats --head --port 6379"
     assert [call.split()[0] for call in calls[1:]] == ["python3", "python3", "python3", "train", "ray"]
     assert calls[-1] == "ray stop"
+    assert bash(script, "train", NODE_RANK="0", STOP_STATUS="1", **given).returncode == 0
 
     worker = bash(script, "train", NODE_RANK="1", HEAD_GONE="4", GPUS_PER_NODE="4", **given)
     assert worker.returncode == 0

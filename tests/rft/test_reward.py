@@ -62,6 +62,18 @@ def test_threads_get_their_own_rewards(serve, reward_from, template):
     assert found == pytest.approx({n: expected(template, sample) for n, sample in enumerate(batch)})
 
 
+def test_without_a_thread_for_the_timer_nobody_waits_for_ever(serve, reward_from, template, monkeypatch):
+    reward, (sample,) = reward_from(serve()), samples(1)
+    reward.score([sample])  # the client's thread runs
+
+    def no_thread(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", no_thread)
+    for _ in range(2):
+        assert reward.submit(sample).result(timeout=10).score == pytest.approx(expected(template, sample))
+
+
 def test_the_same_sample_is_scored_once(serve, reward_from):
     server = serve()
     first, second, _ = reward_from(server).score([samples(1)[0], samples(1)[0], samples(2)[1]])
@@ -166,6 +178,11 @@ def test_references_are_compared_without_their_thoughts(serve, reward_from, temp
     assert [one.score for one in reward.score(batch)] == pytest.approx([expected(template, plain)] * 2)
     with pytest.raises(PolarError, match=r"prompt that begins 'Q\?': a reference has <think> and no answer"):
         reward.score([TextGroup("Q?", ("<think>2 + 2",), ("4",))])
+
+
+def test_a_thought_that_the_prompt_opens_has_a_tag(serve, reward_from):
+    with pytest.raises(PolarError, match="think_in_prompt: has no effect without tags"):
+        reward_from(serve(), think_start="", think_end="", think_in_prompt=True)
 
 
 def test_channels_of_gpt_oss(serve, reward_from, template):

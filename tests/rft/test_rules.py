@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from unittest.mock import Mock
 
 import pytest
 
@@ -66,6 +67,42 @@ def test_a_process_that_does_not_answer_is_ended(monkeypatch):
         assert asked.result(60) == "failed"
     finally:
         slow.close()
+
+
+def test_a_process_that_was_killed_while_it_had_nothing_to_do_costs_no_answer():
+    rule = MathRule(processes=1)
+    try:
+        assert rule.check(["1"], r"\boxed{1}").result(60) == "right"
+        (worker,) = rule._workers
+        worker._process.kill()
+        worker._process.wait()
+        assert rule.check(["1"], r"\boxed{1}").result(60) == "right"
+        assert len(rule._workers) == 1
+        assert worker._process.stdin.closed
+    finally:
+        rule.close()
+
+
+def test_a_verdict_is_never_that_of_another_answer(monkeypatch):
+    rule = MathRule(processes=1)
+    try:
+        assert rule.check(["1"], r"\boxed{1}").result(60) == "right"
+        with monkeypatch.context() as changed:
+            changed.setattr(
+                threading.Timer, "start", Mock(side_effect=RuntimeError("can't start new thread"))
+            )
+            with pytest.raises(RuntimeError):
+                rule.check(["1"], r"\boxed{1}").result(60)
+        assert rule.check(["1"], r"\boxed{2}").result(60) == "wrong"
+    finally:
+        rule.close()
+
+
+def test_rules_after_close(serve, reward_from):
+    reward = reward_from(serve(), rule_rewards=[3, -8])
+    assert [one.raw for one in reward.score([math_sample(r"\boxed{0.5}")])] == [3]
+    reward.close()
+    assert [one.raw for one in reward.score([math_sample(r"\boxed{0.5}")])] == [3]
 
 
 def test_a_process_that_does_not_start_is_an_error(monkeypatch):
@@ -140,7 +177,11 @@ def test_rule_rewards_have_to_be_measured_or_given(serve, reward_from):
     with pytest.raises(PolarError, match="rule_rewards="):
         reward_from(serve()).score([math_sample("1")])
     with pytest.raises(PolarError, match="above the floor -20"):
-        reward_from(serve(), rule_rewards=[1, -30]).score([math_sample("1")])
+        reward_from(serve(), rule_rewards=[1, -30])
+    with pytest.raises(PolarError, match=r"rule_rewards=\[1\]: must be two numbers"):
+        reward_from(serve(), rule_rewards=[1])
+    with pytest.raises(PolarError, match="rule_seconds=0: must be"):
+        reward_from(serve(), rule_seconds=0)
 
 
 def test_the_rule_of_a_row_reaches_the_sample():

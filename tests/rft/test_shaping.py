@@ -84,6 +84,7 @@ def test_rewards_of_rules_and_floor_lie_on_the_measured_scale(model):
             r"overlong_buffer=11: must be from 0 to max_characters=10",
         ),
         ({"overlong_buffer": 11}, r"overlong_buffer: has no effect without max_characters"),
+        ({"overlong_penalty": 2}, r"overlong_penalty: has no effect without max_characters"),
         ({"max_characters": 10, "overlong_penalty": -1}, r"overlong_penalty=-1: is subtracted"),
     ],
 )

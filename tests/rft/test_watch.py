@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from typer.testing import CliRunner
 
 from polar_ft.cli import app
-from polar_ft.errors import DataError
+from polar_ft.errors import DataError, PolarError
 from polar_ft.groups import TextGroup
 from polar_ft.rft import commands
 from polar_ft.rft.watch import RewardWatch, WatchLine, alarms, read_watch
@@ -119,9 +119,8 @@ def test_tensorboard_reads_the_same_figures(tmp_path):
     lines = run(tmp_path, learns, steps=3)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     read = event_accumulator.EventAccumulator(str(folder)).Reload()
-    assert set(read.Tags()["scalars"]) == {f"polar/{name}" for name in WatchLine.model_fields} - {
-        "polar/answers"
-    }
+    figures = WatchLine.model_fields.keys() - {"time", "answers"}
+    assert set(read.Tags()["scalars"]) == {f"polar/{name}" for name in figures}
     for name in ("reward", "distance", "reward_by_length"):
         events = read.Scalars(f"polar/{name}")
         assert [event.step for event in events] == [line.answers for line in lines]
@@ -179,6 +178,34 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
     (file,) = tmp_path.glob("*.jsonl")
     file.write_text(file.read_text()[:-20])
     assert len(read_watch(tmp_path)) == 2
+
+
+def test_a_forked_process_has_a_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    watch = RewardWatch(tmp_path, every=2)
+    for pid in (1, 1, 1, 2, 2):  # the third answer of the first is not the second's
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        watch.add(float(pid), "a", ["b"], raw=float(pid))
+    files = sorted(tmp_path.glob("*.jsonl"))
+    assert [[(line.answers, line.reward) for line in read_watch(file)] for file in files] == [
+        [(2, 1)],
+        [(2, 2)],
+    ]
+
+
+def test_a_run_that_resumes_goes_on_after_what_it_wrote_before(tmp_path, monkeypatch):
+    """Its processes count answers from 0 again."""
+    for pid, steps in ((1, 20), (2, 5)):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        run(tmp_path, learns if pid == 1 else lambda step, fact, rng: (None, 0.0), steps=steps)
+    lines = read_watch(tmp_path)
+    assert [line.answers for line in lines] == [128 * n for n in (*range(1, 21), *range(1, 6))]
+    assert any(alarm.startswith("outputs have no answer") for alarm in alarms(lines))
+
+
+def test_lines_have_answers(tmp_path):
+    with pytest.raises(PolarError, match="watch_every=0: must be at least 1"):
+        RewardWatch(tmp_path, every=0)
 
 
 def test_rewards_are_watched(serve, reward_from, tmp_path):

@@ -24,7 +24,7 @@ REWARD_SERVERS=$(IFS=,; echo "${servers[*]}")
 export REWARD_SERVERS REWARD_GPUS
 export GPUS_PER_NODE=${#policy[@]}
 
-trap 'jobs -p | xargs -r kill 2>/dev/null' EXIT
+trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
 trap 'exit 143' INT TERM
 "$here/serve_rewards.sh" &
 serving=$!

@@ -34,7 +34,7 @@ all_nodes_are_up() {
     [ "$(python3 -c "$count")" -ge "$NNODES" ]
 }
 
-trap 'ray stop' EXIT
+trap 'ray stop || true' EXIT
 trap 'exit 143' INT TERM
 if [ "$rank" -eq 0 ]; then
     "${start[@]}" --head --port "$port"

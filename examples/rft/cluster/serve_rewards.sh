@@ -12,7 +12,7 @@ set -euo pipefail
 : "${REWARD_MODEL:?set it to the folder of the reward model}"
 host=${REWARD_HOST:-127.0.0.1}
 port=${REWARD_PORT:-30000}
-trap 'jobs -p | xargs -r kill 2>/dev/null' EXIT
+trap 'jobs -p | xargs -r kill 2>/dev/null || true' EXIT
 trap 'exit 143' INT TERM
 
 IFS=, read -ra gpus <<< "${REWARD_GPUS:-0}"

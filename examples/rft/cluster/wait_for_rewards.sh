@@ -10,10 +10,12 @@ set -euo pipefail
 
 : "${REWARD_MODEL:?set it to the folder of the reward model}"
 : "${REWARD_SERVERS:?set it to host:port of the reward servers, separated by commas}"
-IFS=, read -ra servers <<< "$REWARD_SERVERS"
+IFS=', ' read -ra servers <<< "$REWARD_SERVERS"
+# As the client does it: requests to this machine bypass any proxy.
+direct=127.0.0.1,localhost,${no_proxy:-${NO_PROXY:-}}
 
 for server in "${servers[@]}"; do
-    until curl --silent --fail --output /dev/null --max-time 5 "http://$server/health"; do
+    until curl --silent --fail --output /dev/null --max-time 5 --noproxy "$direct" "http://$server/health"; do
         if [ "$SECONDS" -ge "${WAIT_SECONDS:-1800}" ]; then
             echo "wait_for_rewards.sh: $server did not answer within ${WAIT_SECONDS:-1800} s" >&2
             exit 1
