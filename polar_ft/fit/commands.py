@@ -83,7 +83,10 @@ def fit(
     and reports. The same command continues a fit that was interrupted.
     """
     from polar_ft.data.converters import parse_mapping
+    from polar_ft.data.reading import expand
 
+    for named in filter(None, (data, held_out)):
+        expand(named)  # a misspelt one is named before a folder is made
     source_name = Path(data).name.partition(".")[0] or "data"
     folder = out or Path(f"{source_name}_rm")
     mapping = parse_mapping(names or ())
