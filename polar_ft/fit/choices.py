@@ -184,8 +184,10 @@ def choose(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -
         The choices in the order in which a config has them; first those of memory.
 
     Raises:
-        PolarError: Nothing fits into the memory.
+        PolarError: Nothing fits into the memory, or more GPUs are asked for than there are.
     """
+    if machine.device == "cuda" and given.get("gpus", 1) > machine.gpus:
+        raise PolarError(f"--set gpus={given['gpus']}: here {_are_gpus(machine.gpus)} ({machine.name})")
     way = _way(machine, base, data, given)
     parameters = way.parameters
     chosen: dict[str, tuple[Any, str]] = {}
@@ -235,6 +237,10 @@ def choose(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -
         choices.append(Choice(name=name, value=value, reason=reason))
     more = [name for name in given if name not in chosen]
     return choices + [Choice(name=name, value=given[name], reason="set by --set") for name in more]
+
+
+def _are_gpus(count: int) -> str:
+    return f"{'is' if count == 1 else 'are'} {many(count, 'GPU')}"
 
 
 def planned_steps(choices: list[Choice], pairs: int) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from polar_ft.errors import printable
 from polar_ft.files import write_atomically
 from polar_ft.fit.choices import Base, Choice
 
@@ -32,6 +33,7 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "save_total_limit": (2, ""),
     "max_bad_steps": (5, "a non-finite loss updates nothing; so many such steps in a row end the run"),
     "log_interval": (1, ""),
+    "track": (None, 'a tracking service as well: "wandb", "mlflow", …; docs/training.md lists them'),
     "val_metric": ("accuracy", "the best checkpoint is kept by this; of equal ones that of lower log-loss"),
     "val_patience": (None, "training ends after so many validations without a new best; None: at the end"),
 }
@@ -128,4 +130,4 @@ def as_code(value: Any) -> str:
 
 def _one_line(text: str) -> str:
     """For a comment: nothing of a name may end the line."""
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
