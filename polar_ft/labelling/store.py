@@ -91,7 +91,8 @@ class Labeller:
         due = (
             one
             for key, one in first.items()
-            if key in self._again and key not in repeated and one.choice != "skip"
+            # Without a side (rows of another tool) there is none to swap.
+            if key in self._again and key not in repeated and one.choice != "skip" and one.left is not None
         )
         again = next(due, None)
         fresh = next((pair for key, pair in self.pairs.items() if key not in first), None)
@@ -105,9 +106,10 @@ class Labeller:
     @property
     def progress(self) -> tuple[int, int]:
         """Number of pairs shown of those in the input, and of all that will be, second looks included."""
-        skipped = {one.pair for one in self.decisions if one.choice == "skip" and not one.repeat}
-        done = sum(one.pair in self.pairs for one in self.decisions)
-        return done, len(self.pairs) + len(self._again - skipped)
+        mine = [one for one in self.decisions if one.pair in self.pairs]
+        repeated = {one.pair for one in mine if one.repeat}
+        never = {one.pair for one in mine if not one.repeat and (one.choice == "skip" or one.left is None)}
+        return len(mine), len(self.pairs) + len((self._again - never) | repeated)
 
     def decide(self, number: int, key: str, choice: Choice, seconds: float) -> None:
         """Writes a decision on the pair that was shown, to the disk.
