@@ -18,7 +18,7 @@ from polar_ft.files import write_atomically
 from polar_ft.fit.choices import Base, Choice
 
 # What is not chosen, with what it is for; a value of --set goes before these.
-_DEFAULTS: dict[str, tuple[Any, str]] = {
+DEFAULTS: dict[str, tuple[Any, str]] = {
     "loss_type": ("ranking", 'Bradley–Terry; or "focal", or "margin" (rows with a "margin")'),
     "penalty_type": ("none", 'or "log_barrier", "L2"'),
     "reference_dropout": (0.0, "share of rows trained without reference: one model then also scores without"),
@@ -73,7 +73,7 @@ def write_config(
         "reward_tokens": (dict(base.reward_tokens), "the two control tokens"),
         "allow_tokenizer_code": (base.allow_tokenizer_code, "no other code of the base's folder is run"),
     }
-    values = {**_DEFAULTS, **paths, **chosen}
+    values = {**DEFAULTS, **paths, **chosen}
     strategy, gpus = chosen["deepspeed"][0], chosen["gpus"][0]
     deepspeed = f" --deepspeed {strategy}" if strategy else ""
     prefix = f"NPROC_PER_NODE={gpus} " if gpus > 1 else ""

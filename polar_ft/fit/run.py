@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from polar_ft.fit import data as fit_data
 from polar_ft.fit import measuring, verdict
 from polar_ft.fit.base import DEFAULT_BASE, TINY, find_base
 from polar_ft.fit.choices import Base, Choice, Data, Machine, choose, planned_steps
-from polar_ft.fit.config_file import as_code
+from polar_ft.fit.config_file import DEFAULTS, as_code
 from polar_ft.fit.steps import Result, Steps, Tell, content_of
 
 
@@ -220,7 +220,14 @@ def write_config_of(plan: Plan, wanted: Wanted, out: Path, *, share: float | Non
     return file
 
 
-def fit(steps: Steps, plan: Plan, wanted: Wanted, out: Path) -> verdict.Outcome:
+def fit(
+    steps: Steps,
+    plan: Plan,
+    wanted: Wanted,
+    out: Path,
+    *,
+    before_training: Callable[[Plan], None] = lambda plan: None,
+) -> verdict.Outcome:
     """Trains, converts, evaluates, compares, calibrates and reports.
 
     Args:
@@ -228,6 +235,7 @@ def fit(steps: Steps, plan: Plan, wanted: Wanted, out: Path) -> verdict.Outcome:
         plan: Of `prepare`.
         wanted: What is asked for.
         out: Folder of the fit.
+        before_training: Called before a training that resumes nothing; what it raises ends the fit.
 
     Returns:
         What the last lines and the report say.
@@ -250,6 +258,10 @@ def fit(steps: Steps, plan: Plan, wanted: Wanted, out: Path) -> verdict.Outcome:
 
     steps.run("config", [choices, asdict(plan.base), str(out.absolute())], configuring, [config])
     _check_config(config)
+    plan = _with_edits(plan, config)
+    inputs = _inputs_of_training(steps, plan, config, data / "train.jsonl", out)
+    if not steps.has_begun("train", inputs):
+        before_training(plan)
     training = _train(steps, plan, "train", config, data / "train.jsonl", out / "train", out, plan.steps)
     parts = [_train_part(steps, plan, wanted, out, share) for share in wanted.shares]
 
@@ -300,17 +312,16 @@ def fit(steps: Steps, plan: Plan, wanted: Wanted, out: Path) -> verdict.Outcome:
             tiny=plan.base.is_tiny,
             without_reference=plan.looked["without_reference"],
         )
-        trained = _as_trained(plan.choices, config)
         write_report(
             out / "report.html",
             outcome,
-            trained,
+            plan.choices,
             title=f"{out.resolve().name}: a reward model from {Path(wanted.source.path).name}",
             training=training,
             facts=_facts(plan, wanted),
             steps={name: done.seconds for name, done in steps.record.done.items() if name != "report"},
         )
-        extend_card(model / "README.md", outcome, trained)
+        extend_card(model / "README.md", outcome, plan.choices)
         return {"outcome": outcome.model_dump(), "said": str(out / "report.html")}
 
     inputs = [steps.key(name) for name in ("train", "convert", "evaluate", "evaluate base", "calibrate")]
@@ -328,21 +339,26 @@ def _check_config(config: Path) -> None:
     check_settings(config, read_config(config))
 
 
-def _as_trained(choices: list[Choice], config: Path) -> list[Choice]:
-    """The choices with the values of the config, which the user may have edited."""
+def _with_edits(plan: Plan, config: Path) -> Plan:
+    """The plan with the values of the config, which the user may have edited."""
     from polar_ft.training.config import read_config
 
     names = read_config(config).names
+    choices = [choice if choice.name not in names else _edited(choice, names) for choice in plan.choices]
+    chosen = {choice.name for choice in choices}
+    for name, (value, _) in DEFAULTS.items():
+        default = Choice(name=name, value=value, reason="")
+        if name in names and name not in chosen and (found := _edited(default, names)) != default:
+            choices.append(found)
+    steps = planned_steps(choices, plan.sides["train"]["pairs"])
+    return replace(plan, choices=choices, steps=steps)
 
-    def same(choice: Choice) -> bool:  # a tuple is a list in fit.json
-        return json.dumps(names[choice.name], default=str) == json.dumps(choice.value)
 
-    return [
-        choice
-        if choice.name not in names or same(choice)
-        else Choice(name=choice.name, value=names[choice.name], reason="edited in config.py")
-        for choice in choices
-    ]
+def _edited(choice: Choice, names: Mapping[str, Any]) -> Choice:
+    value = names[choice.name]
+    if json.dumps(value, default=str) == json.dumps(choice.value):  # a tuple is a list in fit.json
+        return choice
+    return Choice(name=choice.name, value=value, reason="edited in config.py")
 
 
 def _checkpoint(training: Result, work_dir: Path) -> Path:
@@ -357,20 +373,24 @@ def _known_config(config: Path, out: Path) -> str:
     return ast.unparse(ast.parse(text.replace(as_code(str(out.absolute()))[1:-1], "OUT")))
 
 
+def _inputs_of_training(steps: Steps, plan: Plan, config: Path, train: Path, out: Path) -> list[Any]:
+    values = {choice.name: choice.value for choice in plan.choices}
+    return [
+        _known_config(config, out),
+        content_of(train),
+        content_of(out / "data" / "val.jsonl"),
+        steps.key("base"),
+        values["deepspeed"],
+        values["gpus"],
+    ]
+
+
 def _train(
     steps: Steps, plan: Plan, name: str, config: Path, train: Path, work_dir: Path, out: Path, planned: int
 ) -> Result:
     from polar_ft.fit.training import train as train_step
 
-    values = {choice.name: choice.value for choice in plan.choices}
-    base = steps.key("base")
-    inputs = [
-        _known_config(config, out),
-        content_of(train),
-        content_of(out / "data" / "val.jsonl"),
-        base,
-    ]
-    inputs += [values["deepspeed"], values["gpus"]]
+    inputs = _inputs_of_training(steps, plan, config, train, out)
     return steps.run(
         name,
         inputs,

@@ -96,6 +96,10 @@ class Steps:
         for name in names:
             self.record.done.pop(name, None)
 
+    def has_begun(self, name: str, inputs: Any) -> bool:
+        """Whether a step with the same inputs was started last."""
+        return self.record.begun.get(name) == _hash(inputs)
+
     def is_done(self, name: str, inputs: Any, outputs: Sequence[Path] = ()) -> bool:
         """Whether a step with the same inputs is finished and what it made is there."""
         done = self.record.done.get(name)

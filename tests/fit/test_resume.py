@@ -82,10 +82,16 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Played:
     return done
 
 
-def fit(out: Path, source: Path, machine: Machine = CPU, **given: Any) -> Steps:
+def fit(
+    out: Path,
+    source: Path,
+    machine: Machine = CPU,
+    ask: Callable[[run.Plan], None] = lambda plan: None,
+    **given: Any,
+) -> Steps:
     wanted = run.Wanted(Source(str(source)), given=given)
     steps = steps_of(out)
-    run.fit(steps, run.prepare(steps, wanted, out, machine), wanted, out)
+    run.fit(steps, run.prepare(steps, wanted, out, machine), wanted, out, before_training=ask)
     return steps
 
 
@@ -112,12 +118,34 @@ def test_what_is_edited_is_trained_and_reported(tmp_path: Path, source: Path, pl
     fit(out, source)
     assert played.reported[-1]["lr"][0] == 3e-3
     config = out / "config.py"
-    config.write_text(config.read_text().replace("lr = 0.003", "lr = 0.001"))
+    text = config.read_text().replace("lr = 0.003", "lr = 0.001")
+    config.write_text(text.replace("weight_decay = 0", "weight_decay = 0.1"))
     fit(out, source)
     assert len(played.trained) == 2
     assert played.reported[-1]["lr"] == (1e-3, "edited in config.py")
+    assert played.reported[-1]["weight_decay"] == (0.1, "edited in config.py")
     assert "lr 0.001" in (out / "model" / "README.md").read_text()
     assert {reason for _, reason in played.reported[0].values()} & {"edited in config.py"} == set()
+
+
+def test_a_training_that_would_replace_another_is_asked_for(
+    tmp_path: Path, source: Path, played: Played
+) -> None:
+    out = tmp_path / "rm"
+    asked: list[float] = []
+
+    def ask(plan: run.Plan) -> None:
+        asked.append(next(choice.value for choice in plan.choices if choice.name == "lr"))
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    fit(out, source, ask=ask)
+    fit(out, source, ask=ask)
+    assert asked == [3e-3]
+    with pytest.raises(KeyboardInterrupt):
+        fit(out, source, ask=ask, lr=1e-4)
+    assert asked == [3e-3, 1e-4]
+    assert (out / "train" / "iter_9.pth").exists()
 
 
 def test_neither_a_comment_nor_another_place_trains_again(
