@@ -57,7 +57,8 @@ class Machine:
 
         host = psutil.virtual_memory().available
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        if not hidden and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd"))):
+        there = not hidden and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd")))
+        if there:
             done = subprocess.run(
                 [sys.executable, "-c", _LOOK_AT_GPUS], capture_output=True, text=True, check=False
             )
@@ -66,7 +67,8 @@ class Machine:
                 name, free = found[0][0], min(free for _, free in found)
                 described = f"{len(found)} × {name}, {free / GIB:.0f} GiB free on each"
                 return cls("cuda", len(found), free, host, described)
-        return cls("cpu", 1, host, host, f"no GPU; {os.cpu_count()} cores, {host / GIB:.0f} GiB free")
+        none = "no GPU that torch can use" if there else "no GPU"
+        return cls("cpu", 1, host, host, f"{none}; {os.cpu_count()} cores, {host / GIB:.0f} GiB free")
 
 
 _LOOK_AT_GPUS = """
