@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -29,8 +28,6 @@ from polar_ft.labelling.pairs import Pair, digest
 # A pair is shown again after so many other decisions, or when nothing else is left.
 REPEAT_AFTER = 10
 
-_NAME = re.compile(r"[^\W_][\w-]{0,39}")
-
 
 def clean_name(name: str) -> str:
     """The name of a labeller, which is also that of a file; capitals do not count.
@@ -41,8 +38,10 @@ def clean_name(name: str) -> str:
     >>> clean_name(" Alice-2 ")
     'alice-2'
     """
-    cleaned = unicodedata.normalize("NFC", name.strip()).lower()
-    if not _NAME.fullmatch(cleaned):
+    cleaned = unicodedata.normalize("NFC", name.strip().lower())
+    # Vowel signs of many scripts are marks, which \w of a regular expression leaves out.
+    usable = all(one.isalnum() or one in "_-" or unicodedata.category(one)[0] == "M" for one in cleaned)
+    if not (usable and cleaned[:1].isalnum() and len(cleaned) <= 40):
         raise PolarError("a name has 1 to 40 letters, digits, _ or -, and begins with a letter or digit")
     return cleaned
 

@@ -230,6 +230,12 @@ def test_a_name_that_could_be_another_file_is_refused(open_store, folder, name):
         open_store().labeller(name)
 
 
+@pytest.mark.parametrize("name", ["हिंदी", "สมหญิง", "İpek", "李雷"])
+def test_names_of_all_scripts(open_store, folder, name):
+    decide(open_store().labeller(name), "left")
+    assert list(open_store().labellers) == [name.lower()]
+
+
 @pytest.mark.parametrize("choice", ["left", "right", "tie", "skip"])
 def test_what_is_read_back_is_what_was_decided(open_store, folder, choice):
     alice = open_store(many_rows(8), repeat=0.5).labeller("alice")
