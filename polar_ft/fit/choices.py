@@ -202,7 +202,7 @@ def choose(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -
         chosen["deepspeed"] = None, f"no DeepSpeed: {why}"
     processes = f"{way.gpus} processes, a GPU each" if way.gpus > 1 else "one process"
     chosen["gpus"] = way.gpus, processes
-    chosen["torch_dtype"] = way.dtype, _dtype_reason(way)
+    chosen["torch_dtype"] = way.dtype, _dtype_reason(way, machine)
     chosen["max_packed_length"] = (
         way.tokens,
         f"such a forward takes about {way.peak / GIB:.2g} of {machine.memory / GIB:.3g} GiB, with "
@@ -382,9 +382,10 @@ def _stage_reason(strategy: Strategy, gpus: int) -> str:
     }[strategy]
 
 
-def _dtype_reason(way: _Way) -> str:
+def _dtype_reason(way: _Way, machine: Machine) -> str:
     if way.dtype == "float32":
-        return "exact on a CPU" if way.deepspeed == "none" else "set by --set"
+        on_gpu = "without DeepSpeed there are no float32 copies of bfloat16 weights"
+        return "exact on a CPU" if machine.device == "cpu" else on_gpu
     if way.lora is not None:
         return "of the frozen weights; adapters and head are float32"
     return "as the weights are published; DeepSpeed keeps float32 copies of them"

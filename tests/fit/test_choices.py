@@ -114,6 +114,12 @@ def test_every_setting_that_can_be_set_is_in_the_config(tmp_path: Path) -> None:
             assert part_of(parsed.names, place, ...) is not ..., name
 
 
+def test_float32_on_a_gpu_is_not_explained_by_a_cpu() -> None:
+    choices = choose(EIGHT_80, SMALL, PAIRS, {"deepspeed": None})
+    dtype = next(choice for choice in choices if choice.name == "torch_dtype")
+    assert (dtype.value, "CPU" in dtype.reason) == ("float32", False)
+
+
 def test_more_gpus_than_there_are_is_refused() -> None:
     with pytest.raises(PolarError, match=r"--set gpus=4: here are 2 GPUs \(2 × 80\)"):
         choose(TWO_80, SMALL, PAIRS, {"gpus": 4})
