@@ -372,14 +372,15 @@ def _schedule(old: _Old, new: Migration) -> None:
         new.changed.append(
             (
                 f"max_iters = {iterations}",
-                f"max_steps = {iterations // counts}",
+                f"max_steps = {max(1, iterations // counts)}",
                 "counts steps, not micro-batches",
             )
         )
     lr, ratio = new.settings["lr"], None
     warmup: float | None = 0.0
     factor = 0.1
-    for scheduler in part_of(old.names, "param_scheduler", None) or []:
+    schedulers = part_of(old.names, "param_scheduler", None) or []
+    for scheduler in [schedulers] if isinstance(schedulers, Mapping) else schedulers:
         kind = str(scheduler.get("type", ""))
         if kind.endswith(".LinearLR"):
             warmup = scheduler.get("end", 0) / epochs if scheduler.get("by_epoch", True) else None
@@ -407,9 +408,15 @@ def _schedule(old: _Old, new: Migration) -> None:
 def _runtime(old: _Old, new: Migration) -> None:
     counts = max(1, part_of(old.names, "optim_wrapper.accumulative_counts", 1))
     interval = old.take("default_hooks.checkpoint.interval", 500)
-    steps = max(1, interval // counts) if interval > 0 else 500
+    saves = part_of(old.names, "default_hooks.checkpoint", None)
+    # mmengine's default; the default of a config without this hook is ours.
+    by_epoch = isinstance(saves, Mapping) and saves.get("by_epoch", True)
+    steps = max(1, interval // counts) if interval > 0 and not by_epoch else 500
     new.settings["save_steps"] = steps
-    if steps != interval:
+    if by_epoch:
+        each = "each epoch" if interval == 1 else f"every {interval} epochs"
+        new.open.append((f"a checkpoint {each}", "save_steps = 500 counts steps; the last is always saved"))
+    elif steps != interval:
         new.changed.append(
             (
                 f"save_steps = {interval}",
@@ -526,7 +533,7 @@ def migrate(
 
 def _show(new: Migration, target: Path, warnings: list[str]) -> None:
     console = Console(highlight=False)
-    console.print(f"wrote {target}", soft_wrap=True)
+    console.print(f"wrote {target}", markup=False, soft_wrap=True)
     kept = ", ".join(f"{name} = {code_of(value)}" for name, value in new.settings.items())
     console.print(f"\nsettings: {kept}", markup=False)
     by_reason: dict[str, list[str]] = {}

@@ -174,3 +174,21 @@ def test_the_command_lists_what_changed_and_replaces_nothing(tmp_path, monkeypat
         assert part in done.output
     again = CliRunner().invoke(app, ["migrate", POLAR])
     assert "exists; name another file, or replace it with --force" in str(again.exception)
+
+
+def test_a_checkpoint_each_epoch_is_no_checkpoint_each_step(tmp_path):
+    """mmengine counts epochs unless a config says otherwise."""
+    hook = "type=CheckpointHook, by_epoch=False, interval=100"
+    (tmp_path / "old.py").write_text(OLD.replace(hook, "type=CheckpointHook, interval=1"))
+    new = migrate_config(tmp_path / "old.py")
+    assert new.settings["save_steps"] == 500
+    assert any(old == "a checkpoint each epoch" for old, _ in new.open)
+
+
+def test_one_scheduler_need_not_be_in_a_list(tmp_path):
+    schedule = OLD[OLD.index("param_scheduler = [") : OLD.index("train_cfg")]
+    one = "param_scheduler = dict(type=CosineAnnealingLR, eta_min=lr * 0.2, by_epoch=True, end=2)\n"
+    (tmp_path / "old.py").write_text(OLD.replace(schedule, one))
+    new = migrate_config(tmp_path / "old.py")
+    assert new.parts["train_cfg", "min_lr_ratio"] == 0.2
+    assert new.settings["warmup_ratio"] == 0

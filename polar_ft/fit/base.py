@@ -41,7 +41,7 @@ def find_base(
     if name is not None and name.removesuffix("-Base") in PUBLISHED_SHAPES:
         allowed = (*PUBLISHED_TOKENIZER_CODE, *allowed)
     if name is None:
-        folder = out / "base"
+        folder = out.absolute() / "base"
         result = steps.run(
             "base", ["tiny", content_of(train)], lambda tell: _make_tiny(folder, train), [folder]
         )
@@ -53,7 +53,9 @@ def find_base(
             reward_tokens=result["reward_tokens"],
             reward_token_id=result["reward_token_id"],
         )
-    if not make and not Path(name).is_dir():
+    if Path(name).is_dir():  # a config names it, which is run from anywhere
+        name = str(Path(name).absolute())
+    elif not make:
         shape = PUBLISHED_SHAPES.get(name.removesuffix("-Base"))
         if shape is None:
             raise PolarError(
@@ -64,12 +66,12 @@ def find_base(
 
     def look(tell: Tell) -> Result:
         tell(f"looking for {name}")
-        return _look_at(name, resolve_folder(name), allowed)
+        return _look_at(name, resolve_folder(name), allowed) | {"model": name}
 
     result = steps.run("base", [name, content_of(name), allowed], look)
     folder = resolve_folder(name)
     return Base(
-        name=str(folder) if Path(name).is_dir() else name,
+        name=name,
         shape=read_json(folder / "config.json"),
         has_head=result["has_head"],
         reward_tokens=result["reward_tokens"],
@@ -116,6 +118,9 @@ def _look_at(name: str, folder: Path, allowed: Sequence[str]) -> Result:
     check_base(folder, settings)
     head = any(name in open_checkpoint(folder) for name in HEAD_NAMES)
     said = "gives rewards already" if head else "has no reward head, so it gives no rewards before training"
+    if head and tokens:
+        # It was trained with another template; in ours its new tokens have no meaning.
+        head, said = False, "has a reward head but not the two control tokens, so it gives no rewards yet"
     return {
         "has_head": head,
         "reward_tokens": {"separator": template.separator, "reward": template.reward_token, **tokens},

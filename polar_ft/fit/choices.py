@@ -57,7 +57,8 @@ class Machine:
 
         host = psutil.virtual_memory().available
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-        if not hidden and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd"))):
+        there = not hidden and any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd")))
+        if there:
             done = subprocess.run(
                 [sys.executable, "-c", _LOOK_AT_GPUS], capture_output=True, text=True, check=False
             )
@@ -66,7 +67,8 @@ class Machine:
                 name, free = found[0][0], min(free for _, free in found)
                 described = f"{len(found)} × {name}, {free / GIB:.0f} GiB free on each"
                 return cls("cuda", len(found), free, host, described)
-        return cls("cpu", 1, host, host, f"no GPU; {os.cpu_count()} cores, {host / GIB:.0f} GiB free")
+        none = "no GPU that torch can use" if there else "no GPU"
+        return cls("cpu", 1, host, host, f"{none}; {os.cpu_count()} cores, {host / GIB:.0f} GiB free")
 
 
 _LOOK_AT_GPUS = """
@@ -184,8 +186,10 @@ def choose(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -
         The choices in the order in which a config has them; first those of memory.
 
     Raises:
-        PolarError: Nothing fits into the memory.
+        PolarError: Nothing fits into the memory, or more GPUs are asked for than there are.
     """
+    if machine.device == "cuda" and given.get("gpus", 1) > machine.gpus:
+        raise PolarError(f"--set gpus={given['gpus']}: here {_are_gpus(machine.gpus)} ({machine.name})")
     way = _way(machine, base, data, given)
     parameters = way.parameters
     chosen: dict[str, tuple[Any, str]] = {}
@@ -198,7 +202,7 @@ def choose(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -
         chosen["deepspeed"] = None, f"no DeepSpeed: {why}"
     processes = f"{way.gpus} processes, a GPU each" if way.gpus > 1 else "one process"
     chosen["gpus"] = way.gpus, processes
-    chosen["torch_dtype"] = way.dtype, _dtype_reason(way)
+    chosen["torch_dtype"] = way.dtype, _dtype_reason(way, machine)
     chosen["max_packed_length"] = (
         way.tokens,
         f"such a forward takes about {way.peak / GIB:.2g} of {machine.memory / GIB:.3g} GiB, with "
@@ -235,6 +239,10 @@ def choose(machine: Machine, base: Base, data: Data, given: Mapping[str, Any]) -
         choices.append(Choice(name=name, value=value, reason=reason))
     more = [name for name in given if name not in chosen]
     return choices + [Choice(name=name, value=given[name], reason="set by --set") for name in more]
+
+
+def _are_gpus(count: int) -> str:
+    return f"{'is' if count == 1 else 'are'} {many(count, 'GPU')}"
 
 
 def planned_steps(choices: list[Choice], pairs: int) -> int:
@@ -374,9 +382,10 @@ def _stage_reason(strategy: Strategy, gpus: int) -> str:
     }[strategy]
 
 
-def _dtype_reason(way: _Way) -> str:
+def _dtype_reason(way: _Way, machine: Machine) -> str:
     if way.dtype == "float32":
-        return "exact on a CPU" if way.deepspeed == "none" else "set by --set"
+        on_gpu = "without DeepSpeed there are no float32 copies of bfloat16 weights"
+        return "exact on a CPU" if machine.device == "cpu" else on_gpu
     if way.lora is not None:
         return "of the frozen weights; adapters and head are float32"
     return "as the weights are published; DeepSpeed keeps float32 copies of them"

@@ -86,7 +86,10 @@ def fit(
     and reports. The same command resumes a fit that was interrupted.
     """
     from polar_ft.data.converters import parse_mapping
+    from polar_ft.data.reading import expand
 
+    for named in filter(None, (data, held_out)):
+        expand(named)  # a misspelt one is named before a folder is made
     source_name = Path(data).name.partition(".")[0] or "data"
     folder = out or Path(f"{source_name}_rm")
     mapping = parse_mapping(names or ())
@@ -135,12 +138,15 @@ def _fit(wanted: Wanted, folder: Path, *, yes: bool, started: float) -> None:
         steps = Steps(folder, console, run.count_steps(wanted))
         machine = Machine.here()
         plan = run.prepare(steps, wanted, folder, machine)
-        if "train" not in steps.record.begun:
+
+        def ask(plan: run.Plan) -> None:
             terminal.show_plan(console, plan)
             asks = not yes and not plan.base.is_tiny and console.is_terminal and sys.stdin.isatty()
-            if asks and not typer.confirm("Train?", default=True):
+            again = " The training in this folder is removed." if "train" in steps.record.begun else ""
+            if asks and not typer.confirm(f"Train?{again}", default=True):
                 raise typer.Exit(1)
-        outcome = run.fit(steps, plan, wanted, folder)
+
+        outcome = run.fit(steps, plan, wanted, folder, before_training=ask)
         if not steps.ran:
             console.print("\nnothing has changed, so nothing was done again", style="dim")
         terminal.show_outcome(console, outcome, folder, time.monotonic() - started)

@@ -13,11 +13,12 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from polar_ft.errors import printable
 from polar_ft.files import write_atomically
 from polar_ft.fit.choices import Base, Choice
 
 # What is not chosen, with what it is for; a value of --set goes before these.
-_DEFAULTS: dict[str, tuple[Any, str]] = {
+DEFAULTS: dict[str, tuple[Any, str]] = {
     "loss_type": ("ranking", 'Bradley–Terry; or "focal", or "margin" (rows with a "margin")'),
     "penalty_type": ("none", 'or "log_barrier", "L2"'),
     "reference_dropout": (0.0, "share of rows trained without reference: one model then also scores without"),
@@ -32,7 +33,7 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "save_total_limit": (2, ""),
     "max_bad_steps": (5, "a non-finite loss updates nothing; so many such steps in a row end the run"),
     "log_interval": (1, ""),
-    "track": (None, 'a tracking service as well: "wandb", "mlflow", "swanlab", "trackio", …'),
+    "track": (None, 'a tracking service as well: "wandb", "mlflow", …; docs/training.md lists them'),
     "val_metric": ("accuracy", "the best checkpoint is kept by this; of equal ones that of lower log-loss"),
     "val_patience": (None, "training ends after so many validations without a new best; None: at the end"),
 }
@@ -72,7 +73,7 @@ def write_config(
         "reward_tokens": (dict(base.reward_tokens), "the two control tokens"),
         "allow_tokenizer_code": (base.allow_tokenizer_code, "no other code of the base's folder is run"),
     }
-    values = {**_DEFAULTS, **paths, **chosen}
+    values = {**DEFAULTS, **paths, **chosen}
     strategy, gpus = chosen["deepspeed"][0], chosen["gpus"][0]
     deepspeed = f" --deepspeed {strategy}" if strategy else ""
     prefix = f"NPROC_PER_NODE={gpus} " if gpus > 1 else ""
@@ -129,4 +130,4 @@ def as_code(value: Any) -> str:
 
 def _one_line(text: str) -> str:
     """For a comment: nothing of a name may end the line."""
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

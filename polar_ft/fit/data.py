@@ -27,6 +27,8 @@ MOST_HELD_OUT, MOST_VALIDATION = 2000, 400
 # Labellers differ now and then; more contradictions than this are a mistake, and so for copies.
 CONTRADICTIONS, COPIES = 0.05, 0.3
 SHOWN_ROWS = 5
+# The format of rows that are read as they are.
+OURS = "polar-ft"
 _LOOKED_AT = 20
 
 
@@ -55,13 +57,13 @@ def read(source: Source, target: Path, tell: Tell, *, fix: bool) -> Result:
         fix: Leave out rows that cannot be converted, instead of stopping.
 
     Returns:
-        "path", where rows of ours are now; "format", "left_out" and "said".
+        "format", `OURS` or that from which rows were converted to ``target``; "left_out" and "said".
 
     Raises:
         PolarError: No format fits, or rows cannot be converted.
     """
     if not source.mapping and _is_ours(source):
-        return {"path": source.path, "format": "polar-ft", "left_out": 0, "said": "rows of polar-ft"}
+        return {"format": OURS, "left_out": 0, "said": "rows of polar-ft"}
     found = recognise_file(CONVERTERS, source.path, split=source.split, mapping=source.mapping)
     done = convert_file(
         found.name,
@@ -76,7 +78,13 @@ def read(source: Source, target: Path, tell: Tell, *, fix: bool) -> Result:
     said += many(done.pairs or done.ranked, "pair" if done.pairs else "ranked row")
     left_out = done.unusable + sum(done.left_out.values()) + done.without_pairs
     said += f"; {left_out:,} left out" if left_out else ""
-    return {"path": str(target), "format": found.name, "left_out": left_out, "said": said}
+    return {"format": found.name, "left_out": left_out, "said": said}
+
+
+def held_out_source(source: Source, path: str) -> Source:
+    """The held-out data: read as the other data is, unless it has rows of ours."""
+    ours = source.mapping is not None and _is_ours(Source(path, source.split))
+    return Source(path, source.split, None if ours else source.mapping)
 
 
 def _is_ours(source: Source) -> bool:
@@ -107,25 +115,33 @@ def look(
         DataError: They would spoil training; the message has a line for each fault, and names rows.
     """
     sources = [DataSource(path=path, split=source.split)]
-    others = [DataSource(path=held_out)] if held_out else []
+    others = [DataSource(path=held_out, split=source.split)] if held_out else []
     on_bytes = _share_of(path, tell, "checking")
+    left_out = 0
     if fix:
         with open_rows(target) as out:
             report = check(sources, held_out=others, write=out.write, on_bytes=on_bytes)
             written = out.count
+        left_out = report.rows + report.bad_rows - written
+        found = faults(report, fixed=True)
+        if not found and not written:
+            found = ["not one row is good, so --fix leaves nothing to train on."]
+        if not found and left_out:  # what counts from here on is what is left
+            report = check([DataSource(path=str(target))])
+            found = [
+                f"Without the {many(left_out, 'row')} that --fix leaves out: {sentence}"
+                for sentence in faults(report, fixed=True)
+            ]
     else:
-        report, written = check(sources, held_out=others, on_bytes=on_bytes), 0
-    found = faults(report, fixed=fix)
+        report = check(sources, held_out=others, on_bytes=on_bytes)
+        found = faults(report)
     if found:
         lines = "".join(f"\n  {sentence}" for sentence in found)
         raise DataError(f"{printable(source.path)}: training on this would be spoilt:{lines}")
     said = f"{many(report.rows, 'row')}, {many(report.pairs, 'pair')}, {many(report.prompts, 'prompt')}"
     notes = list(report.warnings) + _notes(report)
-    if fix:
-        left_out = report.rows + report.bad_rows - written
-        notes += [f"{many(left_out, 'row')} left out by --fix"] if left_out else []
+    notes += [f"{many(left_out, 'row')} left out by --fix"] if left_out else []
     result: Result = {
-        "path": str(target) if fix else path,
         "pairs": report.pairs,
         "prompts": report.prompts,
         "characters": _characters(report),
@@ -240,7 +256,7 @@ def split(path: str, source_split: str, folder: Path, prompts: int, held_out: st
         others, measured = _divided(source, rest, target, share, seed=1)
         source, prompts = DataSource(path=str(rest)), others.prompts
     else:
-        measured = _copied(held_out, target)
+        measured = _copied(DataSource(path=held_out, split=source_split), target)
     share = min(_share(VALIDATION, prompts), MOST_VALIDATION / prompts)
     train, chosen_on = _divided(source, folder / "train.jsonl", folder / "val.jsonl", share, seed=2)
     rest.unlink(missing_ok=True)
@@ -267,28 +283,40 @@ def _share(share: float, prompts: int) -> float:
 
 
 def _divided(source: DataSource, train: Path, held: Path, share: float, seed: int) -> tuple[Side, Side]:
-    """Splits by prompt; of few prompts, or after an earlier split, by the next seed that works."""
+    """Splits by prompt; of few prompts, or after an earlier split, by the next seed that works.
+
+    Raises:
+        PolarError: A side has no pair, by any seed.
+    """
     for attempt in range(5):
         try:
-            return split_by_prompt([source], train, held, fraction=share, seed=seed + 10 * attempt)
+            sides = split_by_prompt([source], train, held, fraction=share, seed=seed + 10 * attempt)
         except DataError:
             raise
         except PolarError:
             if attempt == 4:
                 raise
-    raise AssertionError
+        else:
+            if all(side.pairs for side in sides):
+                return sides
+    raise PolarError(
+        "too few of the rows give a pair (of the others all answers are ranked the same) to train on some "
+        "and measure on others: add rows"
+    )
 
 
-def _copied(path: str, target: Path) -> Side:
+def _copied(source: DataSource, target: Path) -> Side:
     side, seen = Side(target), set()
     with open_rows(target) as out:
-        for row, example in parsed_rows(DataSource(path=path)):
+        for row, example in parsed_rows(source):
             if isinstance(example, RowProblem):
                 raise DataError(f"held-out data: {example}", [example])
             out.write(row)
             seen.add(example.prompt)
             side.rows += 1
             side.pairs += len(example.pairs)
+    if not side.pairs:
+        raise PolarError(f"{printable(source.path)}: the held-out data holds no pair to measure on")
     side.prompts = len(seen)
     return side
 

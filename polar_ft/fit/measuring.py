@@ -87,9 +87,9 @@ def evaluate(model: str, held_out: Path, folder: Path, code: Sequence[str], *, s
 
 
 def evaluate_base(base: Base, held_out: Path, folder: Path | None) -> Result:
-    """Scores the held-out pairs with the base; without a folder it has no reward head to score with."""
+    """Scores the held-out pairs with the base; without a folder it gives no rewards."""
     if folder is None:
-        return {"said": "the base has no reward head and gives no rewards: chance is what it is held against"}
+        return {"said": "the base gives no rewards: chance is what the new model is held against"}
     return evaluate(base.name, held_out, folder, base.allow_tokenizer_code, shuffle=False)
 
 

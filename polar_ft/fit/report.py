@@ -64,7 +64,7 @@ def write_report(
     css = (files("polar_ft.evaluation.report.pages") / "report.css").read_text(encoding="utf-8")
     template = environment.from_string((files(__package__) / "report.html.j2").read_text(encoding="utf-8"))
     plots = [accuracy_plot(outcome)]
-    if len(training.get("validations", [])) > 1:
+    if len(_with_accuracy(training)) > 1:
         plots.append(training_plot(training))
     if len(outcome.curve) > 1:
         plots.append(curve_plot(outcome))
@@ -116,8 +116,7 @@ def accuracy_plot(outcome: Outcome) -> Plot:
 
 def training_plot(training: Result) -> Plot:
     """Accuracy of the validations by step."""
-    # Before training a head of zeros ties all pairs, which is no accuracy of 0.
-    rows = [row for row in training["validations"] if (row.get("ties_half") or 0) - row["accuracy"] < 0.25]
+    rows = _with_accuracy(training)
     steps = [row["step"] for row in rows]
     accuracy = np.array([row["accuracy"] for row in rows], dtype=float)
     best = training.get("best_step")
@@ -148,10 +147,21 @@ def training_plot(training: Result) -> Plot:
         name="training",
         title="Validation during training",
         explanation="On rows that are neither trained on nor held out; they choose the checkpoint.",
-        alt=f"Validation accuracy from {accuracy[0]:.1%} before training to {accuracy[-1]:.1%} at the end.",
+        alt=f"Validation accuracy from {accuracy[0]:.1%} at step {steps[0]} to {accuracy[-1]:.1%} at step "
+        f"{steps[-1]}.",
         size=(WIDTH, HEIGHT),
         draw=draw,
     )
+
+
+def _with_accuracy(training: Result) -> list[Result]:
+    """Validations without those that tie most pairs, which is no accuracy of 0: a head of zeros does."""
+    rows = training.get("validations", [])
+    return [
+        row
+        for row in rows
+        if row["accuracy"] is not None and (row.get("ties_half") or 0) - row["accuracy"] < 0.25
+    ]
 
 
 def curve_plot(outcome: Outcome) -> Plot:
@@ -216,8 +226,3 @@ def _sides(outcome: Outcome) -> list[Side]:
 
 def _interval(side: Side) -> str:
     return "" if side.interval is None else percent_interval(side.interval)
-
-
-def choices_as_text(choices: Sequence[Choice]) -> list[tuple[str, str, str]]:
-    """Name, value and reason of each choice, for the terminal."""
-    return [(choice.name, as_code(choice.value), choice.reason) for choice in choices]

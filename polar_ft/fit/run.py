@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import ast
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from polar_ft.data.reading import expand
+from polar_ft.errors import PolarError
 from polar_ft.fit import data as fit_data
 from polar_ft.fit import measuring, verdict
 from polar_ft.fit.base import DEFAULT_BASE, TINY, find_base
 from polar_ft.fit.choices import Base, Choice, Data, Machine, choose, planned_steps
-from polar_ft.fit.config_file import as_code
+from polar_ft.fit.config_file import DEFAULTS, as_code
 from polar_ft.fit.steps import Result, Steps, Tell, content_of
 
 
@@ -76,39 +80,30 @@ def prepare(steps: Steps, wanted: Wanted, out: Path, machine: Machine, *, make_b
     """
     data, source = out / "data", wanted.source
     data.mkdir(exist_ok=True)
-    known_source = [content_of(source.path), source.split, dict(source.mapping or {}), wanted.fix]
-    read = steps.run(
-        "read",
-        [source.path, known_source],
-        lambda tell: fit_data.read(source, data / "rows.jsonl", tell, fix=wanted.fix),
-    )
+    path = _read(steps, "read", source, data / "rows.jsonl", fix=wanted.fix)
     held_out = None
     if wanted.held_out is not None:
-        other = fit_data.Source(wanted.held_out, source.split, source.mapping)
-        inputs = [wanted.held_out, content_of(wanted.held_out), source.split, dict(source.mapping or {})]
-        held = steps.run(
-            "read held-out",
-            inputs,
-            lambda tell: fit_data.read(other, data / "held_out_rows.jsonl", tell, fix=False),
-        )
-        held_out = held["path"]
-    rows = [content_of(read["path"]), content_of(held_out) if held_out else None]
+        other = fit_data.held_out_source(source, wanted.held_out)
+        held_out = _read(steps, "read held-out", other, data / "held_out_rows.jsonl", fix=False)
+    rows = [_content_of_rows(path), _content_of_rows(held_out) if held_out else None]
+    good = data / "good.jsonl"
     looked = steps.run(
         "check",
-        [rows, read["path"], wanted.fix],
-        lambda tell: fit_data.look(source, read["path"], held_out, data / "good.jsonl", tell, fix=wanted.fix)[
-            1
-        ],
+        [rows, path, wanted.fix],
+        lambda tell: fit_data.look(source, path, held_out, good, tell, fix=wanted.fix)[1],
+        [good] if wanted.fix else [],
     )
+    checked = str(good) if wanted.fix else path
     files = [data / f"{name}.jsonl" for name in ("train", "val", "held_out")]
     sides = steps.run(
         "split",
-        [content_of(looked["path"]), rows[1]],
-        lambda tell: fit_data.split(looked["path"], source.split, data, looked["prompts"], held_out),
+        [_content_of_rows(checked), rows[1]],
+        lambda tell: fit_data.split(checked, source.split, data, looked["prompts"], held_out),
         files,
     )
-    name = wanted.base or (DEFAULT_BASE if machine.device == "cuda" else None)
-    base = find_base(steps, name, wanted.allow_tokenizer_code, out, files[0], make=make_base)
+    base = find_base(
+        steps, _base_of(steps, wanted, machine), wanted.allow_tokenizer_code, out, files[0], make=make_base
+    )
     share = sides["train"]["pairs"] / max(1, looked["pairs"])
     facts = Data(
         pairs=sides["train"]["pairs"],
@@ -116,8 +111,8 @@ def prepare(steps: Steps, wanted: Wanted, out: Path, machine: Machine, *, make_b
         characters=int(looked["characters"] * share),
         longest=looked["longest"],
     )
-    # Free memory changes from start to start, and a run that resumes must not change by itself.
-    known_machine = [machine.device, machine.gpus, machine.name.partition(",")[0]]
+    inputs = [asdict(base), asdict(facts), dict(wanted.given)]
+    machine = _machine_of(steps, machine, inputs)
 
     def choosing(tell: Tell) -> Result:
         tell("looking at what fits")
@@ -132,11 +127,67 @@ def prepare(steps: Steps, wanted: Wanted, out: Path, machine: Machine, *, make_b
         )
         said = f"{kind}, lr {as_code(values['lr'])}, {values['global_batch_pairs']} pairs a step, "
         said += f"{planned_steps(choices, facts.pairs):,} steps"
-        return {"choices": [choice.model_dump() for choice in choices], "said": said}
+        dumped = [choice.model_dump() for choice in choices]
+        return {"choices": dumped, "machine": asdict(machine), "said": said}
 
-    chosen = steps.run("choose", [known_machine, asdict(base), asdict(facts), dict(wanted.given)], choosing)
+    chosen = steps.run("choose", [_known(machine), *inputs], choosing)
     choices = [Choice(**choice) for choice in chosen["choices"]]
     return Plan(machine, base, choices, planned_steps(choices, facts.pairs), looked, sides)
+
+
+def _read(steps: Steps, name: str, source: fit_data.Source, target: Path, *, fix: bool) -> str:
+    """Reads data; returns where rows of ours are: as the user named them, or converted in ``target``."""
+    before = steps.record.done.get(name)
+    made = before is not None and before.result["format"] != fit_data.OURS
+    read = steps.run(
+        name,
+        [source.path, _content_of_rows(source.path), source.split, dict(source.mapping or {}), fix],
+        lambda tell: fit_data.read(source, target, tell, fix=fix),
+        [target] if made else [],
+    )
+    return source.path if read["format"] == fit_data.OURS else str(target)
+
+
+def _content_of_rows(path: str) -> Any:
+    """What data is known by: of a folder, only the files that are read."""
+    return [content_of(file) for file in expand(path)]
+
+
+def _base_of(steps: Steps, wanted: Wanted, machine: Machine) -> str | None:
+    """The base that is asked for, or else that of a training that has begun, or else the default."""
+    if wanted.base is not None:
+        return wanted.base
+    base = steps.record.done.get("base")
+    if base is not None and "train" in steps.record.begun:
+        return base.result.get("model")
+    return DEFAULT_BASE if machine.device == "cuda" else None
+
+
+def _known(machine: Machine) -> list[Any]:
+    """Free memory changes from start to start, and a run that resumes must not change by itself."""
+    return [machine.device, machine.gpus, machine.name.partition(",")[0]]
+
+
+def _machine_of(steps: Steps, here: Machine, inputs: list[Any]) -> Machine:
+    """The machine that choices are made for: where training has begun with the same inputs, that one.
+
+    A finished training is not repeated because the report is made on another machine.
+
+    Raises:
+        PolarError: Training is not finished, and this machine has other or fewer GPUs.
+    """
+    chosen = steps.record.done.get("choose")
+    if chosen is None or "train" not in steps.record.begun:
+        return here
+    began = Machine(**chosen.result["machine"])
+    if not steps.is_done("choose", [_known(began), *inputs]):
+        return here
+    if "train" not in steps.record.done and (began.device, began.gpus) != (here.device, here.gpus):
+        raise PolarError(
+            f"{steps.folder}: training has begun on another machine ({began.name}) and is not finished, and "
+            f"this one ({here.name}) cannot resume it: continue there, or begin anew with another --out"
+        )
+    return began
 
 
 def write_config_of(plan: Plan, wanted: Wanted, out: Path, *, share: float | None = None) -> Path:
@@ -169,7 +220,14 @@ def write_config_of(plan: Plan, wanted: Wanted, out: Path, *, share: float | Non
     return file
 
 
-def fit(steps: Steps, plan: Plan, wanted: Wanted, out: Path) -> verdict.Outcome:
+def fit(
+    steps: Steps,
+    plan: Plan,
+    wanted: Wanted,
+    out: Path,
+    *,
+    before_training: Callable[[Plan], None] = lambda plan: None,
+) -> verdict.Outcome:
     """Trains, converts, evaluates, compares, calibrates and reports.
 
     Args:
@@ -177,6 +235,7 @@ def fit(steps: Steps, plan: Plan, wanted: Wanted, out: Path) -> verdict.Outcome:
         plan: Of `prepare`.
         wanted: What is asked for.
         out: Folder of the fit.
+        before_training: Called before a training that resumes nothing; what it raises ends the fit.
 
     Returns:
         What the last lines and the report say.
@@ -199,16 +258,20 @@ def fit(steps: Steps, plan: Plan, wanted: Wanted, out: Path) -> verdict.Outcome:
 
     steps.run("config", [choices, asdict(plan.base), str(out.absolute())], configuring, [config])
     _check_config(config)
+    plan = _with_edits(plan, config)
+    inputs = _inputs_of_training(steps, plan, config, data / "train.jsonl", out)
+    if not steps.has_begun("train", inputs):
+        before_training(plan)
     training = _train(steps, plan, "train", config, data / "train.jsonl", out / "train", out, plan.steps)
     parts = [_train_part(steps, plan, wanted, out, share) for share in wanted.shares]
 
-    checkpoint = Path(training["checkpoint"])
-    steps.run(
-        "convert",
-        [steps.key("train")],
-        lambda tell: measuring.convert(config, checkpoint, model, data / "val.jsonl", tell),
-        [model / "config.json"],
-    )
+    checkpoint = _checkpoint(training, out / "train")
+
+    def converting(tell: Tell) -> Result:
+        steps.forget("calibrate", "report")  # what they have put into the folder goes with it
+        return measuring.convert(config, checkpoint, model, data / "val.jsonl", tell)
+
+    steps.run("convert", [steps.key("train")], converting, [model / "config.json"])
     held_out = data / "held_out.jsonl"
     evaluated = out / "eval" / "model"
     code = plan.base.allow_tokenizer_code
@@ -276,21 +339,58 @@ def _check_config(config: Path) -> None:
     check_settings(config, read_config(config))
 
 
+def _with_edits(plan: Plan, config: Path) -> Plan:
+    """The plan with the values of the config, which the user may have edited."""
+    from polar_ft.training.config import read_config
+
+    names = read_config(config).names
+    choices = [choice if choice.name not in names else _edited(choice, names) for choice in plan.choices]
+    chosen = {choice.name for choice in choices}
+    for name, (value, _) in DEFAULTS.items():
+        default = Choice(name=name, value=value, reason="")
+        if name in names and name not in chosen and (found := _edited(default, names)) != default:
+            choices.append(found)
+    steps = planned_steps(choices, plan.sides["train"]["pairs"])
+    return replace(plan, choices=choices, steps=steps)
+
+
+def _edited(choice: Choice, names: Mapping[str, Any]) -> Choice:
+    value = names[choice.name]
+    if json.dumps(value, default=str) == json.dumps(choice.value):  # a tuple is a list in fit.json
+        return choice
+    return Choice(name=choice.name, value=value, reason="edited in config.py")
+
+
+def _checkpoint(training: Result, work_dir: Path) -> Path:
+    """The checkpoint of a training, also after its folder was moved."""
+    named = Path(training["checkpoint"])
+    return named if named.exists() else work_dir / named.name
+
+
+def _known_config(config: Path, out: Path) -> str:
+    """What a config is known by: neither its comments nor the place of its folder change the training."""
+    text = config.read_text(encoding="utf-8")
+    return ast.unparse(ast.parse(text.replace(as_code(str(out.absolute()))[1:-1], "OUT")))
+
+
+def _inputs_of_training(steps: Steps, plan: Plan, config: Path, train: Path, out: Path) -> list[Any]:
+    values = {choice.name: choice.value for choice in plan.choices}
+    return [
+        _known_config(config, out),
+        content_of(train),
+        content_of(out / "data" / "val.jsonl"),
+        steps.key("base"),
+        values["deepspeed"],
+        values["gpus"],
+    ]
+
+
 def _train(
     steps: Steps, plan: Plan, name: str, config: Path, train: Path, work_dir: Path, out: Path, planned: int
 ) -> Result:
     from polar_ft.fit.training import train as train_step
 
-    values = {choice.name: choice.value for choice in plan.choices}
-    base = steps.key("base")
-    inputs = [
-        config.read_text(encoding="utf-8"),
-        content_of(train),
-        content_of(out / "data" / "val.jsonl"),
-        base,
-    ]
-    inputs += [values["deepspeed"], values["gpus"]]
-    resume = steps.has_begun(name, inputs)
+    inputs = _inputs_of_training(steps, plan, config, train, out)
     return steps.run(
         name,
         inputs,
@@ -301,8 +401,8 @@ def _train(
             tell,
             log=out / "logs" / f"{name.replace(' ', '_')}.log",
             steps=planned,
-            resume=resume,
         ),
+        resumes_in=work_dir,
     )
 
 
@@ -327,8 +427,9 @@ def _measure_part(
 ) -> verdict.Point:
     """Measures a training on a share of the data on the same held-out pairs."""
     held_out, code = out / "data" / "held_out.jsonl", plan.base.allow_tokenizer_code
-    checkpoint, scratch = Path(trained["checkpoint"]), out / "curve" / "model"
-    folder = out / "curve" / f"eval{config.stem.removeprefix('config')}"
+    part = config.stem.removeprefix("config")
+    checkpoint, scratch = _checkpoint(trained, out / "curve" / f"train{part}"), out / "curve" / "model"
+    folder = out / "curve" / f"eval{part}"
     done = steps.run(
         f"measure {share:.3g}",
         [steps.key(f"train {share:.3g}"), content_of(held_out)],

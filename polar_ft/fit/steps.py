@@ -9,9 +9,11 @@ was killed resumes with the same command, and a change repeats the steps that de
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -33,6 +35,7 @@ LOG_FILE = "logs/fit.log"
 SECONDS_BETWEEN_LINES = 30.0
 # Larger files are known by their size and time; reading weights of 15 GB at every start would take a minute.
 _HASHED_BYTES = 1 << 30
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Result = dict[str, Any]
 # Says how far a step is: in words, and as a share of it from 0 to 1 where that is known.
@@ -77,6 +80,8 @@ class Steps:
         self.count = 0
         self.ran = 0
         self.record = _read(folder / FIT_FILE)
+        if not (folder / FIT_FILE).exists():  # from now on the folder is known to be of a fit
+            self._write()
         log = folder / LOG_FILE
         log.parent.mkdir(exist_ok=True)
         # Never closed: what libraries log goes to the stream that there was when they were imported.
@@ -86,8 +91,13 @@ class Steps:
         """The hash of the inputs of a finished step, as an input of those that use what it made."""
         return self.record.done[name].key
 
+    def forget(self, *names: str) -> None:
+        """Makes steps be done again whose result another step is about to replace."""
+        for name in names:
+            self.record.done.pop(name, None)
+
     def has_begun(self, name: str, inputs: Any) -> bool:
-        """Whether a step with the same inputs was started before."""
+        """Whether a step with the same inputs was started last."""
         return self.record.begun.get(name) == _hash(inputs)
 
     def is_done(self, name: str, inputs: Any, outputs: Sequence[Path] = ()) -> bool:
@@ -96,7 +106,13 @@ class Steps:
         return done is not None and done.key == _hash(inputs) and all(path.exists() for path in outputs)
 
     def run(
-        self, name: str, inputs: Any, work: Callable[[Tell], Result], outputs: Sequence[Path] = ()
+        self,
+        name: str,
+        inputs: Any,
+        work: Callable[[Tell], Result],
+        outputs: Sequence[Path] = (),
+        *,
+        resumes_in: Path | None = None,
     ) -> Result:
         """Runs a step, or takes its result from ``fit.json``.
 
@@ -106,25 +122,47 @@ class Steps:
             work: Does it, and returns what later steps and the report need; "said" in it is the line that is
                 shown.
             outputs: Files and folders that it makes.
+            resumes_in: Folder from which it resumes if it was killed; removed if other inputs made it.
+
+        Raises:
+            PolarError: The disk is full, or what ``work`` raises.
         """
         self.count += 1
         if self.is_done(name, inputs, outputs):
             result = self.record.done[name].result
             self._show(name, "[dim]·[/]", "[dim]as before[/]", result)
             return result
-        self.record.done.pop(name, None)
-        self.record.begun[name] = _hash(inputs)
-        self._write()
+        self._begin(name, _hash(inputs), resumes_in)
         started = time.monotonic()
-        print(f"==== {name}", file=self._log)
-        with self._shown(name) as tell, redirect_stdout(self._log), redirect_stderr(self._log):
-            result = work(tell)
+        try:
+            print(f"==== {name}", file=self._log)
+            with self._shown(name) as tell, redirect_stdout(self._log), redirect_stderr(self._log):
+                result = work(tell)
+        except OSError as error:
+            if error.errno not in _DISK_IS_FULL:
+                raise
+            raise PolarError(
+                f"{self.folder}: the disk is full ({error.strerror}) at the step {name}; free some space, "
+                f"and the same command continues"
+            ) from error
         seconds = time.monotonic() - started
         self.record.done[name] = Done(key=_hash(inputs), seconds=round(seconds, 2), result=result)
         self._write()
         self.ran += 1
         self._show(name, "[green]✓[/]", f"{seconds:.1f} s", result)
         return result
+
+    def _begin(self, name: str, key: str, resumes_in: Path | None) -> None:
+        self.record.done.pop(name, None)
+        if self.record.begun.get(name) != key:
+            # Removed before the new inputs are recorded: a fit that is killed here must not resume a run of
+            # the old ones.
+            self.record.begun.pop(name, None)
+            self._write()
+            if resumes_in is not None and resumes_in.exists():
+                shutil.rmtree(resumes_in)
+            self.record.begun[name] = key
+        self._write()
 
     def _write(self) -> None:
         try:
@@ -228,7 +266,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / FIT_FILE).exists():
         left = {path.name for path in folder.iterdir()}
-        if not left <= {".fit.lock", "logs"}:
+        if not all(name in (".fit.lock", "logs") or name.startswith(f".{FIT_FILE}.") for name in left):
             raise PolarError(
                 f"{folder}: is not empty and holds no {FIT_FILE}, so it is not of a fit; name another folder"
             )
@@ -283,4 +321,4 @@ def _read(file: Path) -> Record:
     try:
         return Record.model_validate_json(file.read_bytes())
     except (ValidationError, OSError) as error:
-        raise PolarError(f"{file}: is damaged; remove it, and everything is done again") from error
+        raise PolarError(f"{file}: is damaged; remove its folder, or name another one with --out") from error

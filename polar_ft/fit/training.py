@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -38,9 +37,8 @@ def train(
     *,
     log: Path,
     steps: int,
-    resume: bool,
 ) -> Result:
-    """Trains, or resumes what was killed.
+    """Trains, or resumes what was killed and is in the work folder.
 
     Args:
         config: The config.
@@ -49,7 +47,6 @@ def train(
         tell: Says how far it is.
         log: File for what training prints.
         steps: Optimizer steps that are expected.
-        resume: Whether what is in the work folder is of this run; else it is removed.
 
     Returns:
         "checkpoint", the best one or else the last; "is_best", "validations", "losses", "seconds".
@@ -61,8 +58,6 @@ def train(
     values = {choice.name: choice.value for choice in choices}
     command = [sys.executable, "-c", _TRAIN, "train", str(config), "--work-dir", str(work_dir)]
     command += ["--resume", "auto"]
-    if not resume:
-        shutil.rmtree(work_dir, ignore_errors=True)
     command += ["--deepspeed", values["deepspeed"]] if values["deepspeed"] else []
     environment = {**os.environ, "NPROC_PER_NODE": str(values["gpus"]), "PYTHONUNBUFFERED": "1"}
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +93,8 @@ def train(
 
 def _progress(work_dir: Path, steps: int, began: float) -> tuple[str, float | None]:
     """What a line says of a run, and the share of its steps that are done."""
-    written = [line for line in _scalars(work_dir, since=began) if "loss" in line]
+    logged = _scalars(work_dir, since=began)
+    written = [line for line in logged if "loss" in line]
     if not written:
         return "loading model and data", None
     last = written[-1]
@@ -108,7 +104,7 @@ def _progress(work_dir: Path, steps: int, began: float) -> tuple[str, float | No
     for name, shown in (("loss", "loss {:.3f}"), ("accuracy", "accuracy {:.0%}")):
         values = [line[name] for line in recent if name in line]
         parts += [shown.format(sum(values) / len(values))] if values else []
-    if validated := [line for line in _scalars(work_dir, since=began) if "val/accuracy" in line]:
+    if validated := [line for line in logged if "val/accuracy" in line]:
         parts.append(f"validation {validated[-1]['val/accuracy_ties_half']:.1%}")
     return ", ".join(parts), min(1.0, step / max(1, steps))
 

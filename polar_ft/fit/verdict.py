@@ -262,7 +262,7 @@ pairs, the new model on 70.0 %.
         )
     if base.difference_ci95 is None or base.difference_ci95[0] <= 0:
         return "warning", (
-            f"Not shown to be better than {base.name}: {right}, {percent(base.accuracy)} % before, "
+            f"Not shown to be better than {base.name}: {right}, {base.name} {percent(base.accuracy)} %, "
             f"{_certainty(base)}."
         )
     if rule.difference_ci95 is None or rule.difference_ci95[0] <= 0:

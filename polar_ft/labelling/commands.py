@@ -156,6 +156,12 @@ def report(
 
     if agreed is not None:
         refuse_to_overwrite([agreed], force=force)
+        folder = next((path for path in paths if path.resolve() == agreed.resolve().parent), None)
+        if folder is not None:
+            raise PolarError(
+                f"{agreed}: in this folder it would be read as the decisions of one more labeller; write it "
+                f"outside {folder}"
+            )
     decisions = read_decisions(paths)
     result = report_on(decisions)
     if as_json:

@@ -19,7 +19,7 @@ from typing import Any
 
 from polar_ft.data.problems import RowProblem
 from polar_ft.data.reading import DataSource
-from polar_ft.data.records import RowError
+from polar_ft.data.records import RowError, parse_row
 from polar_ft.data.score_rows import parse_score_row
 from polar_ft.errors import PolarError
 from polar_ft.groups import TextGroup, windows
@@ -151,7 +151,7 @@ def parse_task(row: Mapping[str, Any], place: str) -> Task:
         place: Its "file:line", which is its id if it has none.
 
     Raises:
-        RowError: The row has no prompt, or fewer than two different answers.
+        RowError: The row has no prompt, or fewer than two different answers, or a field has a wrong type.
 
     >>> task = parse_task({"prompt": "2 + 2?", "candidates": ["4", "5", "4"]}, "in.jsonl:1")
     >>> [(answer.source, answer.text) for answer in task.answers], task.fields
@@ -180,6 +180,8 @@ def parse_task(row: Mapping[str, Any], place: str) -> Task:
     fields = {"id": str(row["id"]) if row.get("id") is not None else place}
     fields |= {"references": several} if several else {"reference": common["reference"]}
     fields |= {name: row[name] for name in _KEPT if row.get(name) is not None}
+    # A decision that cannot be read again would close the folder of decisions to the next start.
+    parse_row({"prompt": row["prompt"], "chosen": answers[0].value, "rejected": answers[1].value} | fields)
     first = groups[answers[0].text]
     group = TextGroup(first.prompt, first.references, tuple(groups), first.wrapper)
     return Task(group, row["prompt"], tuple(answers), fields)

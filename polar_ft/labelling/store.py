@@ -14,7 +14,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -29,8 +28,6 @@ from polar_ft.labelling.pairs import Pair, digest
 # A pair is shown again after so many other decisions, or when nothing else is left.
 REPEAT_AFTER = 10
 
-_NAME = re.compile(r"[^\W_][\w-]{0,39}")
-
 
 def clean_name(name: str) -> str:
     """The name of a labeller, which is also that of a file; capitals do not count.
@@ -41,8 +38,10 @@ def clean_name(name: str) -> str:
     >>> clean_name(" Alice-2 ")
     'alice-2'
     """
-    cleaned = unicodedata.normalize("NFC", name.strip()).lower()
-    if not _NAME.fullmatch(cleaned):
+    cleaned = unicodedata.normalize("NFC", name.strip().lower())
+    # Vowel signs of many scripts are marks, which \w of a regular expression leaves out.
+    usable = all(one.isalnum() or one in "_-" or unicodedata.category(one)[0] == "M" for one in cleaned)
+    if not (usable and cleaned[:1].isalnum() and len(cleaned) <= 40):
         raise PolarError("a name has 1 to 40 letters, digits, _ or -, and begins with a letter or digit")
     return cleaned
 
@@ -91,7 +90,8 @@ class Labeller:
         due = (
             one
             for key, one in first.items()
-            if key in self._again and key not in repeated and one.choice != "skip"
+            # Without a side (rows of another tool) there is none to swap.
+            if key in self._again and key not in repeated and one.choice != "skip" and one.left is not None
         )
         again = next(due, None)
         fresh = next((pair for key, pair in self.pairs.items() if key not in first), None)
@@ -105,9 +105,10 @@ class Labeller:
     @property
     def progress(self) -> tuple[int, int]:
         """Number of pairs shown of those in the input, and of all that will be, second looks included."""
-        skipped = {one.pair for one in self.decisions if one.choice == "skip" and not one.repeat}
-        done = sum(one.pair in self.pairs for one in self.decisions)
-        return done, len(self.pairs) + len(self._again - skipped)
+        mine = [one for one in self.decisions if one.pair in self.pairs]
+        repeated = {one.pair for one in mine if one.repeat}
+        never = {one.pair for one in mine if not one.repeat and (one.choice == "skip" or one.left is None)}
+        return len(mine), len(self.pairs) + len((self._again - never) | repeated)
 
     def decide(self, number: int, key: str, choice: Choice, seconds: float) -> None:
         """Writes a decision on the pair that was shown, to the disk.

@@ -15,7 +15,9 @@ from polar_ft.errors import PolarError
 from polar_ft.fit import base as fit_base
 from polar_ft.fit.base import PUBLISHED_TOKENIZER_CODE, find_base
 from polar_ft.fit.choices import GIB, Base, Choice, Data, Machine, choose, parse_given, planned_steps
-from polar_ft.training.settings import Settings
+from polar_ft.fit.config_file import write_config
+from polar_ft.training.config import read_config
+from polar_ft.training.settings import Settings, part_of
 
 SMALL = Base("internlm/POLAR-1_8B-Base", PUBLISHED_SHAPES["internlm/POLAR-1_8B"])
 LARGE = Base("internlm/POLAR-7B-Base", PUBLISHED_SHAPES["internlm/POLAR-7B"])
@@ -100,6 +102,32 @@ def test_what_is_set_decides_and_the_rest_follows_it():
     assert {choice.reason for choice in found if choice.name in ("lr", "seed", "lora")} == {"set by --set"}
     named = values(choose(EIGHT_80, LARGE, PAIRS, parse_given(["deepspeed=deepspeed_zero3"])))
     assert (named["deepspeed"], named["lora"]) == ("deepspeed_zero3", None)
+
+
+def test_every_setting_that_can_be_set_is_in_the_config(tmp_path: Path) -> None:
+    """Else --set would be accepted and do nothing."""
+    choices = choose(ONE_80, SMALL, PAIRS, {"track": "wandb"})
+    file = tmp_path / "config.py"
+    places = dict(train=tmp_path / "train.jsonl", val=tmp_path / "val.jsonl", work_dir=tmp_path / "train")
+    write_config(file, choices, SMALL, data_name="rows\udce9.jsonl", on_gpu=True, **places)
+    parsed = read_config(file)
+    assert Settings.model_fields.keys() <= parsed.names.keys()
+    assert parsed.names["track"] == "wandb"
+    for name, setting in Settings.model_fields.items():
+        place = (setting.json_schema_extra or {}).get("at")
+        if place is not None:
+            assert part_of(parsed.names, place, ...) is not ..., name
+
+
+def test_float32_on_a_gpu_is_not_explained_by_a_cpu() -> None:
+    choices = choose(EIGHT_80, SMALL, PAIRS, {"deepspeed": None})
+    dtype = next(choice for choice in choices if choice.name == "torch_dtype")
+    assert (dtype.value, "CPU" in dtype.reason) == ("float32", False)
+
+
+def test_more_gpus_than_there_are_is_refused() -> None:
+    with pytest.raises(PolarError, match=r"--set gpus=4: here are 2 GPUs \(2 × 80\)"):
+        choose(TWO_80, SMALL, PAIRS, {"gpus": 4})
 
 
 def test_full_training_that_does_not_fit_is_refused_where_it_is_asked_for():

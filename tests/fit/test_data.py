@@ -17,7 +17,7 @@ import pytest
 from polar_ft.data.lint import check
 from polar_ft.data.reading import DataSource
 from polar_ft.errors import PolarError
-from polar_ft.fit.data import Source, faults, look, part_of, read, split
+from polar_ft.fit.data import OURS, Source, faults, held_out_source, look, part_of, read, split
 
 Row = dict[str, Any]
 
@@ -131,7 +131,8 @@ def prepared(
     tell: Callable[..., None] = lambda *_: None  # noqa: E731
     done = read(of, folder / "converted.jsonl", tell, fix=fix)
     other = str(held_out) if held_out else None
-    return look(of, done["path"], other, folder / "good.jsonl", tell, fix=fix)[1]
+    path = str(source if done["format"] == OURS else folder / "converted.jsonl")
+    return look(of, path, other, folder / "good.jsonl", tell, fix=fix)[1]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -171,6 +172,49 @@ def test_fix_does_not_help_where_nothing_is_left(tmp_path: Path) -> None:
     source.write_bytes(lines(rows(7)))
     with pytest.raises(PolarError, match="at least 20 are needed"):
         prepared(source, tmp_path, fix=True)
+
+
+def test_fix_counts_what_is_left(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    same = [row | {"chosen": "Same.", "rejected": "Same."} for row in rows(40)[3:]]
+    source.write_bytes(lines([*rows(3), *same]))
+    with pytest.raises(
+        PolarError, match=r"Without the 37 rows that --fix leaves out: 3 prompts, and at least"
+    ):
+        prepared(source, tmp_path, fix=True)
+    source.write_bytes(lines(same))
+    with pytest.raises(PolarError, match="not one row is good"):
+        prepared(source, tmp_path, fix=True)
+    source.write_bytes(lines([*rows(30), *same[-10:]]))
+    found = prepared(source, tmp_path, fix=True)
+    assert (found["pairs"], found["prompts"]) == (30, 30)
+
+
+def test_each_side_has_a_pair(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_bytes(lines([*rows(20)[:6], *map(tied, rows(20)[6:])]))
+    sides = split(str(source), "train", tmp_path, 20, None)
+    assert all(sides[name]["pairs"] for name in ("train", "val", "held_out"))
+    source.write_bytes(lines([*rows(20)[:1], *map(tied, rows(20)[1:])]))
+    with pytest.raises(PolarError, match="too few of the rows give a pair"):
+        split(str(source), "train", tmp_path, 20, None)
+
+
+def test_held_out_data_without_a_pair_is_refused_before_training(tmp_path: Path) -> None:
+    source, held_out = tmp_path / "rows.jsonl", tmp_path / "held.jsonl"
+    source.write_bytes(lines(rows(40)))
+    held_out.write_bytes(lines(list(map(tied, rows(50)[40:]))))
+    with pytest.raises(PolarError, match=r"held\.jsonl: the held-out data holds no pair"):
+        split(str(source), "train", tmp_path, 40, str(held_out))
+
+
+def test_held_out_rows_of_ours_need_no_map(tmp_path: Path) -> None:
+    held_out = tmp_path / "held.jsonl"
+    source = Source("raw.jsonl", mapping={"prompt": "question"})
+    held_out.write_bytes(lines(rows(5)))
+    assert held_out_source(source, str(held_out)).mapping is None
+    held_out.write_bytes(lines([{"question": "q", "chosen": "a", "rejected": "b"}]))
+    assert held_out_source(source, str(held_out)).mapping == {"prompt": "question"}
 
 
 def test_the_command_says_it_in_one_error_without_torch(tmp_path: Path) -> None:

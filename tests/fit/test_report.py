@@ -68,6 +68,14 @@ def test_the_page_says_the_result_first_and_shows_no_markup_of_the_data(page: Pa
     assert "Validation accuracy from 60.0%" in text
 
 
+def test_a_model_that_ties_everything_is_reported(tmp_path: Path) -> None:
+    ties = [{"step": step, "accuracy": 0.0, "ties_half": 0.5} for step in (0, 5)]
+    training = {"validations": ties, "best_step": None}
+    file = tmp_path / "report.html"
+    write_report(file, OUTCOME, CHOICES, title="my_rm", training=training, facts=[], steps={})
+    assert "Validation during training" not in file.read_text(encoding="utf-8")
+
+
 def test_a_card_has_one_result(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
     card.write_text("# my_rm\n")

@@ -119,3 +119,12 @@ def test_keys_do_not_depend_on_how_texts_are_joined():
         ]
     )
     assert first.key != second.key
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("weight", "two"), ("references", "one"), ("references", ["r", 3]), ("subset", 3)]
+)
+def test_a_row_whose_decision_could_not_be_read_again_is_named(field, value):
+    row = {"prompt": "Q", "candidates": ["a", "b"], field: value}
+    with pytest.raises(RowError, match=field):
+        parse_task(row, "in.jsonl:1")

@@ -118,3 +118,12 @@ def test_rows_of_other_tools_are_reported_too(tmp_path):
     file.write_text(json.dumps(row) + "\n")
     result = CliRunner().invoke(cli, ["label", "report", str(file)])
     assert "team.jsonl:1: labeller: is missing" in str(result.exception)
+
+
+def test_agreed_pairs_do_not_go_among_the_labellers(open_store, folder):
+    decide(open_store(repeat=0).labeller("alice"), "left")
+    result = CliRunner().invoke(
+        cli, ["label", "report", str(folder), "--agreed", str(folder / "agreed.jsonl")]
+    )
+    assert "decisions of one more labeller" in str(result.exception)
+    assert not (folder / "agreed.jsonl").exists()

@@ -230,6 +230,12 @@ def test_a_name_that_could_be_another_file_is_refused(open_store, folder, name):
         open_store().labeller(name)
 
 
+@pytest.mark.parametrize("name", ["हिंदी", "สมหญิง", "İpek", "李雷"])
+def test_names_of_all_scripts(open_store, folder, name):
+    decide(open_store().labeller(name), "left")
+    assert list(open_store().labellers) == [name.lower()]
+
+
 @pytest.mark.parametrize("choice", ["left", "right", "tie", "skip"])
 def test_what_is_read_back_is_what_was_decided(open_store, folder, choice):
     alice = open_store(many_rows(8), repeat=0.5).labeller("alice")
@@ -254,3 +260,23 @@ def test_messages_stay_messages(open_store, folder):
     (decision,) = read_decisions([folder])
     assert decision.pair == alice.decisions[0].pair
     assert (decision.winner, decision.left) == (alice.decisions[0].winner, alice.decisions[0].left)
+
+
+def test_decisions_of_another_tool_have_no_side_to_swap(open_store, folder):
+    """As `polar-ft data convert label-studio` writes them."""
+    folder.mkdir()
+    made = [{name: ROWS[0][name] for name in ("prompt", "reference")} | {"labeller": "alice"}]
+    made[0] |= {"chosen": ROWS[0]["candidates"][0], "rejected": ROWS[0]["candidates"][1]}
+    (folder / "alice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    alice = open_store(repeat=1.0).labeller("alice")
+    while alice.next() is not None:
+        decide(alice, "left")
+    assert alice.progress == (7, 7)
+
+
+def test_progress_ends_at_all_after_fewer_second_looks_are_asked_for(open_store):
+    alice = open_store(repeat=1.0).labeller("alice")
+    while alice.next() is not None:
+        decide(alice, "left")
+    assert alice.progress == (8, 8)
+    assert open_store(repeat=0.0).labeller("alice").progress == (8, 8)
