@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from polar_ft.doctor.settings import PUBLISHED_SHAPES
 from polar_ft.errors import PolarError
 from polar_ft.files import read_json, resolve_folder
 from polar_ft.fit.choices import Base
@@ -37,6 +36,8 @@ def find_base(
     Raises:
         PolarError: There is no such model, or it cannot be trained.
     """
+    from polar_ft.doctor.settings import PUBLISHED_SHAPES  # imports torch, which checking data does not need
+
     allowed = tuple(tokenizer_code)
     if name is not None and name.removesuffix("-Base") in PUBLISHED_SHAPES:
         allowed = (*PUBLISHED_TOKENIZER_CODE, *allowed)
