@@ -104,6 +104,8 @@ class PolarReward:
         server_address: ``host:port`` or a URL, or several of them.
         server_type: As in `RewardModelClient`.
         api_key: As in `RewardModelClient`.
+        allow_tokenizer_code: As in `RewardModelClient`; the published folders need
+            ["tokenization_internlm2_fast.InternLM2TokenizerFast"].
         timeout: Seconds that one request may take in total.
         max_wait: Seconds for which a request waits for servers that are away or busy. A server that is
             restarted costs a training run time and nothing else, so it is long.
@@ -140,6 +142,7 @@ class PolarReward:
         *,
         server_type: ServerType = "auto",
         api_key: str | None = None,
+        allow_tokenizer_code: Sequence[str] = (),
         timeout: float = 120.0,
         max_wait: float = 1800.0,
         floor: float | None = None,
@@ -192,6 +195,7 @@ class PolarReward:
             server_address=server_address,
             server_type=server_type,
             api_key=api_key,
+            allow_tokenizer_code=allow_tokenizer_code,
             timeout=timeout,
             max_wait=max_wait,
             # `max_wait` alone says how long a server may be away.

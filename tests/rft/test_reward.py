@@ -248,3 +248,15 @@ async def _start(reward: PolarReward, sample: TextGroup) -> None:
     task = asyncio.ensure_future(reward.score_async(sample))
     await asyncio.sleep(0)
     assert not task.done()
+
+
+def test_the_tokenizer_code_that_is_allowed_reaches_the_client(tokenizer_dir, monkeypatch):
+    seen = {}
+
+    class Client:
+        def __init__(self, model, **settings):
+            seen.update(settings)
+
+    monkeypatch.setattr("polar_ft.rft.reward.RewardModelClient", Client)
+    PolarReward(tokenizer_dir, floor=-9.0, allow_tokenizer_code=["module.Tokenizer"])
+    assert seen["allow_tokenizer_code"] == ["module.Tokenizer"]
