@@ -2,7 +2,7 @@
 
     make demo                                  # trains the reward model, once
     tools/rft_env.sh trl                       # installs TRL in an environment of its own, once
-    python examples/rft/tiny/run.py            # 36 minutes on two busy cores
+    python examples/rft/tiny/run.py            # about 5 minutes on two cores
 
 For each seed: a policy is supervised on a careless clerk's answers, then trained by TRL's GRPO with the
 demo's reward model behind `polar-ft serve`; once with the right references and once with those of other
