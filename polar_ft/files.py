@@ -1,4 +1,4 @@
-"""Folders and files of models: finding folders, reading JSON, writing files atomically."""
+"""Folders and files of models: finding folders, reading JSON, writing files atomically, locks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from polar_ft.errors import PolarError
 
@@ -124,3 +124,28 @@ def unfinished(target: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def lock_file(file: Path, held: str) -> BinaryIO:
+    """Creates a file and locks it until it is closed or the process ends, however it ends.
+
+    Args:
+        file: The file, in a folder that exists; what is in it is removed.
+        held: What is said if another process has locked it.
+
+    Raises:
+        PolarError: Another process has locked it.
+        OSError: It cannot be written, or the file system has no locks.
+    """
+    import fcntl  # not on Windows, where the client alone is used
+
+    stream = file.open("wb")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise PolarError(held) from None
+    except OSError:
+        stream.close()
+        raise
+    return stream

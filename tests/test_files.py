@@ -1,4 +1,4 @@
-"""Finding the folder of a model: what is said where it is neither here nor on the hub."""
+"""Finding the folder of a model, and what is said where it is neither here nor on the hub; locks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from polar_ft.errors import PolarError
-from polar_ft.files import first_line, resolve_folder
+from polar_ft.files import first_line, lock_file, resolve_folder
 
 NAME = "internlm/POLAR-1_8B-Base"
 
@@ -82,3 +82,14 @@ def test_a_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pyte
 def test_a_long_line_ends_with_a_word() -> None:
     assert first_line(ValueError("abc defg hij"), limit=7) == "abc …"
     assert first_line(ValueError("abcdefgh"), limit=4) == "abcd …"
+
+
+def test_a_lock_is_held_until_it_is_closed(tmp_path):
+    file = tmp_path / ".lock"
+    held = lock_file(file, "held by another")
+    with pytest.raises(PolarError, match="held by another"):
+        lock_file(file, "held by another")
+    held.close()
+    lock_file(file, "held by another").close()
+    with pytest.raises(FileNotFoundError):
+        lock_file(tmp_path / "missing" / ".lock", "held")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 import sqlite3
 import time
@@ -34,7 +33,7 @@ from polar_ft.evaluation.scores import (
     score_key,
     to_json_line,
 )
-from polar_ft.files import first_line, unfinished
+from polar_ft.files import first_line, lock_file, unfinished
 
 _GATES = TypeAdapter(list[GateResult])
 
@@ -215,14 +214,10 @@ def _own_cache(folder: Path) -> Iterator[ScoreCache]:
 def _locked(folder: Path) -> Iterator[None]:
     file = folder / ".lock"
     with _disk_errors(folder):
-        lock = file.open("wb")
+        lock = lock_file(
+            file, f"{folder}: another run is writing into it; wait for it, or name another folder with --out"
+        )
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PolarError(
-                f"{folder}: another run is writing into it; wait for it, or name another folder with --out"
-            ) from None
         try:
             yield
         finally:

@@ -10,7 +10,6 @@ was killed resumes with the same command, and a change repeats the steps that de
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import shutil
@@ -27,7 +26,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from polar_ft.errors import PolarError, printable
-from polar_ft.files import write_atomically
+from polar_ft.files import lock_file, write_atomically
 
 FIT_FILE = "fit.json"
 LOG_FILE = "logs/fit.log"
@@ -272,17 +271,14 @@ def locked(folder: Path) -> Iterator[None]:
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".fit.lock").open("wb")
+        lock = lock_file(
+            folder / ".fit.lock",
+            f"{folder}: another polar-ft fit is running in it; wait for it, or name another folder",
+        )
     except OSError as error:
         reason = error.strerror or error
         raise PolarError(f"{folder}: cannot be written ({reason}); name another folder") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PolarError(
-                f"{folder}: another polar-ft fit is running in it; wait for it, or name another folder"
-            ) from None
         yield
 
 

@@ -11,7 +11,6 @@ files are all there is: a new start reads them and continues.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import unicodedata
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from polar_ft.data.writing import to_line
 from polar_ft.errors import PolarError
+from polar_ft.files import lock_file
 from polar_ft.labelling.decisions import OTHER_FOLDER, Choice, Decision, decisions_in, row_of
 from polar_ft.labelling.pairs import Pair, digest
 
@@ -176,12 +176,10 @@ class Store:
         self.pairs = {pair.key: pair for pair in pairs}
         try:
             (folder / OTHER_FOLDER).mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / OTHER_FOLDER / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PolarError(
-                f"{folder}: another polar-ft label writes to this folder; end it, or name another --out"
-            ) from None
+            self._lock = lock_file(
+                folder / OTHER_FOLDER / ".lock",
+                f"{folder}: another polar-ft label writes to this folder; end it, or name another --out",
+            )
         except OSError as error:
             raise PolarError(f"{folder}: cannot be written ({error.strerror}); name another --out") from error
         names = {file.stem for file in [*folder.glob("*.jsonl"), *(folder / OTHER_FOLDER).glob("*.jsonl")]}
