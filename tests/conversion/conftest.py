@@ -126,3 +126,21 @@ def run_tool(monkeypatch, capsys):
         return exit.value.code or 0, said.out, " ".join(said.err.split())
 
     return run
+
+
+@pytest.fixture
+def lora_checkpoint(base, template, tmp_path) -> Path:
+    """A checkpoint of a LoRA run whose adapters and head are random."""
+    from polar_ft.training.model import PolarRewardModel
+
+    torch.manual_seed(0)
+    model = PolarRewardModel(
+        llm=dict(pretrained_model_name_or_path=str(base)), tokenizer=template, lora=dict(r=2, alpha=4)
+    )
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.normal_(std=0.3)
+    file = tmp_path / "iter_1.pth"
+    torch.save({"state_dict": state}, file)
+    return file

@@ -237,23 +237,11 @@ def test_a_folder_in_the_published_form(internlm2, sequences, tmp_path, run_tool
     assert rewards(out, sequences) == rewards(internlm2, sequences)
 
 
-def test_adapters_are_merged(base, template, config_file, sequences, tmp_path, run_tool):
+def test_adapters_are_merged(config_file, lora_checkpoint, sequences, tmp_path, run_tool):
     """A folder with adapters alone, and the checkpoint."""
-    from polar_ft.training.model import PolarRewardModel
-
-    torch.manual_seed(0)
-    model = PolarRewardModel(
-        llm=dict(pretrained_model_name_or_path=str(base)), tokenizer=template, lora=dict(r=2, alpha=4)
-    )
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            tensor.normal_(std=0.3)
-    file = tmp_path / "iter_1.pth"
-    torch.save({"state_dict": state}, file)
-    assert run_tool(config_file, file, tmp_path / "adapters", "--adapter-only")[0] == 0
+    assert run_tool(config_file, lora_checkpoint, tmp_path / "adapters", "--adapter-only")[0] == 0
     assert run_tool(tmp_path / "adapters", tmp_path / "a", "--as", "llama")[0] == 0
-    assert run_tool(config_file, file, tmp_path / "b", "--as", "llama")[0] == 0
+    assert run_tool(config_file, lora_checkpoint, tmp_path / "b", "--as", "llama")[0] == 0
     expected = rewards(tmp_path / "adapters", sequences)
     assert rewards(tmp_path / "a", sequences) == pytest.approx(expected, abs=1e-5)
     assert rewards(tmp_path / "b", sequences) == pytest.approx(expected, abs=1e-5)

@@ -6,13 +6,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from polar_ft.conversion.verify import compare_rewards, sample
 from polar_ft.errors import PolarError
 from polar_ft.model import backbones
 from polar_ft.model.internlm2 import fuse_wqkv
-from polar_ft.training.model import PolarRewardModel
 
 
 @pytest.fixture
@@ -117,20 +115,11 @@ def test_a_wrong_export_is_found(config_file, checkpoint, rows, tmp_path, run_to
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "wrong"])
 
 
-def test_adapters(base, template, config_file, rows, tmp_path, run_tool):
+def test_adapters(config_file, lora_checkpoint, rows, tmp_path, run_tool):
     """Merged into the base, and beside it."""
-    torch.manual_seed(0)
-    model = PolarRewardModel(
-        llm=dict(pretrained_model_name_or_path=str(base)), tokenizer=template, lora=dict(r=2, alpha=4)
-    )
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            tensor.normal_(std=0.3)
-    torch.save({"state_dict": state}, tmp_path / "iter_1.pth")
     for option in ((), ("--adapter-only",)):
         out = tmp_path / f"out{len(option)}"
-        status, said, error = run_tool(config_file, tmp_path / "iter_1.pth", out, "--verify", rows, *option)
+        status, said, error = run_tool(config_file, lora_checkpoint, out, "--verify", rows, *option)
         assert status == 0, error
         assert "verified: in 32 rows" in said
 

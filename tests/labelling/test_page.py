@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+from tests.browser import chromium
 from tests.labelling.conftest import ROWS, labelling, lines
-
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="the page needs a browser: pip install playwright"
-)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page needs a browser: no Chromium on PATH")
 
 HOSTILE = "<img src=x onerror=\"document.title='hacked'\"><b>bold</b> &amp; </script>"
 CODE = "def f(x):\n\treturn x  # " + "a_very_long_name_without_a_break_" * 12
@@ -27,10 +21,8 @@ PICTURES = os.environ.get("POLAR_FT_PICTURES")
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

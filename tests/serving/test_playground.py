@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -12,23 +11,16 @@ import pytest
 
 from polar_ft.reward_scale import RewardScale
 from polar_ft.serving.app import create_app
+from tests.browser import chromium
 from tests.serving.tiny import running
-
-playwright = pytest.importorskip(
-    "playwright.sync_api", reason="the page needs a browser: pip install playwright"
-)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="the page needs a browser: no Chromium on PATH")
 
 KEY = "correct-horse"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

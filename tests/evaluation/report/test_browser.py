@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +9,9 @@ import pytest
 
 from polar_ft.evaluation.report.worst import FieldText, PairTexts, worst_pairs
 from polar_ft.evaluation.report.writing import write_report
+from tests.browser import chromium
 
 from .conftest import HOSTILE
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 ENGLISH = {
     "names": ["chat", "code", "safety/a rather long name of a subset that goes on and on"],
@@ -47,13 +43,8 @@ SMALLEST_TEXT = """Math.min(...[...document.querySelectorAll("body *")].filter(
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("language", [ENGLISH, CHINESE], ids=["english", "chinese"])
